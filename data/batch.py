@@ -1,0 +1,106 @@
+"""What every loader hands to training: the batch, the contract, and the options that describe the data."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+
+# ImageNet's channel statistics, as everybody uses them (torchvision, DALI examples), for pixels in 0..1.
+MEAN_RGB = (0.485, 0.456, 0.406)
+STD_RGB = (0.229, 0.224, 0.225)
+
+
+class DataError(Exception):
+    """The data set is not what training needs; the message says what was found and what to do."""
+
+
+class Batch(NamedTuple):
+    """One step of one rank: every batch has the same size, and padding is marked, never counted.
+
+    images: float32 (B, channels, size, size) on the loader's device, normalised per channel.
+    labels: int64 (B,) on the loader's device, index of the class folder in sorted order.
+    valid: bool (B,) on the loader's device; False marks padding at the end of a validation set.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    valid: torch.Tensor
+
+
+class Loader(Protocol):
+    """One split of one rank. All ranks have equally many steps, always."""
+
+    num_classes: int
+    num_images: int
+    """Images in the whole split, all ranks together."""
+
+    def __len__(self) -> int:
+        """Steps of an epoch; equal on all ranks."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch (0, 1, ...) that the next iteration goes through; training orders it anew by (seed, epoch)."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        """One epoch of batches, to be taken to its end. A batch may be overwritten by the next one: do not keep it."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's position and random state as plain data; equal states give bit-equal batches from there on."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict` of the same rank, world size and options; DataError if it is another's."""
+
+    def close(self) -> None:
+        """End threads and worker processes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which images, how they are read and how they are augmented."""
+
+    path: str = "datasets/imagenet"
+    """Image folder: PATH/train/CLASS/*.jpg and PATH/val/CLASS/*.jpg (JPEG or PNG), the same classes in both."""
+    prepare: Literal["none", "digits"] = "none"
+    """Make the data set at `path` first if nothing is there: digits = scikit-learn's 1,797 handwritten digits as JPEGs."""
+    loader: Literal["auto", "dali", "folder", "synthetic"] = "auto"
+    """auto = DALI where it imports, else folder with a warning; folder = torchvision and Pillow; synthetic = made images, no disk."""
+    batch_size: int = 256
+    """Images a step, all ranks together; a multiple of the number of ranks."""
+    image_size: int = 224
+    """Side of the square network input, pixels."""
+    resize_size: int = 256
+    """Validation: the shorter side is resized to this before the centre crop, pixels; at least image_size."""
+    channels: Literal[1, 3] = 3
+    """3 = RGB, 1 = grey (LeNet and MLP on MNIST)."""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Training: area of the random crop as a share of the image, lowest and highest."""
+    crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)
+    """Training: width over height of the random crop, lowest and highest."""
+    flip: float = 0.5
+    """Training: probability of a left-right flip."""
+    threads: int = 0
+    """Decoding threads (DALI) or worker processes (folder) a rank; 0 = from the cores there are, shared among the ranks."""
+    hw_decoder_load: float = 0.65
+    """DALI on a GPU: share of the images that the hardware JPEG engine decodes, 0 to 1."""
+    synthetic_images: int = 1024
+    """Synthetic loader: training images; validation has a quarter of them."""
+    synthetic_classes: int = 10
+    """Synthetic loader: number of classes."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError naming the field, the value found and what is allowed."""
+        checks = [
+            ("batch_size", self.batch_size >= 1, "a whole number from 1"),
+            ("image_size", self.image_size >= 8, "a whole number from 8"),
+            ("resize_size", self.resize_size >= self.image_size, f"at least image_size ({self.image_size})"),
+            ("crop_scale", 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1, "0 < lowest <= highest <= 1"),
+            ("crop_ratio", 0 < self.crop_ratio[0] <= self.crop_ratio[1], "0 < lowest <= highest"),
+            ("flip", 0 <= self.flip <= 1, "0 to 1"),
+            ("threads", self.threads >= 0, "a whole number from 0"),
+            ("hw_decoder_load", 0 <= self.hw_decoder_load <= 1, "0 to 1"),
+            ("synthetic_images", self.synthetic_images >= 4, "a whole number from 4"),
+            ("synthetic_classes", self.synthetic_classes >= 2, "a whole number from 2"),
+        ]
+        for name, ok, allowed in checks:
+            if not ok:
+                raise ValueError(f"{name}: found {getattr(self, name)!r}, allowed: {allowed}")
