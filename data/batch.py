@@ -9,6 +9,8 @@ import torch
 # ImageNet's channel statistics, as everybody uses them (torchvision, DALI examples), for pixels in 0..1.
 MEAN_RGB = (0.485, 0.456, 0.406)
 STD_RGB = (0.229, 0.224, 0.225)
+# Mean and deviation by number of channels; grey takes the mean of the colours'.
+NORMALISATION = {1: ((0.449,), (0.226,)), 3: (MEAN_RGB, STD_RGB)}
 
 
 class DataError(Exception):
@@ -39,7 +41,7 @@ class Loader(Protocol):
         """Steps of an epoch; equal on all ranks."""
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch (0, 1, ...) that the next iteration goes through; training orders it anew by (seed, epoch)."""
+        """Choose the epoch (0, 1, ...) of the next iteration; training orders it anew by (seed, epoch)."""
 
     def __iter__(self) -> Iterator[Batch]:
         """One epoch of batches, to be taken to its end. A batch may be overwritten by the next one: do not keep it."""
@@ -61,9 +63,9 @@ class DataConfig:
     path: str = "datasets/imagenet"
     """Image folder: PATH/train/CLASS/*.jpg and PATH/val/CLASS/*.jpg (JPEG or PNG), the same classes in both."""
     prepare: Literal["none", "digits"] = "none"
-    """Make the data set at `path` first if nothing is there: digits = scikit-learn's 1,797 handwritten digits as JPEGs."""
+    """Make the data set at `path` if nothing is there: digits = scikit-learn's 1,797 handwritten digits as JPEGs."""
     loader: Literal["auto", "dali", "folder", "synthetic"] = "auto"
-    """auto = DALI where it imports, else folder with a warning; folder = torchvision and Pillow; synthetic = made images, no disk."""
+    """auto = DALI where it imports, else folder with a warning; folder = torchvision; synthetic = made, no disk."""
     batch_size: int = 256
     """Images a step, all ranks together; a multiple of the number of ranks."""
     image_size: int = 224
@@ -79,7 +81,7 @@ class DataConfig:
     flip: float = 0.5
     """Training: probability of a left-right flip."""
     threads: int = 0
-    """Decoding threads (DALI) or worker processes (folder) a rank; 0 = from the cores there are, shared among the ranks."""
+    """Decoding threads (DALI) or worker processes (folder) a rank; 0 = the cores shared among the ranks, at most 8."""
     hw_decoder_load: float = 0.65
     """DALI on a GPU: share of the images that the hardware JPEG engine decodes, 0 to 1."""
     synthetic_images: int = 1024

@@ -1,0 +1,14 @@
+"""Images into training: one contract (`Loader`, `Batch`), three loaders (DALI, image folder, synthetic), preparation.
+
+    config = DataConfig(path="datasets/digits", prepare="digits", batch_size=64, image_size=32, resize_size=32)
+    prepare_data(config)
+    train, val = build_loaders(config, rank=0, world_size=1, device=torch.device("cpu"), seed=0)
+
+This room knows nothing of models. DALI is not imported before it is asked for.
+"""
+
+from data.batch import Batch, DataConfig, DataError, Loader
+from data.build import build_loaders
+from data.prepare import prepare_data, prepare_digits
+
+__all__ = ["Batch", "DataConfig", "DataError", "Loader", "build_loaders", "prepare_data", "prepare_digits"]

@@ -1,0 +1,103 @@
+"""The one implementation of the `Loader` contract: position, labels, validity and state around a source of images.
+
+The loaders differ only in where their images come from. Labels and validity are computed here, from the same
+arithmetic that the source follows, so they are the same with every loader.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from data.batch import Batch, DataError
+from data.sharding import Sharding
+
+
+class ImageSource(Protocol):
+    """One split's images of one rank, step after step without end, across the epochs."""
+
+    def start(self, epoch: int, step: int) -> None:
+        """Make `next_images` give this step's images next; costs nothing where it would do so anyway."""
+
+    def next_images(self) -> torch.Tensor:
+        """Images of the next step, float32 (B, channels, size, size), normalised, on the loader's device."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What epoch and step do not say, such as the state of random generators; plain data."""
+
+    def load_state_dict(self, state: dict[str, Any], epoch: int, step: int) -> None:
+        """Go on from a `state_dict` that was taken at this epoch and step."""
+
+    def close(self) -> None:
+        """End threads and worker processes."""
+
+
+class SplitLoader:
+    """A `Loader` of one split on one rank; see data/batch.py for the contract.
+
+    labels: int64 (N,), the class index of every image of the split.
+    identity: what must be equal for a stored state to be continued, such as seed, rank and options; plain data.
+    """
+
+    def __init__(
+        self,
+        *,
+        source: ImageSource,
+        sharding: Sharding,
+        labels: np.ndarray,
+        num_classes: int,
+        device: torch.device,
+        identity: dict[str, int | float | str],
+    ) -> None:
+        self.num_classes = num_classes
+        self.num_images = sharding.num_images
+        self._source = source
+        self._sharding = sharding
+        self._labels_N = labels
+        self._device = device
+        self._identity = identity
+        self._epoch = 0
+        self._step = 0
+
+    def __len__(self) -> int:
+        return self._sharding.steps
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next iteration; the epoch that a loaded state stands in keeps its position."""
+        if epoch != self._epoch:
+            self._epoch, self._step = epoch, 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The rest of the epoch; without another `set_epoch` the next iteration takes the epoch after it."""
+        if self._step < len(self):
+            self._source.start(self._epoch, self._step)
+        while self._step < len(self):
+            indices_B, valid_B = self._sharding.indices(self._epoch, self._step)
+            images = self._source.next_images()
+            # Counted before the batch is handed out, so that a state taken during a step goes on after it.
+            self._step += 1
+            labels = torch.from_numpy(self._labels_N[indices_B])
+            yield Batch(images, labels.to(self._device), torch.from_numpy(valid_B).to(self._device))
+        self._epoch, self._step = self._epoch + 1, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self._identity, "epoch": self._epoch, "step": self._step, **self._source.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        differences = [
+            f"{name}: stored {state.get(name)!r}, now {value!r}"
+            for name, value in self._identity.items()
+            if state.get(name) != value
+        ]
+        if differences:
+            raise DataError(
+                "the stored loader state belongs to other data or options ("
+                + "; ".join(differences)
+                + "): resume with the stored ones, or start at an epoch's first step without the loader state"
+            )
+        self._epoch, self._step = state["epoch"], state["step"]
+        self._source.load_state_dict(state, self._epoch, self._step)
+
+    def close(self) -> None:
+        self._source.close()

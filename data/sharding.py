@@ -1,0 +1,101 @@
+"""Which image is read by which rank at which step: pure arithmetic, the same on every rank and for every loader."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from data.batch import DataError
+
+# Shape suffixes: _B = images a step and rank, _N = images of the whole split.
+
+
+def batch_size_per_rank(batch_size: int, world_size: int) -> int:
+    """Images a step of one rank; DataError if the ranks cannot share the global batch equally."""
+    if batch_size % world_size:
+        fit = batch_size // world_size * world_size or world_size
+        raise DataError(
+            f"batch_size: found {batch_size}, allowed: a multiple of the number of ranks ({world_size}); "
+            f"the nearest ones are {fit} and {fit + world_size}"
+        )
+    return batch_size // world_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSharding:
+    """Training: an epoch's order is a permutation by (seed, epoch), dealt out step by step, rank by rank.
+
+    The images that do not fill a global batch are left out of an epoch; as the order is new every epoch, they are
+    others each time. DataError if not even one global batch can be filled.
+    """
+
+    num_images: int
+    batch_size: int
+    """Images a step of one rank."""
+    rank: int
+    world_size: int
+    seed: int
+    """Equal on all ranks."""
+
+    def __post_init__(self) -> None:
+        if self.steps == 0:
+            raise DataError(
+                f"the training set has {self.num_images} images, fewer than one batch of "
+                f"{self.batch_size * self.world_size}: lower batch_size to at most {self.num_images}, or add images"
+            )
+
+    @property
+    def steps(self) -> int:
+        """Steps of an epoch, equal on all ranks."""
+        return self.num_images // (self.batch_size * self.world_size)
+
+    def stream_step(self, epoch: int, step: int) -> int:
+        """Place in the endless stream of steps; two places are equal where they give the same batch."""
+        return epoch * self.steps + step
+
+    def indices(self, epoch: int, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """This rank's images of one step: indices int64 (B,), valid bool (B,), here all True."""
+        first = (step * self.world_size + self.rank) * self.batch_size
+        order_N = _permutation(self.num_images, self.seed, epoch)
+        return order_N[first : first + self.batch_size], np.ones(self.batch_size, dtype=bool)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValSharding:
+    """Validation: every image once, in sorted order, every epoch the same.
+
+    Where the last steps cannot be filled, the last image is repeated with valid = False, so that all ranks take
+    equally many steps of equally many images.
+    """
+
+    num_images: int
+    batch_size: int
+    """Images a step of one rank."""
+    rank: int
+    world_size: int
+
+    @property
+    def steps(self) -> int:
+        """Steps of an epoch, equal on all ranks."""
+        return -(-self.num_images // (self.batch_size * self.world_size))
+
+    def stream_step(self, epoch: int, step: int) -> int:
+        """Place in the endless stream of steps; the epoch makes no difference here."""
+        return step
+
+    def indices(self, epoch: int, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """This rank's images of one step: indices int64 (B,), valid bool (B,), False = padding."""
+        first = (step * self.world_size + self.rank) * self.batch_size
+        positions_B = np.arange(first, first + self.batch_size)
+        return np.minimum(positions_B, self.num_images - 1), positions_B < self.num_images
+
+
+Sharding = TrainSharding | ValSharding
+
+
+# Prefetching reads across the end of an epoch, so two orders are in use at a time; they are shared, hence read-only.
+@lru_cache(maxsize=2)
+def _permutation(num_images: int, seed: int, epoch: int) -> np.ndarray:
+    order_N = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_images)
+    order_N.flags.writeable = False
+    return order_N
