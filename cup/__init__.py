@@ -1,0 +1,53 @@
+"""CUP as a library: find filters that do the same work, keep one of each, resize the network under training.
+
+Tensors and plain data in, plain data out: nothing here knows of ranks, files, logging or the clock.
+"""
+
+from cup.carry import carry_ema, carry_optimizer
+from cup.complexity import Complexity, LayerCost, complexity
+from cup.describe import describe
+from cup.errors import CupError
+from cup.groups import ChannelGroup, Place, channel_groups
+from cup.plan import PrunePlan
+from cup.planners import (
+    REDUCTION_TOLERANCE,
+    GroupCut,
+    PlanOptions,
+    cut_groups,
+    plan_by_counts,
+    plan_by_reduction,
+    plan_by_threshold,
+    prunable_groups,
+)
+from cup.schedule import has_reached, is_cut_epoch, reduction_at, threshold_at
+from cup.surgery import ParameterChange, Resized, apply_plan, shrink_to
+
+__all__ = [
+    "REDUCTION_TOLERANCE",
+    "ChannelGroup",
+    "Complexity",
+    "CupError",
+    "GroupCut",
+    "LayerCost",
+    "ParameterChange",
+    "Place",
+    "PlanOptions",
+    "PrunePlan",
+    "Resized",
+    "apply_plan",
+    "carry_ema",
+    "carry_optimizer",
+    "channel_groups",
+    "complexity",
+    "cut_groups",
+    "describe",
+    "has_reached",
+    "is_cut_epoch",
+    "plan_by_counts",
+    "plan_by_reduction",
+    "plan_by_threshold",
+    "prunable_groups",
+    "reduction_at",
+    "shrink_to",
+    "threshold_at",
+]

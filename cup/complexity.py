@@ -1,0 +1,92 @@
+"""FLOPs, MACs and parameters of every layer, from one forward pass on the meta device.
+
+Two ways of counting stand side by side. `flops` is the paper's (authors' notebooks): convolution and linear 2 per
+multiply-add and 1 per bias, batch norm 2 per element, ReLU modules 1 per element, max and average pooling modules 1
+per window element (adaptive pooling counts nothing). `macs` is plain multiply-adds of convolution and linear layers.
+Operations called as functions are counted by neither, as in the reference.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from cup.meta import meta_copy, meta_input
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One module's cost for one sample, all its calls together."""
+
+    name: str
+    kind: str
+    flops: int
+    macs: int
+    params: int
+
+
+@dataclass(frozen=True)
+class Complexity:
+    """Cost of one forward pass of one sample."""
+
+    layers: tuple[LayerCost, ...]
+    flops: int
+    """The paper's counting."""
+    macs: int
+    """Multiply-adds of convolutions and linear layers."""
+    params: int
+    """Parameters of the whole network, each counted once."""
+
+
+def complexity(model: nn.Module, example_input: torch.Tensor) -> Complexity:
+    """Count `model` on one sample shaped like example_input (N, ...); the model is neither run nor changed.
+
+    Layers stand in the order of their first call.
+    """
+    twin = meta_copy(model).eval()
+    sample = meta_input(example_input.shape[1:], batch=1, dtype=example_input.dtype)
+    names = {module: name for name, module in twin.named_modules()}
+    costs: dict[str, LayerCost] = {}
+
+    def count(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        name = names[module]
+        flops, macs = _cost(module, inputs[0], output)
+        before = costs.get(name, LayerCost(name, type(module).__name__, 0, 0, _own_parameters(module)))
+        costs[name] = LayerCost(name, before.kind, before.flops + flops, before.macs + macs, before.params)
+
+    for module in twin.modules():
+        if not any(True for _ in module.children()):
+            module.register_forward_hook(count)
+    with torch.no_grad():
+        twin(sample)
+    layers = tuple(costs.values())
+    return Complexity(
+        layers=layers,
+        flops=sum(layer.flops for layer in layers),
+        macs=sum(layer.macs for layer in layers),
+        params=sum(parameter.numel() for parameter in twin.parameters()),
+    )
+
+
+def _cost(module: nn.Module, value: torch.Tensor, output: torch.Tensor) -> tuple[int, int]:
+    """(flops, macs) of one call."""
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        macs = output.numel() * module.in_channels // module.groups * math.prod(module.kernel_size)
+        return 2 * macs + (output.numel() if module.bias is not None else 0), macs
+    if isinstance(module, nn.Linear):
+        macs = output.numel() * module.in_features
+        return 2 * macs + (output.numel() if module.bias is not None else 0), macs
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return 2 * value.numel(), 0
+    if isinstance(module, nn.ReLU | nn.ReLU6):
+        return value.numel(), 0
+    if isinstance(module, nn.MaxPool2d | nn.AvgPool2d):
+        side = module.kernel_size
+        window = side * side if isinstance(side, int) else math.prod(side)
+        return output.numel() * window, 0
+    return 0, 0
+
+
+def _own_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters(recurse=False))

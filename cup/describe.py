@@ -1,0 +1,26 @@
+"""The channel groups of a model as a table for people."""
+
+import torch
+from torch import nn
+
+from cup.groups import ChannelGroup, Place, channel_groups
+
+
+def describe(model: nn.Module, example_input: torch.Tensor | None = None) -> str:
+    """One line a channel group: name, width, its layers, and whether and why it may shrink."""
+    rows = [("group", "width", "written by", "read by", "may shrink")]
+    rows += [_row(group) for group in channel_groups(model, example_input)]
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def _row(group: ChannelGroup) -> tuple[str, str, str, str, str]:
+    verdict = f"no: {group.frozen}" if group.frozen else "yes" if group.inner else 'with scope "all" (residual)'
+    return group.name, str(group.width), _names(group.producers), _names(group.consumers), verdict
+
+
+def _names(places: tuple[Place, ...]) -> str:
+    names = [place.module for place in places]
+    return ", ".join(names) if len(names) <= 2 else f"{names[0]} and {len(names) - 1} more"

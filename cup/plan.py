@@ -1,0 +1,59 @@
+"""Plans: which channels stay. Plain data that can be stored, sent, compared and replayed."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+
+from cup.errors import CupError
+
+
+@dataclass(frozen=True)
+class PrunePlan:
+    """For each group the sorted channels that stay, and the width that it had.
+
+    kept: group name -> sorted kept indices. Groups that keep all their channels may be named.
+    widths: group name -> channels before the cut, for the same names.
+    threshold: the height of the cut, where one height made the plan.
+    note: what a reader should know, e.g. that a target could not be reached; not part of the digest.
+    """
+
+    kept: Mapping[str, tuple[int, ...]]
+    widths: Mapping[str, int]
+    threshold: float | None = None
+    note: str = field(default="", compare=False)
+
+    @property
+    def new_widths(self) -> dict[str, int]:
+        """Group name -> channels after the cut."""
+        return {name: len(channels) for name, channels in self.kept.items()}
+
+    @property
+    def removed(self) -> dict[str, int]:
+        """Group name -> number of channels that go, for the groups that lose any."""
+        return {name: self.widths[name] - len(c) for name, c in self.kept.items() if len(c) < self.widths[name]}
+
+    def digest(self) -> str:
+        """SHA-256 of what the plan does, equal on every machine for equal plans."""
+        content = json.dumps([dict(self.kept), dict(self.widths)], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> "PrunePlan":
+        data = json.loads(text)
+        data["kept"] = {name: tuple(channels) for name, channels in data["kept"].items()}
+        return PrunePlan(**data)
+
+    def then(self, later: "PrunePlan") -> "PrunePlan":
+        """One plan that does what this one and then `later` do. CupError if `later` expects other widths."""
+        kept, widths = dict(self.kept), dict(self.widths)
+        for name, channels in later.kept.items():
+            before = kept.get(name, tuple(range(later.widths[name])))
+            if len(before) != later.widths[name]:
+                raise CupError(f"the later plan expects {name} at {later.widths[name]} channels, found {len(before)}")
+            kept[name] = tuple(before[channel] for channel in channels)
+            widths.setdefault(name, later.widths[name])
+        return PrunePlan(kept, widths, later.threshold, later.note)

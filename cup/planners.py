@@ -1,0 +1,244 @@
+"""Planners: decide which channels stay, by height of the cut, by target FLOPs reduction, or by counts.
+
+A planner never touches the model. It treats the groups in network order, one after another: a group's features are
+computed from weights whose inputs the groups before it have already lost (paper, step 4).
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import numpy as np
+from torch import nn
+
+from cup.cluster import clusters_at, cut, representatives, ward_tree
+from cup.complexity import complexity
+from cup.errors import CupError
+from cup.features import Connections, FeatureVariant, connections, group_features
+from cup.groups import ChannelGroup, check_groups, keep_masks
+from cup.meta import meta_copy, meta_input
+from cup.plan import PrunePlan
+from cup.surgery import apply_plan
+
+REDUCTION_TOLERANCE = 0.01
+"""How far above a target FLOPs reduction a plan may land, relative."""
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """How the planners cluster; every planner takes these fields as keyword arguments."""
+
+    features: FeatureVariant = "both"
+    """Connections that describe a filter: incoming, outgoing or both."""
+    use_bias: bool = True
+    """Count a layer's bias among its filters' features, where it has one."""
+    scope: Literal["inner", "all"] = "inner"
+    """inner = groups that no residual addition touches (the paper's); all = residual groups too."""
+    sequential: bool = True
+    """Compute a group's features after the cuts before it (the reference); False = all from the weights as they are."""
+    round_to: int = 1
+    """Widths are rounded up to a multiple of this, cutting the same dendrogram; never above the old width."""
+    min_channels: int = 1
+    """No group gets narrower than this."""
+
+    def __post_init__(self) -> None:
+        checks = [
+            ("features", self.features in get_args(FeatureVariant), "both, incoming or outgoing"),
+            ("scope", self.scope in ("inner", "all"), "inner or all"),
+            ("round_to", self.round_to >= 1, "a whole number from 1"),
+            ("min_channels", self.min_channels >= 1, "a whole number from 1"),
+        ]
+        for name, ok, allowed in checks:
+            if not ok:
+                raise CupError(f"{name}: found {getattr(self, name)!r}, allowed: {allowed}")
+
+    def width(self, clusters: int, width: int) -> int:
+        """The width for a cluster count: at least min_channels, rounded up to round_to, at most the width there is."""
+        return min(width, math.ceil(max(clusters, self.min_channels) / self.round_to) * self.round_to)
+
+
+@dataclass(frozen=True, eq=False)
+class GroupCut:
+    """How one group was cut: `labels_C[channel]` is its cluster, `kept` the representatives, `tree` SciPy's linkage."""
+
+    group: ChannelGroup
+    tree: np.ndarray
+    labels_C: np.ndarray
+    kept: tuple[int, ...]
+
+
+def plan_by_threshold(model: nn.Module, groups: Sequence[ChannelGroup], t: float, **options: Any) -> PrunePlan:
+    """Cut every group's dendrogram at height t (paper, step 2).
+
+    groups: from `channel_groups(model)`. options: the fields of `PlanOptions`.
+    Raises CupError for t <= 0, weights that are not finite, or groups of another network.
+    """
+    if not t > 0:
+        raise CupError(f"threshold t: found {t}, allowed: a number above 0")
+    cuts = cut_groups(model, groups, lambda group, tree: clusters_at(tree, t), PlanOptions(**options))
+    return _plan(cuts, threshold=t)
+
+
+def plan_by_counts(
+    model: nn.Module, groups: Sequence[ChannelGroup], counts: Mapping[str, int], **options: Any
+) -> PrunePlan:
+    """Cut each named group to exactly counts[name] clusters (paper, manual mode); the others keep their width.
+
+    Raises CupError for an unknown or frozen group and for a count outside 1..width.
+    """
+    settings = PlanOptions(**options)
+    known = {group.name: group for group in prunable_groups(groups, settings.scope)}
+    for name, count in counts.items():
+        if name not in known:
+            raise CupError(f"no group {name!r} that may be pruned; there are: {', '.join(known)}")
+        if not 1 <= count <= known[name].width:
+            raise CupError(f"counts[{name!r}]: found {count}, allowed: 1 to {known[name].width}")
+    return _plan(cut_groups(model, groups, lambda group, tree: counts.get(group.name, group.width), settings))
+
+
+def plan_by_reduction(
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    target: float,
+    *,
+    dense_flops: int | None = None,
+    **options: Any,
+) -> PrunePlan:
+    """The cut whose FLOPs reduction lands on `target`: at or above it by at most 1%, or else as near as there is.
+
+    Bisection on the height t; where a small step of t jumps over the target, the first groups in network order take
+    the deeper of the two neighbouring cuts and the rest the shallower one. If even the deepest cut stays short, that
+    is the plan. `note` says so in both cases.
+    dense_flops: FLOPs (the paper's counting) that the reduction is measured against; the model's own if not given.
+    Raises CupError for a target <= 1.
+    """
+    if not target > 1:
+        raise CupError(f"target reduction: found {target}, allowed: a number above 1")
+    check_groups(model, groups)
+    search = _Search(model, groups, PlanOptions(**options), target, dense_flops)
+    shallow, deep = search.bracket()
+    if deep.reduction < target:
+        return replace(deep.plan, note=f"FR {target:g} is out of reach: the deepest cut gives {deep.reduction:.3f}")
+    return deep.plan if search.is_near(deep) else search.between(shallow, deep)
+
+
+def prunable_groups(groups: Iterable[ChannelGroup], scope: str = "inner") -> list[ChannelGroup]:
+    """The groups that a planner with this scope cuts, in network order."""
+    return [group for group in groups if not group.frozen and (group.inner or scope == "all")]
+
+
+def cut_groups(
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    clusters: Callable[[ChannelGroup, np.ndarray], int],
+    options: PlanOptions,
+    layers: Mapping[str, Connections] | None = None,
+) -> list[GroupCut]:
+    """Cluster every group in scope, in network order; `clusters(group, tree)` says into how many.
+
+    The shared core of the planners; the model is only read. layers: from `connections`, computed here if not given.
+    Raises CupError for weights that are not finite or groups that do not fit the model.
+    """
+    check_groups(model, groups)
+    shrinkable = prunable_groups(groups, options.scope)
+    if not shrinkable:
+        raise CupError(f"no group may be pruned with scope {options.scope!r}; cup.describe(model) says why")
+    layers = connections(model, shrinkable) if layers is None else layers
+    cuts: list[GroupCut] = []
+    for group in shrinkable:
+        masks = keep_masks((done.group, done.kept) for done in cuts) if options.sequential else {}
+        features_CF = group_features(layers, group, options.features, options.use_bias, masks)
+        tree = ward_tree(features_CF)
+        labels_C = cut(tree, options.width(clusters(group, tree), group.width))
+        cuts.append(GroupCut(group, tree, labels_C, representatives(features_CF, labels_C)))
+    return cuts
+
+
+def _plan(cuts: Sequence[GroupCut], threshold: float | None = None) -> PrunePlan:
+    kept = {done.group.name: done.kept for done in cuts}
+    return PrunePlan(kept, {done.group.name: done.group.width for done in cuts}, threshold)
+
+
+@dataclass(frozen=True, eq=False)
+class _Candidate:
+    """A plan and the FLOPs reduction that it leads to."""
+
+    plan: PrunePlan
+    reduction: float
+
+
+class _Search:
+    """Looks for the plan that lands on a target reduction; weights and the network's skeleton are read once."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Sequence[ChannelGroup],
+        options: PlanOptions,
+        target: float,
+        dense_flops: int | None,
+    ) -> None:
+        self.model, self.groups, self.options, self.target = model, groups, options, target
+        self.shrinkable = prunable_groups(groups, options.scope)
+        self.layers = connections(model, self.shrinkable)
+        self.skeleton = meta_copy(model)
+        self.sample = meta_input(groups[0].input_shape, batch=1)
+        self.dense_flops = dense_flops or complexity(self.skeleton, self.sample).flops
+
+    def is_near(self, candidate: _Candidate) -> bool:
+        """At the target or above it by no more than the tolerance."""
+        return self.target <= candidate.reduction <= self.target * (1 + REDUCTION_TOLERANCE)
+
+    def bracket(self) -> tuple[_Candidate, _Candidate]:
+        """Two cuts around the target, shallow below it and deep at or above it, near it or few channels apart.
+
+        deep falls short of the target only where the smallest widths there are do.
+        """
+        floor = {group.name: self.options.width(1, group.width) for group in self.shrinkable}
+        low, high = 0.0, 1.0
+        shallow, deep = self._at_height(low), self._at_height(high)
+        while deep.reduction < self.target and deep.plan.new_widths != floor:
+            low, high, shallow, deep = high, 2 * high, deep, self._at_height(2 * high)
+        while not self.is_near(deep) and high - low > 1e-6 * high and _distance(shallow, deep) > self.options.round_to:
+            middle = (low + high) / 2
+            candidate = self._at_height(middle)
+            if candidate.reduction < self.target:
+                low, shallow = middle, candidate
+            else:
+                high, deep = middle, candidate
+        return shallow, deep
+
+    def between(self, shallow: _Candidate, deep: _Candidate) -> PrunePlan:
+        """Walk from the shallow cut to the deep one, one group a step, to the first plan at or above the target.
+
+        Where that overshoots by more than the tolerance, the nearest of the plans on the way is taken, with a note.
+        """
+        counts = dict(shallow.plan.new_widths)
+        passed = [shallow]
+        for name, goal in deep.plan.new_widths.items():
+            while counts[name] > goal and passed[-1].reduction < self.target:
+                counts[name] = max(goal, counts[name] - self.options.round_to)
+                passed.append(self._at_counts(counts, deep.plan.threshold))
+        nearest = min(passed, key=lambda candidate: abs(candidate.reduction - self.target))
+        if self.is_near(passed[-1]):
+            return passed[-1].plan
+        return replace(nearest.plan, note=f"FR {nearest.reduction:.3f} is as near to {self.target:g} as widths allow")
+
+    def _at_height(self, t: float) -> _Candidate:
+        return self._candidate(lambda group, tree: clusters_at(tree, t), t)
+
+    def _at_counts(self, counts: Mapping[str, int], t: float | None) -> _Candidate:
+        return self._candidate(lambda group, tree: counts[group.name], t)
+
+    def _candidate(self, clusters: Callable[[ChannelGroup, np.ndarray], int], t: float | None) -> _Candidate:
+        plan = _plan(cut_groups(self.model, self.groups, clusters, self.options, self.layers), t)
+        narrowed = meta_copy(self.skeleton)
+        apply_plan(narrowed, plan, self.groups)
+        return _Candidate(plan, self.dense_flops / complexity(narrowed, self.sample).flops)
+
+
+def _distance(one: _Candidate, other: _Candidate) -> int:
+    """Channels by which two plans' widths differ, all groups together."""
+    widths, others = one.plan.new_widths, other.plan.new_widths
+    return sum(abs(widths[name] - others[name]) for name in widths)
