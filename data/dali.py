@@ -8,6 +8,7 @@ DALI is imported inside functions only; `import data` must work, and be quick, w
 """
 
 import os
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -126,7 +127,7 @@ class DaliSource:
         graph = _train_graph if self._augment else _val_graph
         return pipeline_def(graph)(
             self._config,
-            self._paths_of_step,
+            self._step_paths(),
             _decoder(self._device),
             batch_size=self._sharding.batch_size,
             num_threads=self._threads,
@@ -137,16 +138,35 @@ class DaliSource:
             checkpoint=self._checkpoint,
         )
 
-    def _paths_of_step(self, stream_step: int) -> list[np.ndarray]:
-        """The external source, called with the step since the stream began: paths as bytes, uint8 (length,) each."""
-        epoch, step = divmod(self._first + stream_step, self._sharding.steps)
-        indices_B, _ = self._sharding.indices(epoch, step)
-        return [np.frombuffer(os.fsencode(self._images.path(index)), dtype=np.uint8) for index in indices_B]
-
     def _paths_ahead(self) -> list[str]:
-        steps = range(self._next, self._next + PREFETCHED_BATCHES + 1)
-        places = [divmod(step, self._sharding.steps) for step in steps]
-        return [self._images.path(index) for place in places for index in self._sharding.indices(*place)[0]]
+        """Files of the step that is due and of those that DALI may have begun already."""
+        due = self._next - self._first
+        return [path for step in range(due, due + PREFETCHED_BATCHES + 1) for path in self._step_paths().paths(step)]
+
+    def _step_paths(self) -> "_StepPaths":
+        return _StepPaths(self._images, self._sharding, self._first)
+
+
+@dataclass(frozen=True)
+class _StepPaths:
+    """The external source: step since the stream began -> this rank's files.
+
+    Not a method of `DaliSource`: the pipeline would then be freed late, by the garbage collector, and crash a forked
+    process that happens to run it.
+    """
+
+    images: ImageList
+    sharding: Sharding
+    first: int
+
+    def __call__(self, stream_step: int) -> list[np.ndarray]:
+        """Paths as bytes, uint8 (length,) each."""
+        return [np.frombuffer(os.fsencode(path), dtype=np.uint8) for path in self.paths(stream_step)]
+
+    def paths(self, stream_step: int) -> list[str]:
+        epoch, step = divmod(self.first + stream_step, self.sharding.steps)
+        indices_B, _ = self.sharding.indices(epoch, step)
+        return [self.images.path(index) for index in indices_B]
 
 
 def _decoder(device: torch.device) -> str:
@@ -160,12 +180,12 @@ def _device_id(device: torch.device) -> int | None:
     return torch.cuda.current_device() if device.index is None else device.index
 
 
-def _train_graph(config: DataConfig, paths_of_step, decoder: str):
+def _train_graph(config: DataConfig, step_paths, decoder: str):
     """Random crop (only its pixels are decoded), resize, flip, normalise."""
     from nvidia.dali import fn
 
     images = fn.decoders.image_random_crop(
-        _read(paths_of_step),
+        _read(step_paths),
         random_area=list(config.crop_scale),
         random_aspect_ratio=list(config.crop_ratio),
         **_decoder_options(config, decoder),
@@ -174,14 +194,14 @@ def _train_graph(config: DataConfig, paths_of_step, decoder: str):
     return _normalised(images, config, mirror=fn.random.coin_flip(probability=config.flip))
 
 
-def _val_graph(config: DataConfig, paths_of_step, decoder: str):
+def _val_graph(config: DataConfig, step_paths, decoder: str):
     """Resize of the shorter side, centre crop, normalise: the same sizes and pixels as torchvision's.
 
     The sizes are computed here, as DALI's own options round them the other way, which moves many images by a pixel.
     """
     from nvidia.dali import fn, types
 
-    encoded = _read(paths_of_step)
+    encoded = _read(step_paths)
     shape_hw = fn.peek_image_shape(encoded, adjust_orientation=False)[:2]
     resized_hw = shape_hw * config.resize_size // fn.reductions.min(shape_hw)
     margin_hw = resized_hw - config.image_size
@@ -196,10 +216,10 @@ def _val_graph(config: DataConfig, paths_of_step, decoder: str):
     return _normalised(images, config)
 
 
-def _read(paths_of_step):
+def _read(step_paths):
     from nvidia.dali import fn, types
 
-    return fn.io.file.read(fn.external_source(source=paths_of_step, batch=True, ndim=1, dtype=types.UINT8))
+    return fn.io.file.read(fn.external_source(source=step_paths, batch=True, ndim=1, dtype=types.UINT8))
 
 
 def _decoder_options(config: DataConfig, decoder: str) -> dict[str, Any]:

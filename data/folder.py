@@ -97,8 +97,7 @@ def decode_failure(paths: list[str], cause: Exception) -> DataError:
             with Image.open(path) as image:
                 image.load()
         except Exception as error:
-            reason = "; ".join(str(error).splitlines()).replace(repr(path), "the file")
-            unreadable.append(f"{path} ({reason})")
+            unreadable.append(f"{path} ({type(error).__name__}: {' '.join(str(error).split())})")
     if unreadable:
         return DataError(f"cannot read {', '.join(unreadable[:3])}: replace or remove such files, and start again")
     reason = " ".join(str(cause).split())
