@@ -37,7 +37,7 @@ def cut(tree: np.ndarray, clusters: int) -> np.ndarray:
 
 
 def representatives(features_CF: np.ndarray, labels_C: np.ndarray) -> tuple[int, ...]:
-    """Sorted channels that stay: of each cluster the one with the largest L2 norm of its features, ties to the lowest."""
+    """Sorted channels that stay: of each cluster the one with the largest feature norm (L2), ties to the lowest."""
     norms_C = np.linalg.norm(features_CF, axis=1)
     best_first_C = np.lexsort((np.arange(len(norms_C)), -norms_C))
     _, first = np.unique(labels_C[best_first_C], return_index=True)

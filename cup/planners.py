@@ -13,7 +13,7 @@ import numpy as np
 from torch import nn
 
 from cup.cluster import clusters_at, cut, representatives, ward_tree
-from cup.complexity import complexity
+from cup.complexity import Complexity, complexity
 from cup.errors import CupError
 from cup.features import Connections, FeatureVariant, connections, group_features
 from cup.groups import ChannelGroup, check_groups, keep_masks
@@ -123,6 +123,13 @@ def plan_by_reduction(
     return deep.plan if search.is_near(deep) else search.between(shallow, deep)
 
 
+def complexity_after(model: nn.Module, groups: Sequence[ChannelGroup], plan: PrunePlan) -> Complexity:
+    """What the model would cost after `plan`, at the input shape of the groups' trace; nothing is changed."""
+    narrowed = meta_copy(model)
+    apply_plan(narrowed, plan, groups)
+    return complexity(narrowed, meta_input(groups[0].input_shape, batch=1))
+
+
 def prunable_groups(groups: Iterable[ChannelGroup], scope: str = "inner") -> list[ChannelGroup]:
     """The groups that a planner with this scope cuts, in network order."""
     return [group for group in groups if not group.frozen and (group.inner or scope == "all")]
@@ -182,9 +189,7 @@ class _Search:
         self.model, self.groups, self.options, self.target = model, groups, options, target
         self.shrinkable = prunable_groups(groups, options.scope)
         self.layers = connections(model, self.shrinkable)
-        self.skeleton = meta_copy(model)
-        self.sample = meta_input(groups[0].input_shape, batch=1)
-        self.dense_flops = dense_flops or complexity(self.skeleton, self.sample).flops
+        self.dense_flops = dense_flops or complexity(model, meta_input(groups[0].input_shape, batch=1)).flops
 
     def is_near(self, candidate: _Candidate) -> bool:
         """At the target or above it by no more than the tolerance."""
@@ -233,9 +238,7 @@ class _Search:
 
     def _candidate(self, clusters: Callable[[ChannelGroup, np.ndarray], int], t: float | None) -> _Candidate:
         plan = _plan(cut_groups(self.model, self.groups, clusters, self.options, self.layers), t)
-        narrowed = meta_copy(self.skeleton)
-        apply_plan(narrowed, plan, self.groups)
-        return _Candidate(plan, self.dense_flops / complexity(narrowed, self.sample).flops)
+        return _Candidate(plan, self.dense_flops / complexity_after(self.model, self.groups, plan).flops)
 
 
 def _distance(one: _Candidate, other: _Candidate) -> int:

@@ -1,0 +1,1 @@
+"""What a person runs: each script parses, calls down, and returns an exit code."""

@@ -1,0 +1,38 @@
+"""Train a classifier while it shrinks.
+
+torchrun --standalone --nproc-per-node=2 launch/train.py [--config FILE] [--KEY VALUE ...]
+"""
+
+import sys
+import time
+from pathlib import Path
+
+STARTED = time.perf_counter()  # importing torch is part of the run's startup
+# A script's own folder comes first on the path, and there `train` is this file: the repository root belongs there.
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)
+
+from train.cli import exit_code_of  # noqa: E402
+from train.config import parse_config  # noqa: E402
+from train.ledger import Ledger  # noqa: E402
+from train.run import run  # noqa: E402
+from train.world import open_world  # noqa: E402
+
+DEMO = ROOT / "launch" / "configs" / "demo.yaml"
+
+
+def main(argv: list[str]) -> int:
+    """Exit code: 0 after a finished run, 2 for a configuration error, 1 for any other that a user can cause."""
+    debug = "--debug" in argv
+    return exit_code_of(lambda: _train(argv), debug)
+
+
+def _train(argv: list[str]) -> None:
+    config = parse_config(argv, "launch/train.py", str(DEMO))
+    world = open_world(config.run.device)
+    run(config, world, Ledger(started=STARTED))
+    world.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,39 @@
+"""From an exception to one line and an exit code: what every script in launch/ ends with."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+from train.world import USER_ERRORS, lost_peer
+
+
+def exit_code_of(action: Callable[[], None], debug: bool) -> int:
+    """Run `action` and return the process's exit code.
+
+    0 after success; 2 for a configuration error, 1 for any other that a user can cause, each printed as one line on
+    stderr, with its traceback only if `debug`; 130 after Ctrl-C. What only a programmer can cause passes through.
+    """
+    try:
+        action()
+    except KeyboardInterrupt:
+        _say("interrupted; the same command goes on from the last checkpoint, if there is one")
+        return 130
+    except Exception as error:
+        if isinstance(error, USER_ERRORS):
+            message = " ".join(str(error).split())
+        elif lost_peer(error):
+            message = "lost another rank in the middle of a collective; that rank's own message says why"
+        else:
+            raise
+        if debug:
+            traceback.print_exc()
+        _say(f"error: {message}")
+        return getattr(error, "exit_code", 1)
+    return 0
+
+
+def _say(message: str) -> None:
+    """One line on stderr, with the rank where there are several."""
+    rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    print(f"{rank}{message}", file=sys.stderr, flush=True)

@@ -1,0 +1,177 @@
+"""The configuration of a run: the owners' dataclasses put together, parsed and validated before anything else exists.
+
+Precedence, last wins: defaults in the dataclasses, the YAML file, dotted overrides on the command line. An error is one
+line that names the key, the value found and what is allowed.
+"""
+
+import dataclasses
+import difflib
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+from data import DataConfig
+from train.engine import TrainConfig
+from train.errors import ConfigError
+from train.optim import OptimConfig
+from train.resize import CupConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """The run as a whole: its place, its seed, its device."""
+
+    name: str = "run"
+    """Name of the run; its directory is ROOT/NAME."""
+    root: str = "runs"
+    """Where run directories lie."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto = go on with an unfinished run of this name and configuration, leave a finished one alone and take the next
+    free number (NAME-2, ...); never = always take a new directory."""
+    seed: int = 0
+    """Seed of initial weights, order of images and augmentation."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto = a GPU a rank where there are any, else the CPU."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError naming the field, the value found and what is allowed."""
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
+            raise ValueError(f"name: found {self.name!r}, allowed: letters, digits, '.', '_' and '-', no slashes")
+        if self.seed < 0:
+            raise ValueError(f"seed: found {self.seed}, allowed: a whole number from 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The network."""
+
+    name: str = "resnet50"
+    """A classification model of torchvision, timm:NAME, lenet, mlp, vgg16_cifar, or resnet20_cifar (32, 44, 56)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides what a run computes."""
+
+    run: RunOptions = field(default_factory=RunOptions)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    cup: CupConfig = field(default_factory=CupConfig)
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for settings that are at odds with each other."""
+        last = self.cup.last_epoch
+        if self.cup.enabled and last is not None and last > self.train.epochs:
+            raise ValueError(f"cup.last_epoch: found {last}, allowed: up to train.epochs ({self.train.epochs})")
+        if self.optim.warmup_epochs > self.train.epochs:
+            raise ValueError(
+                f"optim.warmup_epochs: found {self.optim.warmup_epochs}, allowed: up to train.epochs "
+                f"({self.train.epochs})"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain data, as YAML and JSON hold it."""
+        return _plain(dataclasses.asdict(self))
+
+
+def build_parser(prog: str, default_config: str) -> ArgumentParser:
+    """The command line: --config FILE, dotted overrides, --help with every option's unit and default, --print_config."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog=prog,
+        exit_on_error=False,
+        allow_abbrev=False,
+        description="Train a classifier on several ranks while CUP-SS resizes it.",
+        epilog=f"Without --config the recipe {default_config} is run.",
+    )
+    parser.add_argument("--config", action="config", help="Recipe, a YAML file; launch/configs/ holds some.")
+    parser.add_argument("--debug", action="store_true", help="Show the traceback of an error that has one line else.")
+    parser.add_class_arguments(RunConfig, None)
+    return parser
+
+
+def parse_config(argv: list[str], prog: str, default_config: str) -> RunConfig:
+    """Command line -> configuration. Raises ConfigError; --help and --print_config print and exit with 0."""
+    if not any(arg == "--config" or arg.startswith("--config=") for arg in argv):
+        argv = ["--config", default_config, *argv]
+    try:
+        namespace = build_parser(prog, default_config).parse_args(argv)
+    except ArgumentError as error:
+        raise ConfigError(_one_line(str(error))) from error
+    values = namespace.as_dict()
+    sections = {section.name: values[section.name] for section in dataclasses.fields(RunConfig)}
+    return config_from_dict(sections)
+
+
+def config_from_dict(values: dict[str, dict[str, Any]]) -> RunConfig:
+    """Nested plain data -> configuration. Raises ConfigError for what is out of range."""
+    sections = {}
+    for section in dataclasses.fields(RunConfig):
+        try:
+            sections[section.name] = section.default_factory().__class__(**_tuples(values[section.name]))
+        except ValueError as error:
+            raise ConfigError(f"{section.name}.{error}") from error
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"{section.name}: a configuration of another version ({error})") from error
+    try:
+        return RunConfig(**sections)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def differing_keys(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys at which two plain configurations differ, with both values."""
+    different = []
+    for key in sorted({*one, *other}):
+        ours, theirs, name = one.get(key), other.get(key), f"{prefix}{key}"
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            different += differing_keys(ours, theirs, f"{name}.")
+        elif ours != theirs:
+            different.append(f"{name} ({theirs!r} there, {ours!r} now)")
+    return different
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, tuple) else value
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+
+def _one_line(message: str) -> str:
+    """jsonargparse's message in this project's form: key, value found, what is allowed."""
+    if match := re.search(r"Parser key \"(.+?)\":\s*Expected an? (.+?)\. Got value: (.*)", message, re.DOTALL):
+        key, expected, found = match.groups()
+        return f"{key}: found {found.strip()!r}, allowed: {_type_in_words(expected)}"
+    if match := re.search(r"(?:Group '(.+?)' does not accept option|Option) '(.+?)'", message):
+        return _unknown_key(".".join(part for part in match.groups() if part))
+    if match := re.search(r"unrecognized arguments: (.*)", message, re.IGNORECASE):
+        return _unknown_key(match.group(1).split()[0].lstrip("-").split("=")[0])
+    return " ".join(message.split())
+
+
+def _unknown_key(key: str) -> str:
+    known = [f"{section.name}.{f.name}" for section in dataclasses.fields(RunConfig) for f in _fields(section)]
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    group = [name for name in known if name.split(".")[0] == key.split(".")[0]]
+    allowed = ", ".join(group) if group else ", ".join(section.name + ".*" for section in dataclasses.fields(RunConfig))
+    hint = f", did you mean {close[0]}?" if close else ";"
+    return f"{key}: unknown key{hint} allowed: {allowed}"
+
+
+def _fields(section: dataclasses.Field) -> tuple[dataclasses.Field, ...]:
+    return dataclasses.fields(section.default_factory())
+
+
+def _type_in_words(expected: str) -> str:
+    expected = re.sub(r"<class '(\w+)'>", r"\1", expected)
+    expected = re.sub(r"typing\.Literal\[(.*)\]", lambda m: m.group(1).replace("'", "").replace(", ", " or "), expected)
+    words = {"float": "a number", "int": "a whole number", "bool": "true or false", "str": "text", "tuple": "a list"}
+    return words.get(expected, " ".join(expected.split()))

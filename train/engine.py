@@ -1,0 +1,268 @@
+"""The training loop.
+
+    fit:
+        for each epoch:
+            resize the network, if the schedule says so         # train/resize.py
+            train_epoch: for each batch, learning rate, forward, backward, step, EMA
+            average batch-norm statistics over the ranks
+            evaluate                                            # exact, padding counts for nothing
+            write one epoch line, save `last` (and `best`)
+        write the closing line
+
+Every function here is called by all ranks.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from data import Loader
+from train.ledger import Ledger, gpu_hours
+from train.optim import OptimConfig, learning_rate, set_learning_rate
+from train.precision import Precision, PrecisionName
+from train.resize import ResizeOutcome, Resizer
+from train.sinks import Sinks
+from train.state import TrainState
+from train.world import World
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The loop."""
+
+    epochs: int = 90
+    """Passes over the training set."""
+    precision: PrecisionName = "fp32"
+    """fp32, bf16 (autocast), or fp16 (autocast with a gradient scaler)."""
+    label_smoothing: float = 0.0
+    """Share of the target spread over all classes, 0 to below 1."""
+    ema_decay: float = 0.0
+    """Decay of the moving average of the weights a step, evaluated instead of them; 0 = none."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError naming the field, the value found and what is allowed."""
+        checks = [
+            ("epochs", self.epochs >= 1, "a whole number from 1"),
+            ("label_smoothing", 0 <= self.label_smoothing < 1, "from 0 to below 1"),
+            ("ema_decay", 0 <= self.ema_decay < 1, "from 0 to below 1"),
+        ]
+        for name, ok, allowed in checks:
+            if not ok:
+                raise ValueError(f"{name}: found {getattr(self, name)!r}, allowed: {allowed}")
+
+
+@dataclass
+class Trainer:
+    """Everything that the loop works with, on one rank."""
+
+    config: TrainConfig
+    optim: OptimConfig
+    world: World
+    train_loader: Loader
+    val_loader: Loader
+    state: TrainState
+    resizer: Resizer
+    ledger: Ledger
+    sinks: Sinks
+    progress: "Progress"
+    save: Callable[["Trainer", bool], None]
+    """Writes a checkpoint of this trainer; the flag says whether it is the best so far. All ranks call it."""
+
+
+@dataclass
+class Progress:
+    """How far a run is, and how well it did; goes into the checkpoint."""
+
+    epoch: int = 0
+    """Epochs finished."""
+    step: int = 0
+    """Optimizer steps made."""
+    resizes: int = 0
+    best_top1: float = -1.0
+    best_top5: float = -1.0
+    last_line: dict[str, Any] = field(default_factory=dict)
+    """The epoch event of the last finished epoch."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Exact accuracy over the whole validation set, all ranks together."""
+
+    top1: float
+    """Percent."""
+    top5: float
+    """Percent; of as many guesses as there are classes where these are fewer than 5."""
+    images: int
+
+
+def fit(trainer: Trainer) -> dict[str, Any]:
+    """Train from where `trainer.progress` stands to the last epoch; returns the closing event."""
+    for epoch in range(trainer.progress.epoch + 1, trainer.config.epochs + 1):
+        outcome = _resize(trainer, epoch)
+        loss, images_per_s = train_epoch(trainer, epoch, just_resized=bool(outcome.removed))
+        with trainer.ledger.charge("eval"):
+            trainer.world.average_buffers(trainer.state.model)
+            if trainer.state.ema is not None:
+                trainer.world.average_buffers(trainer.state.ema)
+            result = evaluate(trainer.state.best_model, trainer.val_loader, trainer.state.precision, trainer.world)
+        line = _epoch_line(trainer, epoch, outcome, loss, images_per_s, result)
+        is_best = _advance(trainer.progress, line)
+        trainer.sinks.write(line)
+        with trainer.ledger.charge("save"):
+            trainer.save(trainer, is_best)
+    return _closing_line(trainer)
+
+
+def train_epoch(trainer: Trainer, epoch: int, just_resized: bool) -> tuple[float, float]:
+    """One pass over the training set; returns (mean loss, images a second, all ranks together)."""
+    state, loader, world = trainer.state, trainer.train_loader, trainer.world
+    state.parallel.train()
+    loader.set_epoch(epoch - 1)
+    steps = len(loader)
+    loss_sum = torch.zeros((), device=world.device)
+    images = 0
+    before = trainer.ledger.seconds
+    batches = iter(loader)
+    for step in range(steps):
+        with trainer.ledger.charge("data_wait"):
+            batch = next(batches)
+        # The first step after a resize builds DDP's buckets and picks kernels for the new shapes.
+        warms_up = just_resized and step == 0
+        with trainer.ledger.charge("resize_warmup" if warms_up else "step"):
+            lr = learning_rate(trainer.optim, epoch - 1 + step / steps, trainer.config.epochs)
+            set_learning_rate(state.optimizer, lr)
+            loss_sum += training_step(state, batch.images, batch.labels, trainer.config.label_smoothing)
+            if warms_up:
+                world.synchronize()
+        images += len(batch.labels)
+        trainer.progress.step += 1
+        trainer.sinks.progress(f"epoch {epoch}/{trainer.config.epochs}", step + 1, steps)
+    next(batches, None)  # lets the loader see its end
+    with trainer.ledger.charge("step"):
+        mean_loss = world.sum(loss_sum).item() / (steps * world.size)
+    seconds = {kind: total - before[kind] for kind, total in trainer.ledger.seconds.items()}
+    return mean_loss, images * world.size / sum(seconds.values())
+
+
+def training_step(
+    state: TrainState, images: torch.Tensor, labels: torch.Tensor, label_smoothing: float
+) -> torch.Tensor:
+    """Forward, backward, optimizer step and EMA on one batch; returns this rank's loss, a detached scalar tensor."""
+    with state.precision.autocast():
+        logits = state.parallel(images.contiguous(memory_format=state.memory_format))
+        loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    state.precision.step(loss, state.optimizer)
+    if state.ema is not None:
+        state.ema.update_parameters(state.model)
+    return loss.detach()
+
+
+@torch.no_grad()
+def evaluate(model: torch.nn.Module, loader: Loader, precision: Precision, world: World) -> Evaluation:
+    """Exact top-1 and top-5 of `model` in evaluation mode; what the validity mask marks as padding is not counted."""
+    was_training = model.training
+    model.eval()
+    counts = torch.zeros(3, dtype=torch.int64, device=world.device)  # top-1 hits, top-5 hits, images
+    for batch in loader:
+        with precision.autocast():
+            logits = model(batch.images)
+        guesses = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        hits = (guesses == batch.labels[:, None]) & batch.valid[:, None]
+        counts += torch.stack([hits[:, 0].sum(), hits.sum(), batch.valid.sum()])
+    model.train(was_training)
+    top1, top5, images = world.sum(counts).tolist()
+    return Evaluation(100 * top1 / images, 100 * top5 / images, images)
+
+
+def _resize(trainer: Trainer, epoch: int) -> ResizeOutcome:
+    """Let the hook resize, and write what it did."""
+    started = trainer.ledger.seconds["resize"]
+    with trainer.ledger.charge("resize"):
+        outcome = trainer.resizer.at_epoch_start(epoch, trainer.state, trainer.world)
+        trainer.world.synchronize()
+    seconds = trainer.ledger.seconds["resize"] - started
+    if outcome.note:
+        trainer.sinks.write({"event": "note", "time_s": trainer.ledger.total_s, "message": outcome.note})
+    if outcome.removed:
+        trainer.progress.resizes += 1
+        trainer.sinks.write(
+            {
+                "event": "resize",
+                "time_s": trainer.ledger.total_s,
+                "epoch": epoch,
+                "step": trainer.progress.step,
+                "threshold": outcome.threshold,
+                "flops_reduction_before": outcome.reduction_before,
+                "flops_reduction": outcome.reduction_after,
+                "removed": outcome.removed,
+                "seconds": seconds,
+                "digest": outcome.digests[0],
+                "digests": outcome.digests,
+            }
+        )
+    elif outcome.threshold is not None:
+        message = f"epoch {epoch}: a cut at t {outcome.threshold:.3f} removes nothing"
+        trainer.sinks.write({"event": "note", "time_s": trainer.ledger.total_s, "message": message})
+    return outcome
+
+
+def _epoch_line(
+    trainer: Trainer, epoch: int, outcome: ResizeOutcome, loss: float, images_per_s: float, result: Evaluation
+) -> dict[str, Any]:
+    """The epoch event of DESIGN.md "The log line"; its seconds are means over the ranks since the line before."""
+    reports = trainer.world.gather(trainer.ledger.since_last_report())
+    cost, dense = trainer.resizer.now, trainer.resizer.dense
+    time_s = trainer.ledger.total_s
+    return {
+        "event": "epoch",
+        "time_s": time_s,
+        "epoch": epoch,
+        "threshold": outcome.threshold,
+        "flops_reduction": dense.flops / cost.flops,
+        "macs_reduction": dense.macs / cost.macs,
+        "flops": cost.flops,
+        "macs": cost.macs,
+        "params": cost.params,
+        "widths": trainer.resizer.widths,
+        "train_loss": loss,
+        "top1": result.top1,
+        "top5": result.top5,
+        "lr": trainer.state.optimizer.param_groups[0]["lr"],
+        "images_per_s": images_per_s,
+        "seconds": {kind: sum(report[kind] for report in reports) / len(reports) for kind in reports[0]},
+        "gpu_hours": gpu_hours(time_s, trainer.world.size),
+        "device": trainer.world.device.type,
+    }
+
+
+def _advance(progress: Progress, line: dict[str, Any]) -> bool:
+    """Note that an epoch is finished; returns whether it is the best so far."""
+    progress.epoch, progress.last_line = line["epoch"], line
+    is_best = line["top1"] > progress.best_top1
+    if is_best:
+        progress.best_top1, progress.best_top5 = line["top1"], line["top5"]
+    return is_best
+
+
+def _closing_line(trainer: Trainer) -> dict[str, Any]:
+    progress, dense = trainer.progress, trainer.resizer.dense
+    time_s = trainer.ledger.total_s
+    keys = ("epoch", "flops_reduction", "macs_reduction", "flops", "macs", "params", "top1", "top5")
+    return {
+        "event": "done",
+        "time_s": time_s,
+        **{key: progress.last_line[key] for key in keys},
+        "dense_flops": dense.flops,
+        "dense_macs": dense.macs,
+        "dense_params": dense.params,
+        "best_top1": progress.best_top1,
+        "best_top5": progress.best_top5,
+        "resizes": progress.resizes,
+        "steps": progress.step,
+        "seconds": trainer.ledger.seconds,
+        "gpu_hours": gpu_hours(time_s, trainer.world.size),
+        "device": trainer.world.device.type,
+    }

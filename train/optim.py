@@ -1,0 +1,85 @@
+"""The optimizer and its learning rate, a pure function of progress."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """SGD with momentum, and its schedule."""
+
+    lr: float = 0.1
+    """Learning rate at its highest, for the whole batch of all ranks."""
+    momentum: float = 0.9
+    """SGD momentum, 0 to 1."""
+    nesterov: bool = False
+    """Nesterov momentum."""
+    weight_decay: float = 1e-4
+    """L2 penalty."""
+    decay_norms_and_biases: bool = True
+    """Whether weight decay also acts on normalisation layers and biases (the paper's recipe does)."""
+    schedule: Literal["step", "cosine"] = "step"
+    """step = times gamma at each milestone (the paper's); cosine = down to zero at the last epoch."""
+    milestones: tuple[int, ...] = (30, 60)
+    """Epochs finished when the step schedule lowers the rate, ascending."""
+    gamma: float = 0.1
+    """Factor of the step schedule at each milestone."""
+    warmup_epochs: float = 0.0
+    """Epochs of linear warm-up from zero, either schedule."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError naming the field, the value found and what is allowed."""
+        ascending = all(a < b for a, b in zip(self.milestones, self.milestones[1:], strict=False))
+        checks = [
+            ("lr", self.lr > 0, "a number above 0"),
+            ("momentum", 0 <= self.momentum < 1, "from 0 to below 1"),
+            ("nesterov", not (self.nesterov and self.momentum == 0), "true only with momentum above 0"),
+            ("weight_decay", self.weight_decay >= 0, "a number from 0"),
+            ("milestones", ascending and min(self.milestones, default=1) > 0, "ascending epochs above 0"),
+            ("gamma", 0 < self.gamma <= 1, "above 0, up to 1"),
+            ("warmup_epochs", self.warmup_epochs >= 0, "a number from 0"),
+        ]
+        for name, ok, allowed in checks:
+            if not ok:
+                raise ValueError(f"{name}: found {getattr(self, name)!r}, allowed: {allowed}")
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.SGD:
+    """Fused SGD over the model's trainable parameters; two parameter groups where norms and biases are not decayed."""
+    decayed = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}]
+    if not config.decay_norms_and_biases:
+        spared = _norms_and_biases(model)
+        groups[0]["params"] = [p for p in decayed if id(p) not in spared]
+        groups.append({"params": [p for p in decayed if id(p) in spared], "weight_decay": 0.0})
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
+
+
+def learning_rate(config: OptimConfig, progress: float, epochs: int) -> float:
+    """The learning rate when `progress` epochs (a fraction counts) out of `epochs` are done."""
+    if progress < config.warmup_epochs:
+        return config.lr * progress / config.warmup_epochs
+    if config.schedule == "step":
+        return config.lr * config.gamma ** sum(progress >= milestone for milestone in config.milestones)
+    share = (progress - config.warmup_epochs) / max(epochs - config.warmup_epochs, 1e-12)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * min(share, 1)))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def _norms_and_biases(model: nn.Module) -> set[int]:
+    """Identities of the parameters of normalisation layers and of all biases."""
+    norms = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+    return {
+        id(parameter)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if isinstance(module, norms) or name == "bias"
+    }

@@ -1,0 +1,27 @@
+"""fp32, bf16 and fp16 through one code path: autocast that may be off, and a scaler that may do nothing."""
+
+from contextlib import AbstractContextManager
+from typing import Literal
+
+import torch
+
+PrecisionName = Literal["fp32", "bf16", "fp16"]
+
+
+class Precision:
+    """Weights stay fp32; the forward pass runs in `name`. Only fp16 needs its loss scaled."""
+
+    def __init__(self, name: PrecisionName, device: torch.device) -> None:
+        self._device_type = device.type
+        self._dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
+
+    def autocast(self) -> AbstractContextManager:
+        return torch.autocast(self._device_type, dtype=self._dtype, enabled=self._dtype != torch.float32)
+
+    def step(self, loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+        """Backward pass and optimizer step; gradients are cleared."""
+        self.scaler.scale(loss).backward()
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,202 @@
+"""One run from its configuration: builds everything in order, trains, closes."""
+
+import hashlib
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from data import build_loaders, prepare_data
+from train.checkpoint import CheckpointError, load_checkpoint, plans_to_store, save_checkpoint, stored_plans
+from train.config import RunConfig
+from train.engine import Progress, Trainer, fit
+from train.errors import TrainError
+from train.ledger import Ledger
+from train.models import build_model
+from train.optim import build_optimizer
+from train.precision import Precision
+from train.resize import Resizer
+from train.rundir import RunDir, choose_run_dir
+from train.sinks import ConsoleSink, JsonLines, Sinks, TensorBoard
+from train.state import TrainState, state_digest
+from train.world import World
+
+
+def run(config: RunConfig, world: World, ledger: Ledger) -> dict[str, Any]:
+    """Train as `config` says; returns the closing event. All ranks call it. Raises what train/world.py USER_ERRORS names."""
+    run_dir = RunDir(Path(world.on_rank_zero(lambda: str(choose_run_dir(config).path))))
+    world.on_rank_zero(lambda: prepare_data(config.data))
+    trainer = world.together(lambda: _build_trainer(config, world, ledger, run_dir))
+    stored = _load_stored(run_dir, world)
+    if stored is not None:
+        world.together(lambda: _restore(trainer, stored))
+    _check_equal(trainer.state, world)
+    trainer.state.parallel = world.wrap(trainer.state.model)
+    trainer.sinks = world.together(lambda: _open_sinks(run_dir, world, trainer.progress, stored))
+    try:
+        trainer.sinks.write(_first_line(config, trainer, run_dir))
+        ledger.end_startup()
+        done = {**fit(trainer), "directory": str(run_dir.path)}
+        trainer.sinks.write(done)
+        return done
+    finally:
+        trainer.sinks.close()
+        trainer.train_loader.close()
+        trainer.val_loader.close()
+
+
+def example_input(config: RunConfig) -> torch.Tensor:
+    """A zero image of the shape that the loaders deliver, (1, channels, size, size); only its shape is used."""
+    return torch.zeros(1, config.data.channels, config.data.image_size, config.data.image_size)
+
+
+def _build_trainer(config: RunConfig, world: World, ledger: Ledger, run_dir: RunDir) -> Trainer:
+    """Everything at full width and at the beginning, DDP and sinks not yet."""
+    train_loader, val_loader = build_loaders(
+        config.data,
+        rank=world.rank,
+        world_size=world.size,
+        local_world_size=world.local_size,
+        device=world.device,
+        seed=config.run.seed,
+    )
+    torch.manual_seed(config.run.seed)  # the same initial weights on every rank
+    on_gpu = world.device.type == "cuda"
+    memory_format = torch.channels_last if on_gpu else torch.contiguous_format
+    model = build_model(config.model.name, train_loader.num_classes)
+    resizer = Resizer(config.cup, model, example_input(config), config.train.epochs)
+    model.to(world.device, memory_format=memory_format)
+    torch.manual_seed(config.run.seed + world.rank)  # dropout differs between ranks
+    torch.backends.cudnn.benchmark = on_gpu
+    ema = None
+    if config.train.ema_decay > 0:
+        average = get_ema_multi_avg_fn(config.train.ema_decay)
+        ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+    precision = Precision(config.train.precision, world.device)
+    optimizer = build_optimizer(model, config.optim)
+    return Trainer(
+        config=config.train,
+        optim=config.optim,
+        world=world,
+        train_loader=train_loader,
+        val_loader=val_loader,
+        state=TrainState(model, model, optimizer, precision, ema, memory_format),
+        resizer=resizer,
+        ledger=ledger,
+        sinks=Sinks([]),
+        progress=Progress(),
+        save=lambda trainer, is_best: _save(config, trainer, run_dir, is_best),
+    )
+
+
+def _check_equal(state: TrainState, world: World) -> None:
+    """Before DDP is wrapped, which would not notice: all ranks start from the same bits."""
+    digests = world.gather(state_digest(state))
+    if len(set(digests)) > 1:
+        raise TrainError(f"the ranks do not start from equal weights ({digests}): do all run the same versions?")
+
+
+def _save(config: RunConfig, trainer: Trainer, run_dir: RunDir, is_best: bool) -> None:
+    """Write `last`, and `best` where it is. All ranks call it: each gives its own random state and loader position."""
+    world, state = trainer.world, trainer.state
+    ranks = world.gather(
+        {
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(world.device) if world.device.type == "cuda" else None,
+            "train_loader": trainer.train_loader.state_dict(),
+            "val_loader": trainer.val_loader.state_dict(),
+            "ledger": trainer.ledger.state_dict(),
+        }
+    )
+
+    def write() -> None:
+        content = {
+            "config": config.to_dict(),
+            "num_classes": trainer.train_loader.num_classes,
+            "plans": plans_to_store(trainer.resizer.plans),
+            "widths": trainer.resizer.widths,
+            "progress": vars(trainer.progress),
+            "log_bytes": trainer.sinks.log_bytes,
+            "model": state.model.state_dict(),
+            "ema": None if state.ema is None else state.ema.state_dict(),
+            "optimizer": state.optimizer.state_dict(),
+            "scaler": state.precision.scaler.state_dict(),
+            "ranks": ranks,
+        }
+        if is_best:
+            save_checkpoint(run_dir.best, content)
+        save_checkpoint(run_dir.last, content)
+
+    world.together(write if world.is_main else lambda: None)
+
+
+def _load_stored(run_dir: RunDir, world: World) -> dict[str, Any] | None:
+    """The checkpoint to go on from, on every rank; None for a run that begins."""
+    if not world.on_rank_zero(run_dir.last.exists):
+        return None
+    return world.together(lambda: load_checkpoint(run_dir.last))
+
+
+def _restore(trainer: Trainer, stored: dict[str, Any]) -> None:
+    """Bring a fresh trainer to where the checkpoint was written: widths first, then everything that has them."""
+    state, world = trainer.state, trainer.world
+    trainer.resizer.replay(state, stored_plans(stored))
+    try:
+        state.model.load_state_dict(stored["model"])
+        if state.ema is not None:
+            state.ema.load_state_dict(stored["ema"])
+        state.optimizer.load_state_dict(stored["optimizer"])
+        state.precision.scaler.load_state_dict(stored["scaler"])
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"the stored state does not fit this network: {error}") from error
+    trainer.progress = Progress(**stored["progress"])
+    ranks = stored["ranks"]
+    mine = ranks[min(world.rank, len(ranks) - 1)]
+    trainer.ledger.load_state_dict(mine["ledger"])
+    if len(ranks) == world.size:
+        torch.set_rng_state(mine["rng"])
+        if mine["cuda_rng"] is not None and world.device.type == "cuda":
+            torch.cuda.set_rng_state(mine["cuda_rng"], world.device)
+        trainer.train_loader.load_state_dict(mine["train_loader"])
+        trainer.val_loader.load_state_dict(mine["val_loader"])
+
+
+def _open_sinks(run_dir: RunDir, world: World, progress: Progress, stored: dict[str, Any] | None) -> Sinks:
+    """Rank 0's sinks, going on where the checkpoint was written; none on the other ranks."""
+    if not world.is_main:
+        return Sinks([])
+    try:
+        log = JsonLines(run_dir.log, keep_bytes=0 if stored is None else stored["log_bytes"])
+        return Sinks([log, TensorBoard(run_dir.tensorboard, from_epoch=progress.epoch + 1), ConsoleSink()], log)
+    except OSError as error:
+        raise TrainError(f"cannot write in {run_dir.path}: {error.strerror}") from error
+
+
+def _first_line(config: RunConfig, trainer: Trainer, run_dir: RunDir) -> dict[str, Any]:
+    world, dense = trainer.world, trainer.resizer.dense
+    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else platform.machine() + " CPU"
+    return {
+        "event": "run",
+        "time_s": trainer.ledger.total_s,
+        "directory": str(run_dir.path),
+        "config_digest": hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest(),
+        "model": config.model.name,
+        "cup": config.cup.enabled,
+        "epochs": config.train.epochs,
+        "first_epoch": trainer.progress.epoch + 1,
+        "batch_size": config.data.batch_size,
+        "precision": config.train.precision,
+        "loader": type(trainer.train_loader).__name__,
+        "world_size": world.size,
+        "devices": world.gather(device),
+        "device": world.device.type,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "train_images": trainer.train_loader.num_images,
+        "val_images": trainer.val_loader.num_images,
+        "dense_flops": dense.flops,
+        "dense_macs": dense.macs,
+        "dense_params": dense.params,
+    }

@@ -1,0 +1,164 @@
+"""Ranks and devices. The only file that touches torch.distributed and DDP; one process needs no group.
+
+Decisions are made on rank 0 and travel as plain data. A step that can fail runs through `together` or
+`on_rank_zero`, so that a failure on one rank is an error on all of them and nobody waits in a collective for ever.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from cup import CupError
+from data import DataError
+from train.errors import ConfigError, TrainError
+
+T = TypeVar("T")
+
+USER_ERRORS = (TrainError, DataError, CupError)
+"""What a user can cause; everything else is a bug and keeps its traceback."""
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all of them: rank 0..size-1, its number on this machine, and its device."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's `value` (what JSON can hold) on every rank. All ranks call it."""
+        if self.size == 1:
+            return value
+        # Text, not the objects themselves: nothing that arrives is executed or depends on this process's classes.
+        text = [json.dumps(value) if self.is_main else None]
+        dist.broadcast_object_list(text, src=0, device=torch.device("cpu"))
+        return json.loads(text[0])
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's `value` (plain data or CPU tensors), in rank order, on all ranks. All ranks call it."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of `tensor` over all ranks, in place. All ranks call it."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def together(self, action: Callable[[], T]) -> T:
+        """Run `action` on every rank and return this rank's result. All ranks call it.
+
+        If it fails on some rank, every rank raises: the failing one its own exception, the others a RankFailed that
+        says which rank failed and why.
+        """
+        error = None
+        try:
+            result = action()
+        except Exception as caught:  # whatever it is, the others must hear of it before it goes on
+            error = caught
+        failure = None if error is None else (str(error) or type(error).__name__, getattr(error, "exit_code", 1))
+        failures = self.gather(failure)
+        if error is not None:
+            raise error
+        for rank, failure in enumerate(failures):
+            if failure is not None:
+                raise RankFailed(rank, *failure)
+        return result
+
+    def on_rank_zero(self, action: Callable[[], T]) -> T:
+        """Run `action` on rank 0 and return its result (what JSON can hold) everywhere. All ranks call it.
+
+        If it fails, every rank raises as in `together`.
+        """
+        return self.broadcast(self.together(action if self.is_main else lambda: None))
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model in DDP, or the model itself where there is one process. All ranks call it.
+
+        The ranks' weights must be equal already: digests are compared first, and nothing is overwritten here.
+        """
+        if self.size == 1:
+            return model
+        return nn.parallel.DistributedDataParallel(
+            model,
+            device_ids=[self.device] if self.device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+            broadcast_buffers=False,  # averaged once an epoch instead, see average_buffers
+            init_sync=False,
+        )
+
+    def average_buffers(self, model: nn.Module) -> None:
+        """Average the floating-point buffers (batch-norm statistics) over all ranks, in place. All ranks call it."""
+        if self.size == 1:
+            return
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                self.sum(buffer).div_(self.size)
+
+    def synchronize(self) -> None:
+        """Wait for the device, so that a clock read now means what it says."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def close(self) -> None:
+        if self.size > 1:
+            dist.destroy_process_group()
+
+
+class RankFailed(TrainError):
+    """Another rank failed; its own message says the same with more around it."""
+
+    def __init__(self, rank: int, message: str, exit_code: int) -> None:
+        super().__init__(f"rank {rank} failed: {message}")
+        self.exit_code = exit_code
+
+
+def open_world(device: str = "auto") -> World:
+    """Join the process group that torchrun's variables describe, or stand alone without them.
+
+    device: auto (a GPU if there is one), cpu or cuda. nccl moves GPU tensors, gloo everything else.
+    Raises ConfigError if cuda is asked for and there is none, or fewer GPUs than ranks on this machine.
+    """
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    where = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("run.device: found cuda, but torch sees no GPU here; allowed: auto, cpu")
+        if local_size > torch.cuda.device_count():
+            raise ConfigError(
+                f"{local_size} ranks on this machine, but {torch.cuda.device_count()} GPUs: start torchrun with "
+                "--nproc-per-node at most the number of GPUs, or set --run.device cpu"
+            )
+        torch.cuda.set_device(local_rank)
+    if size > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo", timeout=COLLECTIVE_TIMEOUT)
+    return World(rank, size, local_rank, local_size, where)
+
+
+def lost_peer(error: Exception) -> bool:
+    """Whether `error` means that another rank went away in the middle of a collective."""
+    if isinstance(error, dist.DistError):
+        return True
+    signs = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
