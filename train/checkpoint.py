@@ -33,9 +33,7 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        raise CheckpointError(
-            f"could not write {path}: {error}; the checkpoint before it, if any, is untouched"
-        ) from error
+        raise CheckpointError(f"could not write {path}: {error}; the file before it, if any, is untouched") from error
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -79,7 +79,7 @@ class RunConfig:
 
 
 def build_parser(prog: str, default_config: str) -> ArgumentParser:
-    """The command line: --config FILE, dotted overrides, --help with every option's unit and default, --print_config."""
+    """The command line: --config FILE, dotted overrides, --print_config, --help with every unit and default."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog=prog,

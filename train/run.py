@@ -26,7 +26,7 @@ from train.world import World
 
 
 def run(config: RunConfig, world: World, ledger: Ledger) -> dict[str, Any]:
-    """Train as `config` says; returns the closing event. All ranks call it. Raises what train/world.py USER_ERRORS names."""
+    """Train as `config` says; returns the closing event. All ranks call it. Raises train/world.py's USER_ERRORS."""
     run_dir = RunDir(Path(world.on_rank_zero(lambda: str(choose_run_dir(config).path))))
     world.on_rank_zero(lambda: prepare_data(config.data))
     trainer = world.together(lambda: _build_trainer(config, world, ledger, run_dir))

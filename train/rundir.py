@@ -72,7 +72,7 @@ def choose_run_dir(config: RunConfig) -> RunDir:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """All events of a log; a last line that a crash cut short is left out. TrainError for anything else that is wrong."""
+    """All events of a log; a last line that a crash cut short is left out. TrainError if it cannot be read."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:

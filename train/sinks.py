@@ -81,23 +81,23 @@ class JsonLines:
 class TensorBoard:
     """The epoch and resize events as curves, with the unit in each tag; the x axis is the epoch."""
 
+    # (tag, key of the epoch event, factor)
     SCALARS = (
-        ("cup/flops_reduction(x)", "flops_reduction"),
-        ("cup/macs_reduction(x)", "macs_reduction"),
-        ("cup/threshold", "threshold"),
-        ("cup/flops(GFLOPs)", "flops"),
-        ("cup/params(M)", "params"),
-        ("train/loss", "train_loss"),
-        ("train/lr", "lr"),
-        ("train/throughput(images_per_s)", "images_per_s"),
-        ("val/top1(%)", "top1"),
-        ("val/top5(%)", "top5"),
-        ("time/gpu_hours(h)", "gpu_hours"),
+        ("cup/flops_reduction(x)", "flops_reduction", 1),
+        ("cup/macs_reduction(x)", "macs_reduction", 1),
+        ("cup/threshold", "threshold", 1),
+        ("cup/flops(GFLOPs)", "flops", 1e-9),
+        ("cup/params(M)", "params", 1e-6),
+        ("train/loss", "train_loss", 1),
+        ("train/lr", "lr", 1),
+        ("train/throughput(images_per_s)", "images_per_s", 1),
+        ("val/top1(%)", "top1", 1),
+        ("val/top5(%)", "top5", 1),
+        ("time/gpu_hours(h)", "gpu_hours", 1),
     )
-    SCALE = {"flops": 1e-9, "params": 1e-6}
 
     def __init__(self, directory: Path, from_epoch: int) -> None:
-        """from_epoch: the first epoch that this process writes; a viewer drops what a killed run wrote from there on."""
+        """from_epoch: the first epoch that this process writes; viewers drop what a killed run wrote from there on."""
         from torch.utils.tensorboard import SummaryWriter  # its import takes seconds, and rank 0 alone needs it
 
         self._writer = SummaryWriter(str(directory), purge_step=from_epoch)
@@ -107,15 +107,15 @@ class TensorBoard:
             self._write_epoch(event)
         elif event["event"] == "resize":
             self._writer.add_scalar("cup/removed(channels)", sum(event["removed"].values()), event["epoch"])
-            self._writer.add_scalar("time/resize(s)", event["seconds"], event["epoch"])
+            self._writer.add_scalar("cup/resize(s)", event["seconds"], event["epoch"])
 
     def _write_epoch(self, event: Event) -> None:
         epoch = event["epoch"]
-        for tag, key in self.SCALARS:
+        for tag, key, factor in self.SCALARS:
             if event[key] is not None:
-                self._writer.add_scalar(tag, event[key] * self.SCALE.get(key, 1), epoch)
+                self._writer.add_scalar(tag, event[key] * factor, epoch)
         for kind, seconds in event["seconds"].items():
-            self._writer.add_scalar(f"time/epoch_{kind}(s)", seconds, epoch)
+            self._writer.add_scalar(f"time/{kind}(s)", seconds, epoch)
         for group, width in event["widths"].items():
             self._writer.add_scalar(f"widths/{group}(channels)", width, epoch)
         self._writer.flush()
@@ -199,20 +199,16 @@ class ConsoleSink:
         )
 
     def _write_done(self, event: Event) -> None:
-        table = Table(title=f"{event['directory']}: done", show_header=True)
-        for column in ("", "dense", "now", "ratio"):
-            table.add_column(column, justify="left" if column == "" else "right")
-        for label, key, scale, unit in (
-            ("FLOPs (paper's counting)", "flops", 1e9, "G"),
-            ("multiply-adds", "macs", 1e9, "G"),
-            ("parameters", "params", 1e6, "M"),
-        ):
+        table = Table(title=f"{event['directory']}: done")
+        for column in ("cost of one image", "dense", "now", "reduction"):
+            table.add_column(column, justify="right" if column != "cost of one image" else "left")
+        for label, key in (("FLOPs (paper's counting)", "flops"), ("multiply-adds", "macs"), ("parameters", "params")):
             dense, now = event[f"dense_{key}"], event[key]
-            table.add_row(label, f"{dense / scale:.4f} {unit}", f"{now / scale:.4f} {unit}", f"{dense / now:.2f} x")
-        table.add_section()
-        table.add_row("top-1, last epoch / best", "", f"{event['top1']:.2f} %", f"{event['best_top1']:.2f} %")
-        table.add_row("top-5, last epoch / best", "", f"{event['top5']:.2f} %", f"{event['best_top5']:.2f} %")
-        table.add_row("resizes", "", str(event["resizes"]), "")
-        table.add_row("wall time, GPU hours", "", f"{event['time_s']:.1f} s", f"{event['gpu_hours']:.4f} h")
+            table.add_row(label, f"{dense / 1e6:,.3f} M", f"{now / 1e6:,.3f} M", f"{dense / now:.2f} x")
         self._console.print(table)
+        self._print(
+            f"top-1 {event['top1']:.2f}% (best {event['best_top1']:.2f}%), top-5 {event['top5']:.2f}%, "
+            f"{event['resizes']} resizes, {event['time_s']:.1f} s, {event['gpu_hours']:.4f} "
+            f"{'GPU' if event['device'] == 'cuda' else 'process'} hours"
+        )
         self._print(f"log, curves and checkpoints: {event['directory']}")

@@ -4,6 +4,7 @@ Decisions are made on rank 0 and travel as plain data. A step that can fail runs
 `on_rank_zero`, so that a failure on one rank is an error on all of them and nobody waits in a collective for ever.
 """
 
+import inspect
 import json
 import os
 from collections.abc import Callable
@@ -98,12 +99,15 @@ class World:
         """
         if self.size == 1:
             return model
+        # Buffers are averaged once an epoch instead, see average_buffers. torch 2.15 gave the switch another name.
+        known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+        buffer_switch = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         return nn.parallel.DistributedDataParallel(
             model,
             device_ids=[self.device] if self.device.type == "cuda" else None,
             gradient_as_bucket_view=True,
-            broadcast_buffers=False,  # averaged once an epoch instead, see average_buffers
             init_sync=False,
+            **{buffer_switch: False},
         )
 
     def average_buffers(self, model: nn.Module) -> None:
