@@ -100,11 +100,11 @@ class DaliSource:
 
     def state_dict(self) -> dict[str, Any]:
         """`pipeline` is DALI's own checkpoint, under 500 bytes, as uint8 (n,); empty if no batch was taken yet."""
-        checkpoint = (self._iterator.checkpoints()[0] if self._iterator else self._checkpoint) or b""
+        checkpoint = self._checkpoint if self._iterator is None else self._iterator.checkpoints()[0]
         return {
             "stream_first": self._first,
             "stream_next": self._next,
-            "pipeline": torch.tensor(list(checkpoint), dtype=torch.uint8),
+            "pipeline": torch.tensor(list(checkpoint or b""), dtype=torch.uint8),
         }
 
     def load_state_dict(self, state: dict[str, Any], epoch: int, step: int) -> None:

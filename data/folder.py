@@ -5,10 +5,12 @@ processes decode and augment to bytes; normalising happens on the training devic
 """
 
 import hashlib
+import multiprocessing
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +135,7 @@ class FolderSource:
             _Images(images, _transform(config, augment), config.channels, seed),
             batch_sampler=self._steps,
             num_workers=workers,
+            multiprocessing_context=_worker_context(),
             persistent_workers=True,
             pin_memory=device.type == "cuda",
             # Its own generator: a DataLoader without one draws from the global one at every epoch.
@@ -162,6 +165,16 @@ class FolderSource:
     def close(self) -> None:
         # The workers end with the last reference to the DataLoader's iterator.
         self._batches = self._loader = None
+
+
+def _worker_context() -> BaseContext:
+    """Workers are forked from a clean server process, which has the slow imports behind it.
+
+    Forked from this process, they inherit locks that DALI's, CUDA's or gloo's threads hold at that moment, and hang.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torchvision.transforms.v2", "data.folder"])
+    return context
 
 
 def _transform(config: DataConfig, augment: bool) -> v2.Transform:

@@ -1,0 +1,306 @@
+"""The listing of image folders, what every disk loader owes to it, and the made images that the data tests share."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data.batch import DataConfig, DataError
+from data.build import build_loaders
+from data.dali import import_failure
+from data.folder import list_images, list_splits
+
+needs_dali = pytest.mark.skipif(import_failure() is not None, reason=f"DALI does not import: {import_failure()}")
+disk_loaders = pytest.mark.parametrize("loader", [pytest.param("dali", marks=needs_dali), "folder"])
+CPU = torch.device("cpu")
+
+
+def made_photo(seed: int, width: int = 90, height: int = 70) -> Image.Image:
+    """Like a photograph: large smooth shapes, some fine texture."""
+    generator = np.random.default_rng(seed)
+    coarse = Image.fromarray(generator.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=np.float64)
+    return Image.fromarray(np.clip(smooth + generator.normal(0, 12, smooth.shape), 0, 255).astype(np.uint8))
+
+
+def write_split(root: Path, per_class: int, classes: tuple[str, ...] = ("ant", "bee"), seed: int = 0) -> None:
+    """Photographs of different sizes, odd and even."""
+    for class_number, class_name in enumerate(classes):
+        (root / class_name).mkdir(parents=True)
+        for number in range(per_class):
+            image = made_photo(seed + 1000 * class_number + number, 80 + 7 * number % 31, 75 + 5 * number % 23)
+            image.save(root / class_name / f"{number}.jpg", quality=90)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """14 training and 10 validation images of two classes."""
+    write_split(tmp_path / "train", 7)
+    write_split(tmp_path / "val", 5, seed=500)
+    return tmp_path
+
+
+def build(
+    path: Path, loader: str, *, batch_size: int = 4, rank: int = 0, world_size: int = 1, seed: int = 3, **options
+):
+    options = {"image_size": 32, "resize_size": 40, "threads": 2, **options}
+    config = DataConfig(path=str(path), loader=loader, batch_size=batch_size, **options)
+    return build_loaders(config, rank=rank, world_size=world_size, device=CPU, seed=seed)
+
+
+def taken(loader, steps: int | None = None) -> list[tuple[torch.Tensor, ...]]:
+    """Copies of the batches of an epoch, or of its first steps."""
+    batches = []
+    for batch in loader:
+        batches.append(tuple(tensor.clone() for tensor in batch))
+        if len(batches) == steps:
+            break
+    return batches
+
+
+def equal(one, other) -> bool:
+    return len(one) == len(other) and all(
+        torch.equal(a, b) for pair in zip(one, other, strict=True) for a, b in zip(*pair, strict=True)
+    )
+
+
+def test_listing_is_sorted_by_class_and_name_and_takes_images_only(tmp_path):
+    for name in ["b/2.JPG", "b/10.jpeg", "a/x.png", "a/notes.txt", "a/.hidden.jpg", ".cache/y.jpg"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    images = list_images(tmp_path)
+    assert images.names == ["a/x.png", "b/10.jpeg", "b/2.JPG"]
+    assert images.labels.tolist() == [0, 1, 1] and images.labels.dtype == np.int64
+    assert images.classes == ["a", "b"]
+
+
+def test_missing_folder_says_what_is_expected(tmp_path):
+    with pytest.raises(DataError, match=r"nowhere: there is no such folder; expected PATH/train/CLASS"):
+        list_splits(tmp_path / "nowhere")
+    (tmp_path / "train").mkdir()
+    with pytest.raises(DataError, match="train: found no class folders"):
+        list_splits(tmp_path)
+
+
+def test_empty_class_is_named(photos):
+    (photos / "train" / "cat").mkdir()
+    with pytest.raises(DataError, match="train/cat: found no images"):
+        list_splits(photos)
+
+
+def test_differing_classes_are_named(photos):
+    for name in ("cat", "dog", "eel", "fox"):
+        write_split(photos / "train", 1, (name,))
+    with pytest.raises(
+        DataError, match="train/ has 6 class folders, val/ 2, and they differ in cat, dog, eel and 1 more"
+    ):
+        list_splits(photos)
+
+
+@disk_loaders
+def test_training_takes_each_image_once_with_its_own_label(tmp_path, loader):
+    """Every file has one grey level, so that its pixels tell which file it was."""
+    for number in range(12):
+        folder = tmp_path / "train" / f"class {number % 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (40, 40), 20 * number).save(folder / f"{number}.png")
+    write_split(tmp_path / "val", 1, ("class 0", "class 1", "class 2"))
+    train, _ = build(tmp_path, loader, channels=1)
+    for _ in range(2):
+        batches = taken(train)
+        levels = torch.cat([images.mean(dim=(1, 2, 3)) * 0.226 + 0.449 for images, _, _ in batches]) * 255 / 20
+        labels = torch.cat([labels for _, labels, _ in batches])
+        numbers = levels.round().long()
+        assert sorted(numbers.tolist()) == list(range(12))
+        assert torch.equal(numbers % 3, labels)
+    train.close()
+
+
+@disk_loaders
+def test_contract_of_a_batch(photos, loader):
+    train, val = build(photos, loader)
+    assert (len(train), len(val)) == (3, 3)
+    assert (train.num_images, val.num_images, train.num_classes) == (14, 10, 2)
+    for split in (train, val):
+        for batch in split:
+            assert batch.images.shape == (4, 3, 32, 32) and batch.images.dtype == torch.float32
+            assert batch.labels.shape == (4,) and batch.labels.dtype == torch.int64
+            assert batch.valid.shape == (4,) and batch.valid.dtype == torch.bool
+            assert batch.images.abs().max() < 2.7
+        split.close()
+
+
+@disk_loaders
+def test_validation_counts_every_image_once_over_the_ranks(photos, loader):
+    """10 images, 3 ranks of 2: rank 2's last step is padding only."""
+    labels, masks = [], []
+    for rank in range(3):
+        _, val = build(photos, loader, batch_size=6, rank=rank, world_size=3)
+        batches = taken(val)
+        assert len(batches) == 2
+        labels += [label for _, labels_B, valid_B in batches for label in labels_B[valid_B].tolist()]
+        masks.append([valid_B.tolist() for _, _, valid_B in batches])
+        val.close()
+    assert sorted(labels) == [0] * 5 + [1] * 5
+    assert masks == [[[True] * 2, [True] * 2], [[True] * 2, [True] * 2], [[True] * 2, [False] * 2]]
+
+
+@disk_loaders
+def test_next_epoch_has_another_order_and_another_seed_too(photos, loader):
+    train, _ = build(photos, loader, batch_size=14)
+    first, second = taken(train), taken(train)
+    train.set_epoch(0)
+    again = taken(train)
+    train.close()
+    other, _ = build(photos, loader, batch_size=14, seed=4)
+    other_seed = taken(other)
+    other.close()
+    assert torch.equal(first[0][1], again[0][1])
+    assert not equal(first, second)
+    assert not torch.equal(first[0][1], second[0][1])
+    assert not torch.equal(first[0][1], other_seed[0][1])
+
+
+@disk_loaders
+@pytest.mark.parametrize("steps_taken", [0, 2, 3], ids=["at the start", "within an epoch", "at an epoch's last step"])
+def test_resumed_training_equals_undisturbed(photos, loader, tmp_path_factory, steps_taken):
+    undisturbed, _ = build(photos, loader)
+    taken(undisturbed)
+    undisturbed.set_epoch(1)
+    expected = taken(undisturbed) + taken(undisturbed)
+    undisturbed.close()
+
+    stopped, _ = build(photos, loader)
+    taken(stopped)
+    stopped.set_epoch(1)
+    if steps_taken:
+        taken(stopped, steps_taken)
+    file = tmp_path_factory.mktemp("state") / "state.pt"
+    torch.save(stopped.state_dict(), file)
+    stopped.close()
+
+    resumed, _ = build(photos, loader)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    resumed.set_epoch(1)
+    rest = taken(resumed)
+    assert len(rest) == 3 - steps_taken
+    resumed.set_epoch(2)
+    assert equal(rest + taken(resumed), expected[steps_taken:])
+    resumed.close()
+
+
+@disk_loaders
+def test_resumed_validation_equals_undisturbed(photos, loader):
+    _, val = build(photos, loader)
+    expected = taken(val)
+    taken(val, 1)
+    state = val.state_dict()
+    val.close()
+    _, resumed = build(photos, loader)
+    resumed.load_state_dict(state)
+    assert equal(taken(resumed), expected[1:])
+    assert equal(taken(resumed), expected)
+    resumed.close()
+
+
+@disk_loaders
+def test_state_of_another_run_says_what_differs(photos, loader):
+    train, val = build(photos, loader)
+    state = train.state_dict()
+    for change, found in [
+        ({"seed": 4}, "seed: stored 3, now 4"),
+        ({"flip": 0.0}, r"flip: stored 0\.5, now 0\.0"),
+        ({"crop_scale": (0.5, 1.0)}, "crop_scale"),
+        ({"world_size": 2}, "world_size: stored 1, now 2"),
+    ]:
+        other, _ = build(photos, loader, **change)
+        with pytest.raises(DataError, match=found):
+            other.load_state_dict(state)
+    with pytest.raises(DataError, match="split: stored 'train', now 'val'"):
+        val.load_state_dict(state)
+    (photos / "train" / "ant" / "0.jpg").rename(photos / "train" / "ant" / "zero.jpg")
+    renamed, _ = build(photos, loader)
+    with pytest.raises(DataError, match="file_names"):
+        renamed.load_state_dict(state)
+
+
+@disk_loaders
+@pytest.mark.parametrize("content", [b"", b"no image", "cut"], ids=["empty", "junk", "cut"])
+def test_unreadable_file_is_named(photos, loader, content):
+    victim = photos / "val" / "bee" / "3.jpg"
+    victim.write_bytes(victim.read_bytes()[:-200] if content == "cut" else content)
+    _, val = build(photos, loader)
+    with pytest.raises(DataError, match=r"cannot read .*val/bee/3\.jpg .*replace or remove") as failure:
+        taken(val)
+    assert "\n" not in str(failure.value) and "ant" not in str(failure.value)
+    val.close()
+
+
+@disk_loaders
+def test_names_with_spaces_and_beyond_ascii(tmp_path, loader):
+    for split in ("train", "val"):
+        for class_name in ("Gürteltier & Co", "雪 豹"):
+            (tmp_path / split / class_name).mkdir(parents=True)
+            made_photo(1).save(tmp_path / split / class_name / "ein Bild ½.JPEG", format="jpeg")
+    train, val = build(tmp_path, loader, batch_size=2)
+    for split in (train, val):
+        [(images, labels, _)] = taken(split)
+        assert images.shape == (2, 3, 32, 32) and sorted(labels.tolist()) == [0, 1]
+        split.close()
+
+
+@disk_loaders
+def test_flip_and_crop_follow_the_options(tmp_path, loader):
+    """A left-to-right ramp, whole image: flip = 1 mirrors it, flip = 0 does not."""
+    ramp = Image.fromarray(np.tile(np.linspace(0, 255, 64).astype(np.uint8), (64, 1)))
+    for split in ("train", "val"):
+        (tmp_path / split / "ramp").mkdir(parents=True)
+        ramp.save(tmp_path / split / "ramp" / "0.png")
+    options = {"batch_size": 1, "crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "resize_size": 32}
+    for flip, mirrored in [(0.0, False), (1.0, True)]:
+        train, val = build(tmp_path, loader, flip=flip, **options)
+        [(trained, _, _)], [(validated, _, _)] = taken(train), taken(val)
+        expected = validated.flip(-1) if mirrored else validated
+        assert (trained - expected).abs().max() < 0.05
+        train.close()
+        val.close()
+
+
+@needs_dali
+@pytest.mark.parametrize("channels", [3, 1])
+def test_dali_and_folder_agree_on_validation(photos, channels):
+    """Same labels and masks; pixels apart by less than half of one of 255 levels on average."""
+    ramp = np.add.outer(np.arange(200), np.arange(301))
+    Image.fromarray((ramp / 2).astype(np.uint8)).convert("RGB").save(
+        photos / "val" / "ant" / "gradient.jpg", quality=95
+    )
+    _, dali = build(photos, "dali", channels=channels, image_size=56, resize_size=65)
+    _, folder = build(photos, "folder", channels=channels, image_size=56, resize_size=65)
+    dali_batches, folder_batches = taken(dali), taken(folder)
+    dali.close()
+    folder.close()
+    for (images, labels, valid), (images_2, labels_2, valid_2) in zip(dali_batches, folder_batches, strict=True):
+        assert torch.equal(labels, labels_2) and torch.equal(valid, valid_2)
+        levels_apart = (images - images_2).abs().mean(dim=(1, 2, 3)) * 0.226 * 255
+        assert levels_apart.max() < 0.5
+
+
+@needs_dali
+def test_dali_and_folder_augment_alike(photos):
+    """Over many random crops the mean pixel and its spread are the same for both."""
+    statistics = []
+    for loader in ("dali", "folder"):
+        train, _ = build(photos, loader, batch_size=14, image_size=16, resize_size=16)
+        images = torch.cat([images for _ in range(40) for images, _, _ in taken(train)])
+        statistics.append((images.mean().item(), images.std().item()))
+        train.close()
+    assert statistics[0] == pytest.approx(statistics[1], abs=0.03)
+
+
+def test_importing_data_does_not_import_dali():
+    code = "import sys, data; assert not [name for name in sys.modules if name.startswith('nvidia.dali')]"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
