@@ -4,7 +4,7 @@ Tensors and plain data in, plain data out: nothing here knows of ranks, files, l
 """
 
 from cup.carry import carry_ema, carry_optimizer
-from cup.complexity import Complexity, LayerCost, complexity
+from cup.complexity import Complexity, LayerCost, complexity, complexity_after
 from cup.describe import describe
 from cup.errors import CupError
 from cup.groups import ChannelGroup, Place, channel_groups
@@ -13,7 +13,6 @@ from cup.planners import (
     REDUCTION_TOLERANCE,
     GroupCut,
     PlanOptions,
-    complexity_after,
     cut_groups,
     plan_by_counts,
     plan_by_reduction,

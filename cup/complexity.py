@@ -7,12 +7,16 @@ Operations called as functions are counted by neither, as in the reference.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from cup.groups import ChannelGroup
 from cup.meta import meta_copy, meta_input
+from cup.plan import PrunePlan
+from cup.surgery import apply_plan
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,18 @@ def complexity(model: nn.Module, example_input: torch.Tensor) -> Complexity:
 
     Layers stand in the order of their first call.
     """
-    twin = meta_copy(model).eval()
-    sample = meta_input(example_input.shape[1:], batch=1, dtype=example_input.dtype)
+    return _count(meta_copy(model), meta_input(example_input.shape[1:], batch=1, dtype=example_input.dtype))
+
+
+def complexity_after(model: nn.Module, groups: Sequence[ChannelGroup], plan: PrunePlan) -> Complexity:
+    """What the model would cost after `plan`, at the input shape of the groups' trace; nothing is changed."""
+    twin = meta_copy(model)
+    apply_plan(twin, plan, groups)
+    return _count(twin, meta_input(groups[0].input_shape, batch=1))
+
+
+def _count(twin: nn.Module, sample: torch.Tensor) -> Complexity:
+    """Run a meta twin once and add up what its modules see; the twin is used up."""
     names = {module: name for name, module in twin.named_modules()}
     costs: dict[str, LayerCost] = {}
 
@@ -58,8 +72,10 @@ def complexity(model: nn.Module, example_input: torch.Tensor) -> Complexity:
     for module in twin.modules():
         if not any(True for _ in module.children()):
             module.register_forward_hook(count)
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.forward = lambda value: value  # shapes pass unchanged; torch's own meta kernel is slow Python
     with torch.no_grad():
-        twin(sample)
+        twin.eval()(sample)
     layers = tuple(costs.values())
     return Complexity(
         layers=layers,

@@ -13,13 +13,12 @@ import numpy as np
 from torch import nn
 
 from cup.cluster import clusters_at, cut, representatives, ward_tree
-from cup.complexity import Complexity, complexity
+from cup.complexity import complexity, complexity_after
 from cup.errors import CupError
 from cup.features import Connections, FeatureVariant, connections, group_features
 from cup.groups import ChannelGroup, check_groups, keep_masks
-from cup.meta import meta_copy, meta_input
+from cup.meta import meta_input
 from cup.plan import PrunePlan
-from cup.surgery import apply_plan
 
 REDUCTION_TOLERANCE = 0.01
 """How far above a target FLOPs reduction a plan may land, relative."""
@@ -121,13 +120,6 @@ def plan_by_reduction(
     if deep.reduction < target:
         return replace(deep.plan, note=f"FR {target:g} is out of reach: the deepest cut gives {deep.reduction:.3f}")
     return deep.plan if search.is_near(deep) else search.between(shallow, deep)
-
-
-def complexity_after(model: nn.Module, groups: Sequence[ChannelGroup], plan: PrunePlan) -> Complexity:
-    """What the model would cost after `plan`, at the input shape of the groups' trace; nothing is changed."""
-    narrowed = meta_copy(model)
-    apply_plan(narrowed, plan, groups)
-    return complexity(narrowed, meta_input(groups[0].input_shape, batch=1))
 
 
 def prunable_groups(groups: Iterable[ChannelGroup], scope: str = "inner") -> list[ChannelGroup]:

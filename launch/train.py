@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 STARTED = time.perf_counter()  # importing torch is part of the run's startup
-# A script's own folder comes first on the path, and there `train` is this file: the repository root belongs there.
+# A script's own folder comes first on the path, and there `train` is launch/train.py: put the root in its place.
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 

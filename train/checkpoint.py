@@ -43,8 +43,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise CheckpointError(f"no checkpoint at {path}") from error
     except Exception as error:  # torch.load raises many types for a file that is damaged or not its own
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path} is not a checkpoint of this program, or is damaged: {reason}") from error
+        raise CheckpointError(f"{path} is damaged or no checkpoint of this program; nothing in it was run") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise CheckpointError(f"{path}: found format {found!r}, allowed: {FORMAT}")

@@ -1,10 +1,13 @@
 """From an exception to one line and an exit code: what every script in launch/ ends with."""
 
+import argparse
 import os
 import sys
 import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
+from train.errors import ConfigError
 from train.world import USER_ERRORS, lost_peer
 
 
@@ -37,3 +40,10 @@ def _say(message: str) -> None:
     """One line on stderr, with the rank where there are several."""
     rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
     print(f"{rank}{message}", file=sys.stderr, flush=True)
+
+
+class Parser(argparse.ArgumentParser):
+    """The command line of the small scripts: a wrong argument is a ConfigError, so one line like any other."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see --help")

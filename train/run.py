@@ -1,5 +1,6 @@
 """One run from its configuration: builds everything in order, trains, closes."""
 
+import dataclasses
 import hashlib
 import json
 import platform
@@ -9,10 +10,18 @@ from typing import Any
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from data import build_loaders, prepare_data
-from train.checkpoint import CheckpointError, load_checkpoint, plans_to_store, save_checkpoint, stored_plans
-from train.config import RunConfig
-from train.engine import Progress, Trainer, fit
+from cup import Complexity, complexity
+from data import Loader, build_loaders, prepare_data
+from train.checkpoint import (
+    CheckpointError,
+    load_checkpoint,
+    load_network,
+    plans_to_store,
+    save_checkpoint,
+    stored_plans,
+)
+from train.config import RunConfig, config_from_dict
+from train.engine import Evaluation, Progress, Trainer, evaluate, fit
 from train.errors import TrainError
 from train.ledger import Ledger
 from train.models import build_model
@@ -48,6 +57,32 @@ def run(config: RunConfig, world: World, ledger: Ledger) -> dict[str, Any]:
         trainer.val_loader.close()
 
 
+def evaluate_checkpoint(
+    path: Path, world: World, data_path: str | None = None, batch_size: int | None = None
+) -> tuple[Evaluation, Complexity]:
+    """Exact accuracy of the stored network at its stored widths, and its cost. All ranks call it.
+
+    data_path, batch_size: in place of the stored ones. Raises train/world.py's USER_ERRORS.
+    """
+    stored = world.together(lambda: load_checkpoint(path))
+    config = config_from_dict(stored["config"])
+    changes = {"path": data_path, "batch_size": batch_size}
+    data = dataclasses.replace(config.data, **{key: value for key, value in changes.items() if value is not None})
+    config = dataclasses.replace(config, data=data)
+    model = build_model(config.model.name, stored["num_classes"])
+    world.together(lambda: load_network(model, stored, example_input(config)))
+    _, val_loader = world.together(lambda: _loaders(config, world))
+    if val_loader.num_classes != stored["num_classes"]:
+        raise TrainError(f"{data.path} has {val_loader.num_classes} classes, the network {stored['num_classes']}")
+    memory_format = _memory_format(world)
+    model.to(world.device, memory_format=memory_format)
+    try:
+        result = evaluate(model, val_loader, Precision(config.train.precision, world.device), world)
+    finally:
+        val_loader.close()
+    return result, complexity(model, example_input(config))
+
+
 def example_input(config: RunConfig) -> torch.Tensor:
     """A zero image of the shape that the loaders deliver, (1, channels, size, size); only its shape is used."""
     return torch.zeros(1, config.data.channels, config.data.image_size, config.data.image_size)
@@ -55,17 +90,10 @@ def example_input(config: RunConfig) -> torch.Tensor:
 
 def _build_trainer(config: RunConfig, world: World, ledger: Ledger, run_dir: RunDir) -> Trainer:
     """Everything at full width and at the beginning, DDP and sinks not yet."""
-    train_loader, val_loader = build_loaders(
-        config.data,
-        rank=world.rank,
-        world_size=world.size,
-        local_world_size=world.local_size,
-        device=world.device,
-        seed=config.run.seed,
-    )
+    train_loader, val_loader = _loaders(config, world)
     torch.manual_seed(config.run.seed)  # the same initial weights on every rank
     on_gpu = world.device.type == "cuda"
-    memory_format = torch.channels_last if on_gpu else torch.contiguous_format
+    memory_format = _memory_format(world)
     model = build_model(config.model.name, train_loader.num_classes)
     resizer = Resizer(config.cup, model, example_input(config), config.train.epochs)
     model.to(world.device, memory_format=memory_format)
@@ -90,6 +118,22 @@ def _build_trainer(config: RunConfig, world: World, ledger: Ledger, run_dir: Run
         progress=Progress(),
         save=lambda trainer, is_best: _save(config, trainer, run_dir, is_best),
     )
+
+
+def _loaders(config: RunConfig, world: World) -> tuple[Loader, Loader]:
+    return build_loaders(
+        config.data,
+        rank=world.rank,
+        world_size=world.size,
+        local_world_size=world.local_size,
+        device=world.device,
+        seed=config.run.seed,
+    )
+
+
+def _memory_format(world: World) -> torch.memory_format:
+    """Tensor cores read channels last; the CPU's kernels have no preference of note."""
+    return torch.channels_last if world.device.type == "cuda" else torch.contiguous_format
 
 
 def _check_equal(state: TrainState, world: World) -> None:

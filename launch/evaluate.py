@@ -1,0 +1,41 @@
+"""Exact top-1 and top-5 of a checkpoint, at the widths it was stored with.
+
+python launch/evaluate.py runs/demo/best.pt [--data FOLDER]      (torchrun shares the work among ranks)
+"""
+
+import sys
+from pathlib import Path
+
+# A script's own folder comes first on the path, and there `train` is launch/train.py: put the root in its place.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from train.cli import Parser, exit_code_of  # noqa: E402
+from train.run import evaluate_checkpoint  # noqa: E402
+from train.world import open_world  # noqa: E402
+
+
+def main(argv: list[str]) -> int:
+    """Exit code: 0, 2 for a wrong argument, 1 for any other error that a user can cause."""
+    return exit_code_of(lambda: _evaluate(argv), "--debug" in argv)
+
+
+def _evaluate(argv: list[str]) -> None:
+    parser = Parser(prog="launch/evaluate.py", description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", type=Path, help="last.pt or best.pt of a run directory")
+    parser.add_argument("--data", metavar="FOLDER", help="image folder (train/, val/) in place of the run's own")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="images a step in place of the run's own")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto = GPU if any")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    options = parser.parse_args(argv)
+    world = open_world(options.device)
+    result, cost = evaluate_checkpoint(options.checkpoint, world, options.data, options.batch_size)
+    if world.is_main:
+        print(
+            f"top-1 {result.top1:.3f}%  top-5 {result.top5:.3f}%  {result.images} images  "
+            f"{cost.flops / 1e9:.4f} GFLOPs  {cost.params:,} parameters"
+        )
+    world.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
