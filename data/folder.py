@@ -141,7 +141,7 @@ class FolderSource:
             # Its own generator: a DataLoader without one draws from the global one at every epoch.
             generator=torch.Generator(),
         )
-        self._batches: Iterator[torch.Tensor] | None = None
+        self._batches: Any = None
 
     def start(self, epoch: int, step: int) -> None:
         self._steps.epoch, self._steps.step = self._epoch, self._step = epoch, step
@@ -163,7 +163,10 @@ class FolderSource:
         pass
 
     def close(self) -> None:
-        # The workers end with the last reference to the DataLoader's iterator.
+        # There is no public call. Left to the garbage collector, as after a failure whose traceback holds on to the
+        # iterator, the workers end late and one by one after a timeout.
+        if self._batches is not None:
+            self._batches._shutdown_workers()
         self._batches = self._loader = None
 
 
