@@ -107,8 +107,8 @@ def plan_by_reduction(
     """The cut whose FLOPs reduction lands on `target`: at or above it by at most 1%, or else as near as there is.
 
     Bisection on the height t; where a small step of t jumps over the target, the first groups in network order take
-    the deeper of the two neighbouring cuts and the rest the shallower one. If even the deepest cut stays short, that
-    is the plan. `note` says so in both cases.
+    the deeper of the two neighbouring cuts and the rest the shallower one, and if need be single channels of the
+    cheapest groups go as well. If even the deepest cut stays short, or no widths lie near, `note` says so.
     dense_flops: FLOPs (the paper's counting) that the reduction is measured against; the model's own if not given.
     Raises CupError for a target <= 1.
     """
@@ -180,6 +180,7 @@ class _Search:
     ) -> None:
         self.model, self.groups, self.options, self.target = model, groups, options, target
         self.shrinkable = prunable_groups(groups, options.scope)
+        self.floor = {group.name: self.options.width(1, group.width) for group in self.shrinkable}
         self.layers = connections(model, self.shrinkable)
         self.dense_flops = dense_flops or complexity(model, meta_input(groups[0].input_shape, batch=1)).flops
 
@@ -192,10 +193,9 @@ class _Search:
 
         deep falls short of the target only where the smallest widths there are do.
         """
-        floor = {group.name: self.options.width(1, group.width) for group in self.shrinkable}
         low, high = 0.0, 1.0
         shallow, deep = self._at_height(low), self._at_height(high)
-        while deep.reduction < self.target and deep.plan.new_widths != floor:
+        while deep.reduction < self.target and deep.plan.new_widths != self.floor:
             low, high, shallow, deep = high, 2 * high, deep, self._at_height(2 * high)
         while not self.is_near(deep) and high - low > 1e-6 * high and _distance(shallow, deep) > self.options.round_to:
             middle = (low + high) / 2
@@ -207,26 +207,37 @@ class _Search:
         return shallow, deep
 
     def between(self, shallow: _Candidate, deep: _Candidate) -> PrunePlan:
-        """Walk from the shallow cut to the deep one, one group a step, to the first plan at or above the target.
+        """Walk from the shallow cut towards the deep one, one group a step, to the first plan near the target.
 
-        Where that overshoots by more than the tolerance, the nearest of the plans on the way is taken, with a note.
+        Where one channel of a group is more than the tolerance, the walk goes on from below with the groups whose
+        channels cost less. If that does not land either, the nearest plan on the way is taken, with a note.
         """
-        counts = dict(shallow.plan.new_widths)
         passed = [shallow]
         for name, goal in deep.plan.new_widths.items():
-            while counts[name] > goal and passed[-1].reduction < self.target:
-                counts[name] = max(goal, counts[name] - self.options.round_to)
-                passed.append(self._at_counts(counts, deep.plan.threshold))
+            while passed[-1].plan.new_widths[name] > goal and passed[-1].reduction < self.target:
+                passed.append(self._narrower(passed[-1], name, goal))
+        below = [candidate for candidate in passed if candidate.reduction < self.target][-1:]
+        while below and not self.is_near(passed[-1]):
+            steps = [self._narrower(below[0], name, self.floor[name]) for name in self.floor]
+            allowed = self.target * (1 + REDUCTION_TOLERANCE)
+            below = [step for step in steps if below[0].reduction < step.reduction <= allowed]
+            below = [max(below, key=lambda step: step.reduction)] if below else []
+            passed += below
         nearest = min(passed, key=lambda candidate: abs(candidate.reduction - self.target))
-        if self.is_near(passed[-1]):
-            return passed[-1].plan
+        if abs(nearest.reduction - self.target) <= self.target * REDUCTION_TOLERANCE:
+            return nearest.plan
         return replace(nearest.plan, note=f"FR {nearest.reduction:.3f} is as near to {self.target:g} as widths allow")
+
+    def _narrower(self, candidate: _Candidate, name: str, floor: int) -> _Candidate:
+        """The candidate with one step less in one group, where it is not at its floor yet."""
+        counts = candidate.plan.new_widths
+        counts[name] = max(floor, counts[name] - self.options.round_to)
+        if counts == candidate.plan.new_widths:
+            return candidate
+        return self._candidate(lambda group, tree: counts[group.name], candidate.plan.threshold)
 
     def _at_height(self, t: float) -> _Candidate:
         return self._candidate(lambda group, tree: clusters_at(tree, t), t)
-
-    def _at_counts(self, counts: Mapping[str, int], t: float | None) -> _Candidate:
-        return self._candidate(lambda group, tree: counts[group.name], t)
 
     def _candidate(self, clusters: Callable[[ChannelGroup, np.ndarray], int], t: float | None) -> _Candidate:
         plan = _plan(cut_groups(self.model, self.groups, clusters, self.options, self.layers), t)
