@@ -1,0 +1,95 @@
+"""FLOPs, MACs and parameters: the paper's numbers, and networks small enough to count by hand."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from cup_twins import Untouched, make_network
+from torch import nn
+
+import cup
+
+
+@pytest.mark.parametrize(
+    ("name", "flops", "macs", "params"),
+    [
+        ("resnet18", 3_637_229_544, None, 11_689_512),
+        ("resnet34", 7_340_368_872, None, 21_797_672),
+        ("resnet50", 8_212_012_520, 4_089_184_256, 25_557_032),
+    ],
+)
+def test_dense_networks_cost_what_the_paper_counted(name, flops, macs, params):
+    with torch.device("meta"):
+        model = torchvision.models.get_model(name)
+    cost = cup.complexity(model, torch.empty(1, 3, 224, 224, device="meta"))
+    assert cost.flops == flops
+    assert cost.params == params
+    assert macs is None or cost.macs == macs
+
+
+class Calls(nn.Module):
+    """One layer called twice, ReLU and pooling as functions."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.fc = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.fc(F.adaptive_avg_pool2d(F.relu(self.conv(F.relu(self.conv(x)))), 1).flatten(1))
+
+
+CONV_MACS = 3 * 3 * 3 * 4 * 8 * 8
+HAND_COUNTED = {
+    "conv with bias": (nn.Conv2d(3, 4, 3, padding=1), (3, 8, 8), 2 * CONV_MACS + 4 * 64, CONV_MACS, 3 * 4 * 9 + 4),
+    "conv without bias": (nn.Conv2d(3, 4, 3, padding=1, bias=False), (3, 8, 8), 2 * CONV_MACS, CONV_MACS, 3 * 4 * 9),
+    "strided conv": (nn.Conv2d(3, 4, 3, 2, 1, bias=False), (3, 8, 8), CONV_MACS // 2, CONV_MACS // 4, 3 * 4 * 9),
+    "depthwise": (nn.Conv2d(4, 4, 3, padding=1, groups=4, bias=False), (4, 8, 8), 2 * 9 * 4 * 64, 9 * 4 * 64, 36),
+    "linear": (nn.Linear(7, 5), (7,), 2 * 35 + 5, 35, 40),
+    "linear on tokens": (nn.Linear(7, 5, bias=False), (6, 7), 2 * 6 * 35, 6 * 35, 35),
+    "batch norm": (nn.BatchNorm2d(4), (4, 8, 8), 2 * 4 * 64, 0, 8),
+    "relu": (nn.Sequential(nn.ReLU(), nn.ReLU6()), (4, 8, 8), 2 * 4 * 64, 0, 0),
+    "max pool": (nn.MaxPool2d(3, 2, 1), (4, 8, 8), 9 * 4 * 16, 0, 0),
+    "average pool": (nn.AvgPool2d((2, 4)), (4, 8, 8), 8 * 4 * 4 * 2, 0, 0),
+    "adaptive pool counts nothing": (nn.AdaptiveAvgPool2d(1), (4, 8, 8), 0, 0, 0),
+    "functions count nothing, calls add up": (
+        *(Calls(), (3, 8, 8)),
+        *(2 * (2 * 81 * 64 + 3 * 64) + 2 * 6 + 2, 2 * 81 * 64 + 6, 81 + 3 + 6 + 2),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", list(HAND_COUNTED))
+def test_hand_counted_networks(case):
+    model, shape, flops, macs, params = HAND_COUNTED[case]
+    cost = cup.complexity(model, torch.empty(1, *shape))
+    assert (cost.flops, cost.macs, cost.params) == (flops, macs, params)
+
+
+def test_layers_stand_in_call_order_and_add_up():
+    model, images = make_network("lenet")
+    cost = cup.complexity(model, images)
+    assert [layer.name for layer in cost.layers] == ["conv1", "conv2", "fc1", "fc2"]
+    assert sum(layer.flops for layer in cost.layers) == cost.flops
+    assert sum(layer.macs for layer in cost.layers) == cost.macs
+    assert sum(layer.params for layer in cost.layers) == cost.params
+
+
+def test_cost_is_for_one_sample_whatever_the_batch():
+    model, images = make_network("resnet20_cifar")
+    assert cup.complexity(model, images) == cup.complexity(model, images[:1])
+
+
+def test_counting_neither_runs_nor_changes_the_model():
+    model, images = make_network("resnet20_cifar")
+    model.train()
+    before = Untouched(model)
+    cup.complexity(model, images)
+    before.check()
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_shared_parameter_counts_once():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    model[1].weight = model[0].weight
+    assert cup.complexity(model, torch.empty(1, 4)).params == 16

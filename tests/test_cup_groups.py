@@ -1,0 +1,345 @@
+"""The trace: which groups a network has, which may shrink, and that what it does not understand it freezes."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from cup_twins import NETWORKS, Untouched, assert_close, make_network, plan_of, randomise, silenced_copy
+from torch import nn
+
+import cup
+from train.models import build_model
+
+IMAGES = torch.empty(2, 3, 64, 64)
+
+
+def by_name(groups):
+    return {group.name: group for group in groups}
+
+
+def modules(places):
+    return [place.module for place in places]
+
+
+# --- known networks ---
+
+
+@pytest.mark.parametrize(("name", "convs"), [("resnet18", ["conv1"]), ("resnet50", ["conv1", "conv2"])])
+def test_inner_groups_of_a_residual_network_are_the_blocks_first_convolutions(name, convs):
+    """And ResNet-50's stem, which is read by convolutions only: its first shortcut is a convolution too."""
+    model, _ = make_network(name)
+    groups = cup.channel_groups(model, IMAGES)
+    blocks = [n for n, m in model.named_modules() if type(m).__name__ in ("BasicBlock", "Bottleneck")]
+    inner = [group for group in groups if group.inner and not group.frozen]
+    stem = ["conv1"] if name == "resnet50" else []
+    assert [group.name for group in inner] == stem + [f"{block}.{conv}" for block in blocks for conv in convs]
+    for group in inner[len(stem) :]:
+        block, _, conv = group.name.rpartition(".")
+        number = int(conv.removeprefix("conv"))
+        assert modules(group.producers) == [group.name]
+        assert modules(group.followers) == [f"{block}.bn{number}"]
+        assert modules(group.consumers) == [f"{block}.conv{number + 1}"]
+        assert group.width == model.get_submodule(group.name).out_channels
+    assert cup.prunable_groups(groups) == inner
+
+
+@pytest.mark.parametrize(("name", "width"), [("resnet18", 1), ("resnet50", 4)])
+def test_residual_groups_hold_the_stages_and_are_for_scope_all_only(name, width):
+    model, _ = make_network(name)
+    groups = cup.channel_groups(model, IMAGES)
+    residual = [group for group in groups if not group.inner]
+    assert [group.width for group in residual][-4:] == [64 * width, 128 * width, 256 * width, 512 * width]
+    last = "conv2" if width == 1 else "conv3"
+    stage = next(group for group in residual if f"layer2.0.{last}" in modules(group.producers))
+    assert set(modules(stage.producers)) == {"layer2.0.downsample.0"} | {
+        f"layer2.{i}.{last}" for i in range(len(model.layer2))
+    }
+    assert set(modules(stage.consumers)) == {"layer3.0.downsample.0", "layer3.0.conv1"} | {
+        f"layer2.{i}.conv1" for i in range(1, len(model.layer2))
+    }
+    assert not any(group.frozen for group in residual)
+    assert not set(residual) & set(cup.prunable_groups(groups))
+    assert set(residual) <= set(cup.prunable_groups(groups, "all"))
+    frozen = [group for group in groups if group.frozen]
+    assert [(group.name, group.frozen) for group in frozen] == [("fc", "it is an output of the network")]
+
+
+@pytest.mark.parametrize(
+    ("name", "inner"),
+    [
+        ("mlp", ["fc1", "fc2"]),
+        ("lenet", ["conv1", "conv2", "fc1"]),
+        ("vgg16_cifar", [f"features.{i}" for i in (0, 3, 7, 10, 14, 17, 20, 24, 27, 30, 34, 37, 40)]),
+        ("resnet20_cifar", [f"layer{s}.{b}.conv1" for s in (1, 2, 3) for b in range(3)]),
+        ("mobile_like", ["stem", "expand", "project"]),
+        ("dense_like", ["conv1", "conv2", "conv3"]),
+        ("squeeze_excite", ["conv1", "squeeze", "conv2"]),
+    ],
+)
+def test_prunable_groups_stand_in_network_order(name, inner):
+    model, images = make_network(name)
+    assert [group.name for group in cup.prunable_groups(cup.channel_groups(model, images))] == inner
+
+
+def test_zero_padded_shortcuts_freeze_the_residual_groups_with_the_reason():
+    groups = cup.channel_groups(*make_network("resnet20_cifar"))
+    residual = [group for group in groups if not group.inner]
+    assert residual
+    for group in residual:
+        assert group.frozen == "a shortcut pads it with zero channels"
+
+
+def test_flatten_gives_each_channel_a_block_of_columns_and_concat_an_offset():
+    groups = by_name(cup.channel_groups(*make_network("lenet")))
+    (fc1,) = groups["conv2"].consumers
+    assert fc1.channel_of_index.tolist() == [channel for channel in range(50) for _ in range(16)]
+    dense = by_name(cup.channel_groups(*make_network("dense_like")))
+    conv3 = next(place for place in dense["conv2"].consumers if place.module == "conv3")
+    assert conv3.channel_of_index.tolist() == [-1] * 6 + [0, 1, 2, 3]
+    fc = next(place for place in dense["conv1"].consumers if place.module == "fc")
+    assert fc.channel_of_index.tolist() == [-1] * 20 + [c for c in range(6) for _ in range(4)] + [-1] * 16
+    gated = by_name(cup.channel_groups(*make_network("squeeze_excite")))["conv1"]
+    assert modules(gated.producers) == ["conv1", "excite"]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "lenet", "mlp", "mobile_like", "dense_like", "squeeze_excite"])
+def test_logits_are_frozen_and_the_network_input_belongs_to_no_group(name):
+    model, images = make_network(name)
+    groups = cup.channel_groups(model, images)
+    layers = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert by_name(groups)[layers[-1]].frozen == "it is an output of the network"
+    readers = {module for group in groups for module in modules(group.consumers)}
+    assert layers[0] not in readers
+    assert set(layers[1:]) - {"depthwise", "widen"} <= readers
+
+
+@pytest.mark.parametrize("name", list(NETWORKS))
+def test_the_input_shape_is_found_without_an_example(name):
+    model, images = make_network(name)
+    if images.shape[-1] == 8:
+        pytest.skip("made for 8 x 8 images, which nobody tries")
+    found, given = cup.channel_groups(model), cup.channel_groups(model, images)
+    assert [(g.name, g.width, g.frozen) for g in found] == [(g.name, g.width, g.frozen) for g in given]
+
+
+@pytest.mark.parametrize("act", [cup.channel_groups, cup.describe])
+def test_tracing_neither_runs_nor_changes_the_model(act):
+    model, images = make_network("resnet20_cifar")
+    model.train()
+    model.layer1.eval()
+    before = Untouched(model)
+    act(model, images)
+    before.check()
+
+
+@pytest.mark.parametrize("act", [cup.channel_groups, cup.describe, cup.complexity])
+def test_hooks_on_the_model_do_not_fire(act):
+    """Somebody's probe on the activations would be handed tensors without values."""
+    model, images = make_network("resnet20_cifar")
+    calls = []
+    for module in model.modules():
+        module.register_forward_pre_hook(lambda module, inputs: calls.append(module))
+        module.register_forward_hook(lambda module, inputs, output: calls.append(module))
+    act(model, images)
+    assert not calls
+
+
+def test_describe_prints_a_line_for_each_group_and_says_why():
+    model, images = make_network("resnet20_cifar")
+    groups = cup.channel_groups(model, images)
+    lines = cup.describe(model, images).splitlines()
+    assert len(lines) == len(groups) + 1
+    for line, group in zip(lines[1:], groups, strict=True):
+        assert line.split()[:2] == [group.name, str(group.width)]
+        assert group.frozen in line
+        assert ("no: " in line) == bool(group.frozen)
+    residual = cup.describe(torchvision.models.resnet18(), IMAGES)
+    assert 'with scope "all" (residual)' in residual
+
+
+# --- what the trace does not understand ---
+
+
+class Parts(nn.Module):
+    """Layers to build small networks from; `net` gives it a forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(3, 8, 3, padding=1)
+        self.b = nn.Conv2d(8, 8, 3, padding=1)
+        self.c = nn.Conv2d(8, 8, 3, padding=1)
+        self.half = nn.Conv2d(4, 8, 3, padding=1)
+        self.twice = nn.Conv2d(16, 8, 1)
+        self.grouped = nn.Conv2d(8, 8, 3, padding=1, groups=2)
+        self.custom = Custom()
+        self.scale = nn.Parameter(torch.rand(8, 1, 1) + 0.5)
+        self.norm = nn.GroupNorm(2, 8)
+        self.plain_norm = nn.BatchNorm2d(8, affine=False)
+        self.embed = nn.Linear(8, 8)
+        self.mix = nn.Conv1d(8, 8, 1)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.flat1 = nn.Linear(512, 6)
+        self.flat2 = nn.Linear(6, 5)
+        self.fc = nn.Linear(8, 5)
+
+    def head(self, x):
+        return self.fc(x.mean((2, 3)))
+
+
+class Custom(nn.Module):
+    def forward(self, x):
+        return x.flip(1)
+
+
+def net(forward):
+    torch.manual_seed(0)
+    made = type("Net", (Parts,), {"forward": lambda self, x: forward(self, x)})
+    return randomise(made()), torch.randn(2, 3, 8, 8)
+
+
+def use_twice(s, x):
+    first = s.b(s.a(x))
+    return s.head(s.b(first))
+
+
+def two_convs(s, x, join):
+    return s.head(s.c(join(s.a(x), s.b(x.repeat(1, 3, 1, 1)[:, :8]))))
+
+
+FROZEN = {
+    "custom module": (lambda s, x: s.head(s.b(s.custom(s.a(x)))), "a", "flip"),
+    "einsum": (lambda s, x: s.head(torch.einsum("nchw,cd->ndhw", s.a(x), s.fc.weight.new_ones(8, 8))), "a", "einsum"),
+    "integer channel index": (lambda s, x: s.fc(s.a(x)[:, 3].flatten(1)[:, :8]), "a", "getitem"),
+    "channel range": (lambda s, x: s.head(s.half(s.a(x)[:, :4])), "a", ""),
+    "last channels": (lambda s, x: s.head(s.half(s.a(x)[:, -4:])), "a", ""),
+    "chunk": (lambda s, x: s.head(s.half(s.a(x).chunk(2, 1)[1])), "a", ""),
+    "split": (lambda s, x: s.head(s.half(torch.split(s.a(x), 4, dim=1)[0])), "a", ""),
+    "unbind": (lambda s, x: s.fc(s.a(x).unbind(3)[0].mean(2)), "a", ""),
+    "attention": (lambda s, x: s.fc(s.attention(*[s.embed(x.mean(1))] * 3)[0].mean(1)), "embed", ""),
+    "used twice": (use_twice, "b", "more than once"),
+    "feeds what is used twice": (use_twice, "a", "more than once"),
+    "grouped convolution": (lambda s, x: s.head(s.b(s.grouped(s.a(x)))), "a", "grouped"),
+    "is a grouped convolution": (lambda s, x: s.head(s.b(s.grouped(s.a(x)))), "grouped", "grouped"),
+    "group norm": (lambda s, x: s.head(s.b(s.norm(s.a(x)))), "a", "norm"),
+    "free parameter": (lambda s, x: s.head(s.b(s.a(x) * s.scale)), "a", "mul"),
+    "softmax over channels": (lambda s, x: s.head(s.b(F.softmax(s.a(x), 1))), "a", "softmax"),
+    "mean over channels": (lambda s, x: s.fc(s.a(x).mean(1).mean(1)), "a", "mean"),
+    "channels unflattened": (lambda s, x: s.head(s.b(s.a(x).view(2, 2, 4, 8, 8).flatten(1, 2))), "a", "view"),
+    "flatten to a fixed size": (lambda s, x: s.flat2(s.flat1(s.a(x).view(-1, 512))), "a", ""),
+    "second output": (lambda s, x: (s.head(s.b(x := s.a(x))), x), "a", "output"),
+    "weights read elsewhere": (lambda s, x: s.head(s.b(s.a(x))) + s.b.weight.sum((1, 2, 3))[:5], "b", ""),
+}
+
+
+@pytest.mark.parametrize("case", list(FROZEN))
+def test_what_is_not_followed_freezes_the_group_with_the_reason(case):
+    forward, name, reason = FROZEN[case]
+    model, images = net(forward)
+    group = by_name(cup.channel_groups(model, images))[name]
+    assert group.frozen
+    assert reason in group.frozen
+
+
+def tied_by_function(s, x):
+    hidden = s.embed(s.a(x).mean((2, 3)))
+    return s.fc(F.linear(F.relu(hidden), s.embed.weight.t()))
+
+
+SOUND = {
+    **{case: forward for case, (forward, _, _) in FROZEN.items() if case != "second output"},
+    "flatten by size": lambda s, x: s.flat2(s.flat1((y := s.a(x)).view(y.size(0), -1))),
+    "reshape to a fixed width": lambda s, x: s.fc(s.a(x).mean((2, 3)).reshape(-1, 8)),
+    "view to a fixed shape": lambda s, x: s.head(s.b(s.a(x).view(-1, 8, 8, 8))),
+    "chunks joined again": lambda s, x: s.head(s.b(torch.cat(s.a(x).chunk(2, 1), 1))),
+    "values of a maximum": lambda s, x: s.fc(s.a(x).mean(3).max(2)[0]),
+    "add by keyword": lambda s, x: two_convs(s, x, lambda p, q: torch.add(p, other=q)),
+    "mul by keywords": lambda s, x: two_convs(s, x, lambda p, q: torch.mul(input=p, other=q)),
+    "cat by keywords": lambda s, x: s.head(s.twice(torch.cat(tensors=[s.a(x), s.a(x)], dim=1))),
+    "relu by keyword": lambda s, x: s.head(s.b(F.relu(input=s.a(x)))),
+    "module by keyword": lambda s, x: s.head(s.b(input=s.a(x))),
+    "flatten by keyword": lambda s, x: s.flat2(s.flat1(torch.flatten(input=s.a(x), start_dim=1))),
+    "weights tied by a function": tied_by_function,
+    "convolution over tokens": lambda s, x: s.fc(s.mix(s.embed(s.a(x).mean(3))).mean(2)),
+    "convolution over embedded tokens": lambda s, x: s.fc(s.mix(s.embed(x.repeat(1, 3, 1, 1)[:, :8].mean(3))).mean(2)),
+    "pooling across features": lambda s, x: s.fc(F.max_pool1d(s.embed(s.a(x).mean((2, 3))), 3, 1, 1)),
+    "pooling module across features": lambda s, x: s.fc(nn.MaxPool1d(3, 1, 1)(s.embed(s.a(x).mean((2, 3))))),
+    "width as a number": lambda s, x: s.head(s.b((y := s.a(x)) * y.shape[1])),
+    "size of the image": lambda s, x: s.head(s.b(F.interpolate(s.c(y := s.a(x)), size=y.shape[2:]))),
+    "residual add": lambda s, x: two_convs(s, x, torch.add),
+    "residual add in place": lambda s, x: two_convs(s, x, lambda p, q: p.add_(q)),
+    "broadcast gate": lambda s, x: two_convs(s, x, lambda p, q: p * torch.sigmoid(q.mean((2, 3), keepdim=True))),
+    "added to itself": lambda s, x: s.head(s.b((y := s.a(x)) + y)),
+    "same channels twice": lambda s, x: s.head(s.twice(torch.cat([y := s.a(x), y], 1))),
+    "every second pixel": lambda s, x: s.head(s.b(s.a(x)[:, :, ::2, ::2])),
+    "norm without weights, used twice": lambda s, x: s.head(s.c(s.plain_norm(s.b(s.plain_norm(s.a(x)))))),
+    "number added": lambda s, x: s.head(s.b(2 * s.a(x) + 1)),
+}
+
+
+@pytest.mark.parametrize("case", list(SOUND))
+def test_what_may_shrink_by_the_trace_can_shrink(case):
+    """The one rule for every network: after any cut that the groups allow it computes what its masked twin does."""
+    model, images = net(SOUND[case])
+    groups = cup.channel_groups(model, images)
+    free = cup.prunable_groups(groups, "all")
+    kept = {group.name: tuple(range(i % 2, group.width, 2 + i % 2)) for i, group in enumerate(free)}
+    model, images = model.double().eval(), images.double()
+    twin = silenced_copy(model, groups, kept)
+    cup.apply_plan(model, plan_of(groups, kept), groups)
+    with torch.no_grad():
+        assert_close(model(images), twin(images))
+
+
+PRUNED = ["flatten by size", "residual add", "broadcast gate", "same channels twice", "every second pixel"]
+
+
+@pytest.mark.parametrize("case", [*PRUNED, "number added", "size of the image"])
+def test_what_is_understood_may_shrink(case):
+    model, images = net(SOUND[case])
+    assert not by_name(cup.channel_groups(model, images))["a"].frozen
+
+
+# --- what cannot be traced ---
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x):
+        if x.sum() > 0:
+            return self.fc(x)
+        return self.fc(-x)
+
+
+def test_a_network_that_torch_fx_cannot_trace_is_an_error_of_one_line(capfd):
+    model = Branches()
+    before = Untouched(model)
+    with pytest.raises(cup.CupError, match="cannot trace Branches") as caught:
+        cup.channel_groups(model, torch.empty(2, 4))
+    assert "\n" not in str(caught.value)
+    before.check()
+    assert capfd.readouterr().err == ""
+
+
+def test_an_input_that_does_not_fit_is_an_error_of_one_line(capfd):
+    with pytest.raises(cup.CupError, match=r"\(1, 30, 30\)") as caught:
+        cup.channel_groups(build_model("lenet", 10), torch.empty(2, 1, 30, 30))
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr().err == "", "no traceback beside the one line"
+
+
+def test_a_network_whose_input_cannot_be_guessed_asks_for_an_example():
+    with pytest.raises(cup.CupError, match="example_input"):
+        cup.channel_groups(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 23 * 23, 3)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_network_in_another_precision_has_the_same_groups(dtype):
+    model, images = make_network("lenet")
+    wanted = [(g.name, g.width, g.frozen) for g in cup.channel_groups(model, images)]
+    model = model.to(dtype)
+    assert [(g.name, g.width, g.frozen) for g in cup.channel_groups(model, images.to(dtype))] == wanted
+    assert [(g.name, g.width, g.frozen) for g in cup.channel_groups(model)] == wanted
+    assert cup.plan_by_reduction(model, cup.channel_groups(model, images.to(dtype)), 1.5).removed
