@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from cup_twins import NETWORKS, Untouched, assert_close, make_network, plan_of, randomise, silenced_copy
+from cup_twins import Untouched, assert_close, make_network, plan_of, randomise, silenced_copy
 from torch import nn
 
 import cup
@@ -113,11 +113,9 @@ def test_logits_are_frozen_and_the_network_input_belongs_to_no_group(name):
     assert set(layers[1:]) - {"depthwise", "widen"} <= readers
 
 
-@pytest.mark.parametrize("name", list(NETWORKS))
+@pytest.mark.parametrize("name", ["resnet18", "vgg16_cifar", "resnet20_cifar", "lenet", "mlp"])
 def test_the_input_shape_is_found_without_an_example(name):
     model, images = make_network(name)
-    if images.shape[-1] == 8:
-        pytest.skip("made for 8 x 8 images, which nobody tries")
     found, given = cup.channel_groups(model), cup.channel_groups(model, images)
     assert [(g.name, g.width, g.frozen) for g in found] == [(g.name, g.width, g.frozen) for g in given]
 
@@ -168,7 +166,7 @@ class Parts(nn.Module):
         self.a = nn.Conv2d(3, 8, 3, padding=1)
         self.b = nn.Conv2d(8, 8, 3, padding=1)
         self.c = nn.Conv2d(8, 8, 3, padding=1)
-        self.half = nn.Conv2d(4, 8, 3, padding=1)
+        self.narrow = nn.Conv2d(4, 8, 3, padding=1)
         self.twice = nn.Conv2d(16, 8, 1)
         self.grouped = nn.Conv2d(8, 8, 3, padding=1, groups=2)
         self.custom = Custom()
@@ -178,6 +176,7 @@ class Parts(nn.Module):
         self.embed = nn.Linear(8, 8)
         self.mix = nn.Conv1d(8, 8, 1)
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.pool = nn.MaxPool1d(3, 1, 1)
         self.flat1 = nn.Linear(512, 6)
         self.flat2 = nn.Linear(6, 5)
         self.fc = nn.Linear(8, 5)
@@ -210,10 +209,10 @@ FROZEN = {
     "custom module": (lambda s, x: s.head(s.b(s.custom(s.a(x)))), "a", "flip"),
     "einsum": (lambda s, x: s.head(torch.einsum("nchw,cd->ndhw", s.a(x), s.fc.weight.new_ones(8, 8))), "a", "einsum"),
     "integer channel index": (lambda s, x: s.fc(s.a(x)[:, 3].flatten(1)[:, :8]), "a", "getitem"),
-    "channel range": (lambda s, x: s.head(s.half(s.a(x)[:, :4])), "a", ""),
-    "last channels": (lambda s, x: s.head(s.half(s.a(x)[:, -4:])), "a", ""),
-    "chunk": (lambda s, x: s.head(s.half(s.a(x).chunk(2, 1)[1])), "a", ""),
-    "split": (lambda s, x: s.head(s.half(torch.split(s.a(x), 4, dim=1)[0])), "a", ""),
+    "channel range": (lambda s, x: s.head(s.narrow(s.a(x)[:, :4])), "a", ""),
+    "last channels": (lambda s, x: s.head(s.narrow(s.a(x)[:, -4:])), "a", ""),
+    "chunk": (lambda s, x: s.head(s.narrow(s.a(x).chunk(2, 1)[1])), "a", ""),
+    "split": (lambda s, x: s.head(s.narrow(torch.split(s.a(x), 4, dim=1)[0])), "a", ""),
     "unbind": (lambda s, x: s.fc(s.a(x).unbind(3)[0].mean(2)), "a", ""),
     "attention": (lambda s, x: s.fc(s.attention(*[s.embed(x.mean(1))] * 3)[0].mean(1)), "embed", ""),
     "used twice": (use_twice, "b", "more than once"),
@@ -262,7 +261,7 @@ SOUND = {
     "convolution over tokens": lambda s, x: s.fc(s.mix(s.embed(s.a(x).mean(3))).mean(2)),
     "convolution over embedded tokens": lambda s, x: s.fc(s.mix(s.embed(x.repeat(1, 3, 1, 1)[:, :8].mean(3))).mean(2)),
     "pooling across features": lambda s, x: s.fc(F.max_pool1d(s.embed(s.a(x).mean((2, 3))), 3, 1, 1)),
-    "pooling module across features": lambda s, x: s.fc(nn.MaxPool1d(3, 1, 1)(s.embed(s.a(x).mean((2, 3))))),
+    "pooling module across features": lambda s, x: s.fc(s.pool(s.embed(s.a(x).mean((2, 3))))),
     "width as a number": lambda s, x: s.head(s.b((y := s.a(x)) * y.shape[1])),
     "size of the image": lambda s, x: s.head(s.b(F.interpolate(s.c(y := s.a(x)), size=y.shape[2:]))),
     "residual add": lambda s, x: two_convs(s, x, torch.add),
@@ -324,8 +323,8 @@ def test_a_network_that_torch_fx_cannot_trace_is_an_error_of_one_line(capfd):
 
 
 def test_an_input_that_does_not_fit_is_an_error_of_one_line(capfd):
-    with pytest.raises(cup.CupError, match=r"\(1, 30, 30\)") as caught:
-        cup.channel_groups(build_model("lenet", 10), torch.empty(2, 1, 30, 30))
+    with pytest.raises(cup.CupError, match=r"\(1, 40, 40\)") as caught:
+        cup.channel_groups(build_model("lenet", 10), torch.empty(2, 1, 40, 40))
     assert "\n" not in str(caught.value)
     assert capfd.readouterr().err == "", "no traceback beside the one line"
 
