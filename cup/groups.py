@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 
 from cup.errors import CupError
 from cup.meta import find_input_shape, meta_copy, meta_input
@@ -88,7 +87,7 @@ def channel_groups(model: nn.Module, example_input: torch.Tensor | None = None) 
         raise CupError(f"torch.fx cannot trace {type(model).__name__}: {_first_line(error)}") from error
     try:
         with torch.no_grad():
-            ShapeProp(graph).propagate(meta_input(shape, batch=2))
+            _Shapes(graph).run(meta_input(shape, batch=2))
     except Exception as error:
         raise CupError(f"{type(model).__name__} does not take inputs of shape {shape}: {_first_line(error)}") from error
     return _Tracer(graph, shape).groups()
@@ -432,10 +431,21 @@ def _connected(count: int, ties: list[tuple[np.ndarray, np.ndarray]]) -> np.ndar
     return connected_components(edges, directed=False)[1]
 
 
+class _Shapes(fx.Interpreter):
+    """Runs the graph and notes the shape of every tensor at its node."""
+
+    extra_traceback = False
+
+    def run_node(self, node: fx.Node) -> Any:
+        value = super().run_node(node)
+        if isinstance(value, torch.Tensor):
+            node.meta["shape"] = tuple(value.shape)
+        return value
+
+
 def _shape(node: Any) -> tuple[int, ...] | None:
     """Shape of the tensor at a graph node; None for what is no tensor."""
-    tensor = node.meta.get("tensor_meta") if isinstance(node, fx.Node) else None
-    return tuple(tensor.shape) if hasattr(tensor, "shape") else None
+    return node.meta.get("shape") if isinstance(node, fx.Node) else None
 
 
 def _is_constant_slice(entry: Any) -> bool:

@@ -101,7 +101,7 @@ def parse_config(argv: list[str], prog: str, default_config: str) -> RunConfig:
     try:
         namespace = build_parser(prog, default_config).parse_args(argv)
     except ArgumentError as error:
-        raise ConfigError(_one_line(str(error))) from error
+        raise ConfigError(_one_line(str(error), argv)) from error
     values = namespace.as_dict()
     sections = {section.name: values[section.name] for section in dataclasses.fields(RunConfig)}
     return config_from_dict(sections)
@@ -145,7 +145,7 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
-def _one_line(message: str) -> str:
+def _one_line(message: str, argv: list[str]) -> str:
     """jsonargparse's message in this project's form: key, value found, what is allowed."""
     if match := re.search(r"Parser key \"(.+?)\":\s*Expected an? (.+?)\. Got value: (.*)", message, re.DOTALL):
         key, expected, found = match.groups()
@@ -154,7 +154,8 @@ def _one_line(message: str) -> str:
         return _unknown_key(".".join(part for part in match.groups() if part))
     if match := re.search(r"unrecognized arguments: (.*)", message, re.IGNORECASE):
         return _unknown_key(match.group(1).split()[0].lstrip("-").split("=")[0])
-    return " ".join(message.split())
+    # What is left is about the recipe as a whole; jsonargparse does not always say which file that is.
+    return " ".join([*message.split(), f"(command line: {' '.join(argv)})"])
 
 
 def _unknown_key(key: str) -> str:

@@ -1,0 +1,51 @@
+"""launch/train.py with a fault on rank 1 at the first resize, chosen by the variable FAULT. Run by test_run_ranks.py."""
+
+import dataclasses
+import os
+import runpy
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)
+
+from cup import PrunePlan  # noqa: E402
+from train.resize import Resizer  # noqa: E402
+from train.world import World  # noqa: E402
+
+
+def doctored(decision: dict[str, str] | None, forge_digest: bool) -> dict[str, str] | None:
+    """The decision with one more channel gone from its first group."""
+    if not isinstance(decision, dict) or "plan" not in decision:
+        return decision
+    plan = PrunePlan.from_json(decision["plan"])
+    name = next(iter(plan.kept))
+    plan = dataclasses.replace(plan, kept={**plan.kept, name: plan.kept[name][:-1]})
+    return {"plan": plan.to_json(), "digest": plan.digest() if forge_digest else decision["digest"]}
+
+
+def install(fault: str) -> None:
+    honest_broadcast, honest_apply = World.broadcast, Resizer._apply
+    if fault in ("plan", "plan and digest"):
+        World.broadcast = lambda self, value: doctored(honest_broadcast(self, value), fault == "plan and digest")
+    elif fault == "one bit of momentum":
+
+        def apply(self, state, plan):
+            honest_apply(self, state, plan)
+            momentum = next(iter(state.optimizer.state.values()))["momentum_buffer"]
+            momentum.view(-1)[0] = momentum.view(-1)[0].nextafter(momentum.view(-1)[0] + 1)
+
+        Resizer._apply = apply
+    elif fault == "out of memory":
+
+        def fail(self, state, plan):
+            raise MemoryError("no memory left on this rank")
+
+        Resizer._apply = fail
+
+
+if os.environ["RANK"] == "1":
+    install(os.environ["FAULT"])
+sys.argv[0] = str(ROOT / "launch" / "train.py")
+sys.path.insert(0, str(ROOT / "launch"))
+runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,0 +1,38 @@
+"""The rules of the house: who may import what, and which file alone touches ranks and DALI."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def files_naming(words: tuple[str, ...]) -> set[str]:
+    sources = [path for room in ("cup", "data", "launch", "train") for path in (ROOT / room).rglob("*.py")]
+    return {str(path.relative_to(ROOT)) for path in sources if any(word in path.read_text() for word in words)}
+
+
+def test_imports_only_go_down():
+    linter = Path(sys.executable).with_name("lint-imports")
+    result = subprocess.run([linter], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+def test_only_the_world_touches_the_process_group():
+    assert files_naming(("torch.distributed", "DistributedDataParallel")) == {"train/world.py"}
+
+
+def test_only_one_file_imports_dali():
+    assert files_naming(("import nvidia", "from nvidia")) == {"data/dali.py"}
+
+
+def test_importing_the_rooms_imports_neither_dali_nor_tensorboard():
+    code = "import sys, cup, data, train.run; print([n for n in ('nvidia.dali', 'tensorboard') if n in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_torch_never_unpickles():
+    assert files_naming(("weights_only=False",)) == set()
+    assert files_naming(("torch.load(",)) == {"train/checkpoint.py"}
+    assert "weights_only=True" in (ROOT / "train/checkpoint.py").read_text()

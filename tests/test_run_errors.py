@@ -1,0 +1,105 @@
+"""What a user can get wrong: one clear line, the right exit code, no traceback, nothing overwritten, no hang."""
+
+import os
+from pathlib import Path
+
+import pytest
+from runs import launch, options, rank_lines, write_image_folder
+
+
+def one_line(result, exit_code: int) -> str:
+    """The single line of the run's stderr, checked for its form."""
+    lines = result.stderr.strip().splitlines()
+    assert result.returncode == exit_code, result.stderr
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--cup.slope", "-0.1"], ["cup.slope", "-0.1", "a number from 0"]),
+        (["--cup.slop", "1"], ["cup.slop", "unknown key", "did you mean cup.slope?"]),
+        (["--model.name", "resnet51"], ["model.name", "'resnet51'", "resnet50"]),
+    ],
+)
+def test_a_wrong_setting_is_one_line_and_exit_code_2(tmp_path: Path, arguments: list[str], expected: list[str]):
+    line = one_line(launch("launch/train.py", options() + arguments, tmp_path), exit_code=2)
+    assert all(words in line for words in expected), line
+    assert not (tmp_path / "runs/tiny/last.pt").exists()
+
+
+def test_a_missing_data_folder_is_named(tmp_path: Path):
+    line = one_line(launch("launch/train.py", options(data__loader="folder", data__path="nowhere"), tmp_path), 1)
+    assert "nowhere" in line
+
+
+def test_an_empty_class_is_named(tmp_path: Path):
+    write_image_folder(tmp_path / "images")
+    for image in (tmp_path / "images/train/class1").iterdir():
+        image.unlink()
+    line = one_line(launch("launch/train.py", options(data__loader="folder", data__path="images"), tmp_path), 1)
+    assert "class1" in line
+
+
+def test_a_run_directory_that_cannot_be_made_is_named(tmp_path: Path):
+    (tmp_path / "runs").write_text("a file where the folder should be")
+    line = one_line(launch("launch/train.py", options(), tmp_path), 1)
+    assert "runs/tiny" in line and "--run.root" in line
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_write_permission_is_named(tmp_path: Path):
+    (tmp_path / "runs").mkdir(mode=0o555)
+    assert "runs/tiny" in one_line(launch("launch/train.py", options(), tmp_path), 1)
+
+
+def test_a_network_that_does_not_take_the_images_is_an_error_before_training(tmp_path: Path):
+    line = one_line(launch("launch/train.py", options(data__image_size=32, data__resize_size=32), tmp_path), 1)
+    assert "LeNet does not take inputs of shape (1, 32, 32)" in line
+
+
+def test_an_unfinished_run_of_another_configuration_is_refused_with_the_keys(tmp_path: Path):
+    assert launch("launch/train.py", options(), tmp_path, timeout=60).returncode == 0
+    log = tmp_path / "runs/tiny/log.jsonl"
+    log.write_text("".join(line + "\n" for line in log.read_text().splitlines()[:-1]))  # as if killed before the end
+    line = one_line(launch("launch/train.py", options(optim__lr=0.2, cup__every=2), tmp_path), 2)
+    assert "optim.lr (0.05 there, 0.2 now)" in line and "cup.every (1 there, 2 now)" in line
+    assert "optim.momentum" not in line
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"cup__slope": -1}, "cup.slope"),
+        ({"data__loader": "folder", "data__path": "nowhere"}, "nowhere"),
+        ({"data__batch_size": 31}, "31"),
+    ],
+)
+def test_under_torchrun_both_ranks_say_it_and_none_hangs(tmp_path: Path, changes: dict, words: str):
+    result = launch("launch/train.py", options(**changes), tmp_path, ranks=2, timeout=60)
+    assert result.returncode != 0
+    lines = rank_lines(result.stderr)
+    assert sorted(line[:8] for line in lines) == ["[rank 0]", "[rank 1]"]
+    assert all(words in line for line in lines)
+
+
+def test_debug_shows_the_traceback(tmp_path: Path):
+    result = launch("launch/train.py", [*options(cup__slope=-1), "--debug"], tmp_path)
+    assert result.returncode == 2
+    assert "Traceback" in result.stderr
+
+
+def test_print_config_is_a_recipe_that_parses(tmp_path: Path):
+    printed = launch("launch/train.py", ["--print_config"], tmp_path)
+    assert printed.returncode == 0
+    (tmp_path / "again.yaml").write_text(printed.stdout)
+    again = launch("launch/train.py", ["--config", "again.yaml", "--print_config"], tmp_path)
+    assert again.stdout == printed.stdout
+
+
+def test_evaluate_refuses_what_is_no_checkpoint(tmp_path: Path):
+    (tmp_path / "junk.pt").write_bytes(b"not a checkpoint")
+    assert "junk.pt" in one_line(launch("launch/evaluate.py", ["junk.pt"], tmp_path), 1)
+    assert "missing.pt" in one_line(launch("launch/evaluate.py", ["missing.pt"], tmp_path), 1)

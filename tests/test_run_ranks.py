@@ -1,0 +1,167 @@
+"""Whole runs on real ranks: what the log holds, bit-equality after a resize, faults on one rank, kill and resume."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from runs import launch, options, rank_lines, start, write_image_folder
+
+from train.checkpoint import stored_plans
+from train.rundir import read_log
+
+EPOCH_KEYS = (
+    *("event", "time_s", "epoch", "threshold", "flops_reduction", "flops", "macs_reduction", "macs", "params"),
+    *("widths", "train_loss", "top1", "top5", "lr", "images_per_s", "seconds", "gpu_hours", "device"),
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two ranks with EMA, from JPEGs; its working folder."""
+    cwd = tmp_path_factory.mktemp("two_ranks")
+    write_image_folder(cwd / "images", train=32)
+    changes = {"data__loader": "auto", "data__path": "images", "data__batch_size": 16, "train__ema_decay": 0.5}
+    result = launch("launch/train.py", options(**changes, data__crop_scale="[0.8, 1.0]"), cwd, ranks=2)
+    assert result.returncode == 0, result.stderr
+    return cwd
+
+
+def test_the_run_directory_holds_all_that_the_readme_names(finished: Path):
+    names = {path.name for path in (finished / "runs/tiny").iterdir()}
+    assert names == {"config.yaml", "log.jsonl", "tensorboard", "last.pt", "best.pt"}
+    assert list((finished / "runs/tiny/tensorboard").iterdir())
+
+
+def test_epoch_lines_hold_every_key_of_the_design(finished: Path):
+    epochs = [event for event in read_log(finished / "runs/tiny/log.jsonl") if event["event"] == "epoch"]
+    assert [event["epoch"] for event in epochs] == [1, 2, 3]
+    for event in epochs:
+        assert set(EPOCH_KEYS) <= set(event)
+    assert epochs[0]["flops_reduction"] == 1
+    assert 2.0 <= epochs[-1]["flops_reduction"] <= 2.02
+    assert epochs[-1]["gpu_hours"] == pytest.approx(epochs[-1]["time_s"] * 2 / 3600)
+
+
+def test_ledger_adds_up_to_wall_time(finished: Path):
+    log = read_log(finished / "runs/tiny/log.jsonl")
+    epochs = [event for event in log if event["event"] == "epoch"]
+    total = sum(sum(event["seconds"].values()) for event in epochs)
+    assert total == pytest.approx(epochs[-1]["time_s"], rel=0.01)
+    done = log[-1]
+    assert sum(done["seconds"].values()) == pytest.approx(done["time_s"], rel=0.01)
+
+
+def test_ranks_hold_equal_bits_after_every_resize(finished: Path):
+    resizes = [event for event in read_log(finished / "runs/tiny/log.jsonl") if event["event"] == "resize"]
+    assert len(resizes) == 2
+    for event in resizes:
+        assert len(event["digests"]) == 2
+        assert set(event["digests"]) == {event["digest"]}
+        assert sum(event["removed"].values()) > 0
+        assert event["flops_reduction"] > event["flops_reduction_before"]
+
+
+def test_checkpoint_loads_without_unpickling_and_holds_widths_momentum_and_plans(finished: Path):
+    stored = torch.load(finished / "runs/tiny/last.pt", weights_only=True)
+    width = stored["widths"]["conv1"]
+    assert width < 20
+    assert stored["model"]["conv1.weight"].shape[0] == stored["ema"]["module.conv1.weight"].shape[0] == width
+    assert stored["optimizer"]["state"][0]["momentum_buffer"].shape[0] == width
+    assert len(stored_plans(stored)[0].kept["conv1"]) >= width
+    assert len(stored["ranks"]) == 2
+
+
+def test_evaluate_gives_the_logged_accuracy_of_the_checkpoint(finished: Path):
+    done = read_log(finished / "runs/tiny/log.jsonl")[-1]
+    result = launch("launch/evaluate.py", ["runs/tiny/last.pt"], finished)
+    assert result.returncode == 0, result.stderr
+    assert f"top-1 {done['top1']:.3f}%" in result.stdout
+    assert "18 images" in result.stdout
+    assert f"{done['params']:,} parameters" in result.stdout
+
+
+def test_a_finished_run_is_kept_and_the_next_one_is_numbered(finished: Path):
+    before = (finished / "runs/tiny/log.jsonl").read_bytes()
+    result = launch("launch/train.py", options(train__epochs=1, cup__last_epoch=1), finished)
+    assert result.returncode == 0, result.stderr
+    assert (finished / "runs/tiny/log.jsonl").read_bytes() == before
+    assert read_log(finished / "runs/tiny-2/log.jsonl")[-1]["event"] == "done"
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("plan", "is not the one sent"),
+        ("plan and digest", "the ranks differ after the resize"),
+        ("one bit of momentum", "the ranks differ after the resize"),
+    ],
+)
+def test_a_rank_that_goes_another_way_ends_both_with_a_clear_line(tmp_path: Path, fault: str, message: str):
+    result = launch("tests/faulty_train.py", options(), tmp_path, ranks=2, timeout=60, FAULT=fault)
+    assert result.returncode != 0
+    lines = rank_lines(result.stderr)
+    assert sorted(line[:8] for line in lines) == ["[rank 0]", "[rank 1]"]
+    assert all(message in line for line in lines)
+
+
+def test_an_unforeseen_failure_on_one_rank_ends_the_other_with_its_reason(tmp_path: Path):
+    result = launch("tests/faulty_train.py", options(), tmp_path, ranks=2, timeout=60, FAULT="out of memory")
+    assert result.returncode != 0
+    assert "[rank 0] error: rank 1 failed: no memory left on this rank" in result.stderr
+    assert "MemoryError: no memory left on this rank" in result.stderr  # a bug keeps its traceback
+
+
+def test_a_killed_run_goes_on_to_the_numbers_of_an_undisturbed_one(tmp_path: Path):
+    write_image_folder(tmp_path / "images", train=200)
+    arguments = options(
+        data__loader="auto", data__path="images", data__batch_size=8, train__epochs=4, train__ema_decay=0.9
+    )
+    undisturbed = launch("launch/train.py", [*arguments, "--run.root", "a"], tmp_path, ranks=2)
+    assert undisturbed.returncode == 0, undisturbed.stderr
+
+    victim = start("launch/train.py", [*arguments, "--run.root", "b"], tmp_path, ranks=2)
+    _wait_for_epoch(tmp_path / "b/tiny/log.jsonl", 2)
+    time.sleep(0.4)  # into the third epoch, which takes about a second
+    os.kill(_process_of_rank(victim.pid, 1), signal.SIGKILL)
+    assert victim.wait(timeout=60) != 0
+    interrupted = read_log(tmp_path / "b/tiny/log.jsonl")
+    assert interrupted[-1]["event"] != "done"
+
+    resumed = launch("launch/train.py", [*arguments, "--run.root", "b"], tmp_path, ranks=2)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resumed at epoch 3" in resumed.stdout
+    a, b = read_log(tmp_path / "a/tiny/log.jsonl"), read_log(tmp_path / "b/tiny/log.jsonl")
+    for kind, keys in (
+        ("epoch", ("epoch", "widths", "train_loss", "top1", "top5", "lr", "flops_reduction", "threshold")),
+        ("resize", ("epoch", "step", "removed", "digest", "threshold")),
+    ):
+        expected, found = ([[e[k] for k in keys] for e in log if e["event"] == kind] for log in (a, b))
+        assert found == expected
+    for key in ("model", "ema"):
+        one, other = (torch.load(tmp_path / d / "tiny/last.pt", weights_only=True)[key] for d in ("a", "b"))
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def _wait_for_epoch(log: Path, epoch: int, timeout: float = 120) -> None:
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if log.exists() and any(event.get("epoch") == epoch and event["event"] == "epoch" for event in read_log(log)):
+            return
+        time.sleep(0.02)
+    raise TimeoutError(f"no epoch {epoch} in {log}")
+
+
+def _process_of_rank(launcher: int, rank: int) -> int:
+    """The child of torchrun's process `launcher` that runs this rank."""
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(status.read_text().rsplit(")", 1)[1].split()[1])
+            environment = (status.parent / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue  # it ended while we looked
+        if parent == launcher and b"RANK=%d" % rank in environment:
+            return int(status.parent.name)
+    raise LookupError(f"no process of rank {rank}")

@@ -1,0 +1,104 @@
+"""Parsing: what a recipe and overrides may say, and the one line that says what was wrong."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from runs import ROOT, TINY
+
+from train.cli import exit_code_of
+from train.config import RunConfig, config_from_dict, differing_keys, parse_config
+from train.errors import ConfigError
+
+
+def parse(*arguments: str) -> RunConfig:
+    return parse_config(list(arguments), "train.py", str(TINY))
+
+
+def test_without_a_recipe_the_default_one_is_taken_and_overrides_win():
+    config = parse("--optim.lr", "0.5", "--optim.milestones", "[2, 4]")
+    assert config.model.name == "lenet"
+    assert config.optim.lr == 0.5
+    assert config.optim.milestones == (2, 4)
+
+
+def test_a_recipe_replaces_the_default_one(tmp_path: Path):
+    (tmp_path / "mine.yaml").write_text("model:\n  name: resnet18\n")
+    config = parse("--config", str(tmp_path / "mine.yaml"))
+    assert config.model.name == "resnet18"
+    assert config.train.epochs == RunConfig().train.epochs
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--cup.slope", "steep"], ["cup.slope", "'steep'", "a number"]),
+        (["--cup.ramp", "up"], ["cup.ramp", "'up'", "threshold or reduction"]),
+        (["--train.epochs", "0"], ["train.epochs", "0", "a whole number from 1"]),
+        (["--train.epochs", "2.5"], ["train.epochs", "2.5", "a whole number"]),
+        (["--train.ema_decay", "1"], ["train.ema_decay", "1", "below 1"]),
+        (["--cup.target_reduction", "0.5"], ["cup.target_reduction", "0.5", "above 1"]),
+        (["--cup.target_reduction", "null"], ["cup.target_reduction", "None", "ramp: reduction needs it"]),
+        (["--cup.last_epoch", "7"], ["cup.last_epoch", "7", "up to train.epochs (3)"]),
+        (["--cup.enabled", "perhaps"], ["cup.enabled", "'perhaps'", "true or false"]),
+        (["--optim.milestones", "[4, 2]"], ["optim.milestones", "(4, 2)", "ascending"]),
+        (["--optim.warmup_epochs", "9"], ["optim.warmup_epochs", "9", "up to train.epochs (3)"]),
+        (["--data.crop_scale", "[0.5, 2]"], ["data.crop_scale", "(0.5, 2"]),
+        (["--data.crop_scale", "[1, 2, 3]"], ["data.crop_scale", "[1, 2, 3]", "2"]),
+        (["--data.resize_size", "4"], ["data.resize_size", "4", "28"]),
+        (["--run.name", "a/b"], ["run.name", "'a/b'", "no slashes"]),
+        (["--run.device", "tpu"], ["run.device", "'tpu'", "cuda"]),
+        (["--config", "missing.yaml"], ["missing.yaml"]),
+        (["--nonsense", "1"], ["nonsense", "unknown key", "cup.*"]),
+        (["stray"], ["stray"]),
+    ],
+)
+def test_a_wrong_setting_names_the_key_the_value_and_what_is_allowed(
+    arguments: list[str], expected: list[str], capfd: pytest.CaptureFixture
+):
+    assert exit_code_of(lambda: parse(*arguments), debug=False) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert all(words in lines[0] for words in expected), lines[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("cup:\n  treshold: 3\n", ["cup.treshold", "unknown key"]),
+        ("optimizer:\n  lr: 3\n", ["optimizer", "unknown key"]),
+        ("cup: [\n", ["mine.yaml"]),
+        ("cup:\n  slope: [1]\n", ["cup.slope", "a number"]),
+        ("- 1\n", ["mine.yaml"]),
+    ],
+)
+def test_a_wrong_recipe_is_one_line(tmp_path: Path, text: str, expected: list[str], capfd: pytest.CaptureFixture):
+    (tmp_path / "mine.yaml").write_text(text)
+    assert exit_code_of(lambda: parse("--config", str(tmp_path / "mine.yaml")), debug=False) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert all(words in lines[0] for words in expected), lines[0]
+
+
+def test_plain_form_and_back():
+    config = parse()
+    assert config_from_dict(yaml.safe_load(yaml.safe_dump(config.to_dict()))) == config
+
+
+def test_differing_keys_are_named_with_both_values():
+    one, other = parse("--optim.lr", "0.2").to_dict(), parse().to_dict()
+    assert differing_keys(one, one) == []
+    assert differing_keys(one, other) == ["optim.lr (0.05 there, 0.2 now)"]
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "launch/configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_recipe_parses_and_says_how_to_run_it(recipe: Path):
+    parse("--config", str(recipe))
+    assert "launch/train.py" in recipe.read_text().split("run:")[0]
+
+
+def test_unknown_stored_keys_are_refused():
+    values = parse().to_dict()
+    values["optim"]["speed"] = 3
+    with pytest.raises(ConfigError, match="optim"):
+        config_from_dict(values)
