@@ -25,7 +25,7 @@ def prune_by_oracle(model, images, groups, kept):
 @pytest.mark.parametrize(
     ("name", "scope"),
     [
-        *(("resnet18", "inner"), ("resnet18", "all"), ("resnet50", "inner"), ("vgg16_bn", "inner")),
+        *(("resnet18", "inner"), ("resnet18", "all"), ("vgg16_bn", "inner")),
         *(("vgg16_cifar", "inner"), ("resnet20_cifar", "inner"), ("lenet", "inner"), ("mlp", "inner")),
         ("dense_like", "all"),
     ],

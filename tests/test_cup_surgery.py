@@ -55,7 +55,7 @@ def test_random_cuts_equal_the_masked_twin_in_eval_and_in_train_mode(name, scope
             assert_close(found, narrowed(key, wanted[key], groups, kept))
 
 
-@pytest.mark.parametrize("name", ["resnet18", "vgg16_cifar", "resnet20_cifar", "lenet", "mlp", "mobile_like"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet20_cifar", "lenet", "mlp", "mobile_like"])
 def test_the_planners_cut_equals_the_masked_twin_in_eval_and_in_train_mode(name):
     model, images, groups = traced(name)
     widths = {group.name: group.width for group in cup.prunable_groups(groups)}
@@ -74,7 +74,7 @@ def test_single_precision_is_as_good_as_single_precision_gets():
         assert_close(model(images), twin(images))
 
 
-STEPPED = [cut for cut in CUTS if cut[0] not in ("vgg16_bn", "resnet50")]
+STEPPED = [cut for cut in CUTS if cut[0] not in ("vgg16_bn", "vgg16_cifar", "resnet50")]
 
 
 @pytest.mark.parametrize(("name", "scope"), STEPPED)
@@ -241,7 +241,7 @@ def test_shrink_to_finds_the_input_shape_by_itself():
 # --- other people's networks ---
 
 
-@pytest.mark.parametrize("name", ["googlenet", "mobilenet_v3_small", "shufflenet_v2_x0_5", "resnext50_32x4d"])
+@pytest.mark.parametrize("name", ["googlenet", "mobilenet_v3_small", "shufflenet_v2_x0_5"])
 def test_a_network_that_we_did_not_write_still_computes_what_its_masked_twin_does(name):
     torch.manual_seed(0)
     options = {"init_weights": False} if name == "googlenet" else {}
