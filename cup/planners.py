@@ -223,6 +223,8 @@ class _Search:
             below = [step for step in steps if below[0].reduction < step.reduction <= allowed]
             below = [max(below, key=lambda step: step.reduction)] if below else []
             passed += below
+        if self.is_near(passed[-1]):
+            return passed[-1].plan
         nearest = min(passed, key=lambda candidate: abs(candidate.reduction - self.target))
         if abs(nearest.reduction - self.target) <= self.target * REDUCTION_TOLERANCE:
             return nearest.plan

@@ -25,7 +25,7 @@ from train.optim import OptimConfig, learning_rate, set_learning_rate
 from train.precision import Precision, PrecisionName
 from train.resize import ResizeOutcome, Resizer
 from train.sinks import Sinks
-from train.state import TrainState
+from train.state import MEMORY_FORMAT, TrainState
 from train.world import World
 
 
@@ -152,7 +152,7 @@ def training_step(
 ) -> torch.Tensor:
     """Forward, backward, optimizer step and EMA on one batch; returns this rank's loss, a detached scalar tensor."""
     with state.precision.autocast():
-        logits = state.parallel(images.contiguous(memory_format=state.memory_format))
+        logits = state.parallel(images.contiguous(memory_format=MEMORY_FORMAT))
         loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
     state.precision.step(loss, state.optimizer)
     if state.ema is not None:
@@ -168,7 +168,7 @@ def evaluate(model: torch.nn.Module, loader: Loader, precision: Precision, world
     counts = torch.zeros(3, dtype=torch.int64, device=world.device)  # top-1 hits, top-5 hits, images
     for batch in loader:
         with precision.autocast():
-            logits = model(batch.images)
+            logits = model(batch.images.contiguous(memory_format=MEMORY_FORMAT))
         guesses = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits = (guesses == batch.labels[:, None]) & batch.valid[:, None]
         counts += torch.stack([hits[:, 0].sum(), hits.sum(), batch.valid.sum()])

@@ -30,7 +30,7 @@ from train.precision import Precision
 from train.resize import Resizer
 from train.rundir import RunDir, choose_run_dir
 from train.sinks import ConsoleSink, JsonLines, Sinks, TensorBoard
-from train.state import TrainState, state_digest
+from train.state import MEMORY_FORMAT, TrainState, state_digest
 from train.world import World
 
 
@@ -74,8 +74,7 @@ def evaluate_checkpoint(
     _, val_loader = world.together(lambda: _loaders(config, world))
     if val_loader.num_classes != stored["num_classes"]:
         raise TrainError(f"{data.path} has {val_loader.num_classes} classes, the network {stored['num_classes']}")
-    memory_format = _memory_format(world)
-    model.to(world.device, memory_format=memory_format)
+    model.to(world.device, memory_format=MEMORY_FORMAT)
     try:
         result = evaluate(model, val_loader, Precision(config.train.precision, world.device), world)
     finally:
@@ -93,10 +92,9 @@ def _build_trainer(config: RunConfig, world: World, ledger: Ledger, run_dir: Run
     train_loader, val_loader = _loaders(config, world)
     torch.manual_seed(config.run.seed)  # the same initial weights on every rank
     on_gpu = world.device.type == "cuda"
-    memory_format = _memory_format(world)
     model = build_model(config.model.name, train_loader.num_classes)
     resizer = Resizer(config.cup, model, example_input(config), config.train.epochs)
-    model.to(world.device, memory_format=memory_format)
+    model.to(world.device, memory_format=MEMORY_FORMAT)
     torch.manual_seed(config.run.seed + world.rank)  # dropout differs between ranks
     torch.backends.cudnn.benchmark = on_gpu
     ema = None
@@ -111,7 +109,7 @@ def _build_trainer(config: RunConfig, world: World, ledger: Ledger, run_dir: Run
         world=world,
         train_loader=train_loader,
         val_loader=val_loader,
-        state=TrainState(model, model, optimizer, precision, ema, memory_format),
+        state=TrainState(model, model, optimizer, precision, ema),
         resizer=resizer,
         ledger=ledger,
         sinks=Sinks([]),
@@ -129,11 +127,6 @@ def _loaders(config: RunConfig, world: World) -> tuple[Loader, Loader]:
         device=world.device,
         seed=config.run.seed,
     )
-
-
-def _memory_format(world: World) -> torch.memory_format:
-    """Tensor cores read channels last; the CPU's kernels have no preference of note."""
-    return torch.channels_last if world.device.type == "cuda" else torch.contiguous_format
 
 
 def _check_equal(state: TrainState, world: World) -> None:
