@@ -48,7 +48,7 @@ def complexity(model: nn.Module, example_input: torch.Tensor) -> Complexity:
 
     Layers stand in the order of their first call.
     """
-    return _count(meta_copy(model), meta_input(example_input.shape[1:], batch=1, dtype=example_input.dtype))
+    return _count(meta_copy(model), meta_input(example_input.shape[1:], batch=1))
 
 
 def complexity_after(model: nn.Module, groups: Sequence[ChannelGroup], plan: PrunePlan) -> Complexity:

@@ -188,7 +188,7 @@ class _Tracer:
             self._freeze(inputs, "it is an output of the network")
             return None
         if _shape(node) is None or node.op in ("placeholder", "get_attr"):
-            if node.op == "call_function" and node.target is operator.getitem:
+            if node.meta.get("unknown"):  # several tensors in one value: a chunk, a split, attention
                 self._freeze(inputs, f"{_describe(node)} is not followed")
             return None  # the network's input, a free parameter, a size: no channels that could go
         if node.op == "call_module":
@@ -196,10 +196,13 @@ class _Tracer:
             if node.target in shared:
                 self._freeze(inputs, f"{node.target} is used more than once or shares a parameter")
                 return self._fresh_frozen(node, f"{node.target} is used more than once or shares a parameter")
+            if _tensor_keywords(node):
+                self._freeze(inputs, f"{_describe(node)} is called with keywords")
+                return self._fresh_frozen(node, f"{_describe(node)} is called with keywords")
             rule = _module_rule(module)
             if rule is not None:
                 return rule(self, node, module, channels)
-        elif (rule := _RULES.get(node.target)) is not None:
+        elif (rule := _RULES.get(node.target)) is not None and not _tensor_keywords(node):
             return rule(self, node, channels)
         self._freeze(inputs, f"{_describe(node)} is not followed")
         return None
@@ -214,11 +217,13 @@ class _Tracer:
         for name in calls:
             for parameter in self.graph.get_submodule(name).parameters():
                 users.setdefault(id(parameter), set()).add(name)
-        twice = {name for name, n in calls.items() if n > 1 and any(True for _ in self._parameters(name))}
+        for node in self.graph.graph.nodes:
+            if node.op == "get_attr":
+                parameter = operator.attrgetter(node.target)(self.graph)
+                if id(parameter) in users:
+                    users[id(parameter)].add("read as a tensor")
+        twice = {name for name, n in calls.items() if n > 1 and self.graph.get_submodule(name).state_dict()}
         return twice | {name for names in users.values() if len(names) > 1 for name in names}
-
-    def _parameters(self, name: str) -> Iterable[nn.Parameter]:
-        return self.graph.get_submodule(name).parameters()
 
     def _fresh(self, count: int) -> np.ndarray:
         self.next_label += count
@@ -240,6 +245,9 @@ class _Tracer:
 
     def _conv(self, node: fx.Node, conv: nn.Module, channels: dict) -> _Channels | None:
         value = channels[node.args[0]]
+        if value is not None and (value.dim != 1 or len(_shape(node)) != conv.weight.dim()):
+            self._freeze([value], f"{node.target} works across another axis than the channels")
+            value = None
         if conv.groups == 1:
             return self._weight_layer(node, value, conv.out_channels)
         if conv.groups == conv.in_channels and value is not None and value.dim == 1:
@@ -282,7 +290,10 @@ class _Tracer:
     def _spatial(self, node: fx.Node, channels: dict) -> _Channels | None:
         """Pooling and resampling: every axis behind the channels may change."""
         value = channels[node.args[0]]
-        if value is not None and (value.dim != 1 or _shape(node)[1] != len(value.labels_C)):
+        # One sample less a dimension is what pooling takes for one image without a batch.
+        kind = type(self.graph.get_submodule(node.target)).__name__ if node.op == "call_module" else _describe(node)
+        rank = 4 if "2d" in kind else 3
+        if value is not None and (value.dim != 1 or _shape(node)[1] != len(value.labels_C) or len(_shape(node)) < rank):
             self._freeze([value], f"{_describe(node)} works across channels")
             return None
         return value
@@ -291,7 +302,14 @@ class _Tracer:
         """Flatten, view, reshape: (N, C, ...) -> (N, C * ...), each channel a block of columns; or no change at all."""
         value = channels[node.args[0]]
         before, after = _shape(node.args[0]), _shape(node)
-        if value is None or before == after:
+        if value is None:
+            return None
+        if node.target in _SIZED:
+            sizes = node.args[1] if isinstance(node.args[1], list | tuple) else node.args[1:]
+            if value.dim < len(sizes) and isinstance(sizes[value.dim], int) and sizes[value.dim] != -1:
+                self._freeze([value], f"{_describe(node)} to a fixed size {sizes[value.dim]}")
+                return None
+        if before == after:
             return value
         if value.dim == 1 and len(after) == 2 and before[0] == after[0]:
             return _Channels(1, np.repeat(value.labels_C, math.prod(before[2:])))
@@ -322,6 +340,9 @@ class _Tracer:
         operands = [n for n in node.args[:2] if isinstance(n, fx.Node) and _shape(n) is not None]
         values = [channels[n] for n in operands]
         if len(operands) == 1:
+            if any(isinstance(n, fx.Node) and n is not operands[0] for n in node.args[:2]):
+                self._freeze(values, f"{_describe(node)} uses a size of a tensor as a number")
+                return None
             return values[0]
         first, second = values
         same_axis = (
@@ -338,6 +359,8 @@ class _Tracer:
         return first
 
     def _cat(self, node: fx.Node, channels: dict) -> _Channels | None:
+        if isinstance(node.args[0], fx.Node):
+            return None  # the parts of a value that is not followed
         parts = list(node.args[0])
         values = [channels[n] for n in parts]
         dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
@@ -352,9 +375,9 @@ class _Tracer:
         if value is None:
             return None
         index = index if isinstance(index, tuple) else (index,)
-        if all(_is_constant_slice(entry) for entry in index):
-            labels_C = value.labels_C[index[value.dim]] if value.dim < len(index) else value.labels_C
-            return _Channels(value.dim, labels_C)
+        takes_all = value.dim >= len(index) or index[value.dim] == slice(None)
+        if takes_all and all(_is_constant_slice(entry) for entry in index):
+            return value
         self._freeze([value], f"{_describe(node)} is not followed")
         return None
 
@@ -431,6 +454,10 @@ def _connected(count: int, ties: list[tuple[np.ndarray, np.ndarray]]) -> np.ndar
     return connected_components(edges, directed=False)[1]
 
 
+# What a size query or arithmetic on sizes gives; any other value that is no tensor may hold tensors.
+_PLAIN = (torch.Size, int, float, str, torch.dtype, torch.device, type(None))
+
+
 class _Shapes(fx.Interpreter):
     """Runs the graph and notes the shape of every tensor at its node."""
 
@@ -440,12 +467,21 @@ class _Shapes(fx.Interpreter):
         value = super().run_node(node)
         if isinstance(value, torch.Tensor):
             node.meta["shape"] = tuple(value.shape)
+        elif node.op != "output" and not isinstance(value, _PLAIN):
+            node.meta["unknown"] = True
         return value
 
 
 def _shape(node: Any) -> tuple[int, ...] | None:
     """Shape of the tensor at a graph node; None for what is no tensor."""
     return node.meta.get("shape") if isinstance(node, fx.Node) else None
+
+
+def _tensor_keywords(node: fx.Node) -> bool:
+    """Whether a tensor is passed by keyword: the rules look at positions."""
+    found: list[fx.Node] = []
+    fx.map_arg(node.kwargs, found.append)
+    return any(_shape(n) is not None or n.meta.get("unknown") for n in found)
 
 
 def _is_constant_slice(entry: Any) -> bool:
@@ -464,6 +500,7 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
+_SIZED = (torch.reshape, "view", "reshape")
 _CONVS = (nn.Conv1d, nn.Conv2d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 _SAME_MODULES = (

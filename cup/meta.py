@@ -14,18 +14,22 @@ SIDES = (224, 32, 28, 299, 64)
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
-    """The same modules with parameters and buffers on the meta device; allocates no tensor memory, copies no data."""
+    """The same modules on the meta device, as fp32 and without hooks; allocates no tensor memory, copies no data."""
     memo: dict[int, torch.Tensor] = {}
     for tensor in model.buffers():
         memo[id(tensor)] = torch.empty_like(tensor, device="meta")
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
-    return copy.deepcopy(model, memo)
+    twin = copy.deepcopy(model, memo).float()
+    for module in twin.modules():  # a user's hooks expect real activations, and should not see this pass
+        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
+            hooks.clear()
+    return twin
 
 
-def meta_input(shape: Sequence[int], batch: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """A tensor (batch, *shape) on the meta device."""
-    return torch.empty((batch, *shape), device="meta", dtype=dtype)
+def meta_input(shape: Sequence[int], batch: int) -> torch.Tensor:
+    """A float32 tensor (batch, *shape) on the meta device."""
+    return torch.empty((batch, *shape), device="meta")
 
 
 def find_input_shape(model: nn.Module) -> tuple[int, ...]:

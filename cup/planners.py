@@ -104,7 +104,7 @@ def plan_by_reduction(
     dense_flops: int | None = None,
     **options: Any,
 ) -> PrunePlan:
-    """The cut whose FLOPs reduction lands on `target`: at or above it by at most 1%, or else as near as there is.
+    """The cut whose FLOPs reduction lands within 1% of `target`: above it where it can, or as near as there is.
 
     Bisection on the height t; where a small step of t jumps over the target, the first groups in network order take
     the deeper of the two neighbouring cuts and the rest the shallower one, and if need be single channels of the
@@ -140,9 +140,7 @@ def cut_groups(
     Raises CupError for weights that are not finite or groups that do not fit the model.
     """
     check_groups(model, groups)
-    shrinkable = prunable_groups(groups, options.scope)
-    if not shrinkable:
-        raise CupError(f"no group may be pruned with scope {options.scope!r}; cup.describe(model) says why")
+    shrinkable = _some_prunable(groups, options.scope)
     layers = connections(model, shrinkable) if layers is None else layers
     cuts: list[GroupCut] = []
     for group in shrinkable:
@@ -152,6 +150,13 @@ def cut_groups(
         labels_C = cut(tree, options.width(clusters(group, tree), group.width))
         cuts.append(GroupCut(group, tree, labels_C, representatives(features_CF, labels_C)))
     return cuts
+
+
+def _some_prunable(groups: Iterable[ChannelGroup], scope: str) -> list[ChannelGroup]:
+    shrinkable = prunable_groups(groups, scope)
+    if not shrinkable:
+        raise CupError(f"no group may be pruned with scope {scope!r}; cup.describe(model) says why")
+    return shrinkable
 
 
 def _plan(cuts: Sequence[GroupCut], threshold: float | None = None) -> PrunePlan:
@@ -179,7 +184,7 @@ class _Search:
         dense_flops: int | None,
     ) -> None:
         self.model, self.groups, self.options, self.target = model, groups, options, target
-        self.shrinkable = prunable_groups(groups, options.scope)
+        self.shrinkable = _some_prunable(groups, options.scope)
         self.floor = {group.name: self.options.width(1, group.width) for group in self.shrinkable}
         self.layers = connections(model, self.shrinkable)
         self.dense_flops = dense_flops or complexity(model, meta_input(groups[0].input_shape, batch=1)).flops
