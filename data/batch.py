@@ -33,6 +33,8 @@ class Batch(NamedTuple):
 class Loader(Protocol):
     """One split of one rank. All ranks have equally many steps, always."""
 
+    kind: str
+    """dali, folder or synthetic."""
     num_classes: int
     num_images: int
     """Images in the whole split, all ranks together."""

@@ -55,6 +55,7 @@ def build_loaders(
             source = FolderSource(config, images[split], augment=split == "train", workers=threads, **common)
         loaders.append(
             SplitLoader(
+                kind=kind,
                 source=source,
                 sharding=sharding,
                 labels=labels[split],

@@ -43,6 +43,7 @@ class SplitLoader:
     def __init__(
         self,
         *,
+        kind: str,
         source: ImageSource,
         sharding: Sharding,
         labels: np.ndarray,
@@ -50,6 +51,7 @@ class SplitLoader:
         device: torch.device,
         identity: dict[str, int | float | str],
     ) -> None:
+        self.kind = kind
         self.num_classes = num_classes
         self.num_images = sharding.num_images
         self._source = source

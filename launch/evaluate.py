@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 
 # A script's own folder comes first on the path, and there `train` is launch/train.py: put the root in its place.
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from train.cli import Parser, exit_code_of  # noqa: E402
-from train.run import evaluate_checkpoint  # noqa: E402
-from train.world import open_world  # noqa: E402
+from train.cli import Parser, exit_code_of
+from train.run import evaluate_checkpoint
+from train.world import open_world
 
 
 def main(argv: list[str]) -> int:

@@ -13,18 +13,19 @@ from pathlib import Path
 from typing import Any
 
 # A script's own folder comes first on the path, and there `train` is launch/train.py: put the root in its place.
-sys.path[0] = str(Path(__file__).resolve().parents[1])
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import matplotlib  # noqa: E402
+import matplotlib
 
 matplotlib.use("Agg")  # before pyplot: no display is needed
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.ticker import MaxNLocator  # noqa: E402
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
-from train.cli import Parser, exit_code_of  # noqa: E402
-from train.errors import TrainError  # noqa: E402
-from train.rundir import RunDir, read_log  # noqa: E402
+from train.cli import Parser, exit_code_of
+from train.errors import TrainError
+from train.rundir import RunDir, read_log
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from pathlib import Path
 STARTED = time.perf_counter()  # importing torch is part of the run's startup
 # A script's own folder comes first on the path, and there `train` is launch/train.py: put the root in its place.
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)
+if not __package__:
+    sys.path[0] = str(ROOT)
 
 from train.cli import exit_code_of  # noqa: E402
 from train.config import parse_config  # noqa: E402

@@ -1,4 +1,4 @@
-"""launch/train.py with a fault on rank 1 at the first resize, chosen by the variable FAULT. Run by test_run_ranks.py."""
+"""launch/train.py with a fault on rank 1 at the first resize, chosen by the variable FAULT; for test_run_ranks.py."""
 
 import dataclasses
 import os

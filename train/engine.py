@@ -140,7 +140,7 @@ def train_epoch(trainer: Trainer, epoch: int, just_resized: bool) -> tuple[float
         images += len(batch.labels)
         trainer.progress.step += 1
         trainer.sinks.progress(f"epoch {epoch}/{trainer.config.epochs}", step + 1, steps)
-    next(batches, None)  # lets the loader see its end
+
     with trainer.ledger.charge("step"):
         mean_loss = world.sum(loss_sum).item() / (steps * world.size)
     seconds = {kind: total - before[kind] for kind, total in trainer.ledger.seconds.items()}

@@ -226,7 +226,7 @@ def _first_line(config: RunConfig, trainer: Trainer, run_dir: RunDir) -> dict[st
         "first_epoch": trainer.progress.epoch + 1,
         "batch_size": config.data.batch_size,
         "precision": config.train.precision,
-        "loader": type(trainer.train_loader).__name__,
+        "loader": trainer.train_loader.kind,
         "world_size": world.size,
         "devices": world.gather(device),
         "device": world.device.type,

@@ -105,9 +105,14 @@ def _check_same(run_dir: RunDir, config: RunConfig) -> None:
         stored = yaml.safe_load(run_dir.config.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise TrainError(f"cannot read {run_dir.config}: {error}") from error
-    different = differing_keys(config.to_dict(), stored if isinstance(stored, dict) else {})
+    different = differing_keys(_computed(config.to_dict()), _computed(stored if isinstance(stored, dict) else {}))
     if different:
         raise ConfigError(
             f"{run_dir.path} holds an unfinished run of another configuration: {', '.join(different)}; take the same "
             "configuration to finish it, another --run.name, or --run.resume never"
         )
+
+
+def _computed(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings that decide what a run computes: where it lies and how it is resumed do not."""
+    return config | {"run": {key: v for key, v in config.get("run", {}).items() if key not in ("root", "resume")}}

@@ -1,0 +1,245 @@
+"""The small parts of a run: ledger, learning rate, optimizer groups, models, checkpoints, run directories, report."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from runs import TINY
+from torch import nn
+
+from launch import report
+from train.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from train.config import RunConfig, parse_config
+from train.errors import ConfigError, TrainError
+from train.ledger import Ledger, gpu_hours
+from train.models import build_model
+from train.optim import OptimConfig, build_optimizer, learning_rate
+from train.rundir import choose_run_dir, read_log
+
+
+class Clock:
+    """A clock that stands still until it is told otherwise."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_the_ledger_charges_every_second_to_one_kind():
+    clock = Clock()
+    ledger = Ledger(clock, started=97.0)
+    clock.now += 1  # 4 s of startup
+    ledger.end_startup()
+    clock.now += 0.5
+    with ledger.charge("step"):
+        clock.now += 10
+        with ledger.charge("data_wait"):
+            clock.now += 2
+        clock.now += 1
+    seconds = ledger.seconds
+    assert (seconds["startup"], seconds["step"], seconds["data_wait"], seconds["other"]) == (4, 11, 2, 0.5)
+    assert ledger.total_s == 17.5
+
+
+def test_reports_of_the_ledger_add_up_also_across_a_resume():
+    clock = Clock()
+    ledger = Ledger(clock)
+    ledger.end_startup()
+    with ledger.charge("step"):
+        clock.now += 3
+    first = ledger.since_last_report()
+    stored = ledger.state_dict()
+
+    resumed = Ledger(clock)
+    clock.now += 5
+    resumed.load_state_dict(stored)
+    resumed.end_startup()
+    with ledger.charge("eval"), resumed.charge("eval"):
+        clock.now += 2
+    second = resumed.since_last_report()
+    assert first["step"] == 3 and second["step"] == 0
+    assert second["startup"] == 5 and second["eval"] == 2
+    assert resumed.total_s == 10
+    assert gpu_hours(3600, 8) == 8
+
+
+def test_the_paper_s_step_schedule():
+    config = OptimConfig(lr=0.1, milestones=(30, 60))
+    rates = [learning_rate(config, progress, 90) for progress in (0, 29.99, 30, 59.99, 60, 89)]
+    assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+
+
+def test_warm_up_and_cosine():
+    config = OptimConfig(lr=0.4, schedule="cosine", warmup_epochs=5)
+    rates = [learning_rate(config, progress, 105) for progress in (0, 2.5, 5, 55, 105)]
+    assert rates == pytest.approx([0, 0.2, 0.4, 0.2, 0])
+
+
+def test_norms_and_biases_may_be_spared_from_weight_decay():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+    optimizer = build_optimizer(model, OptimConfig(weight_decay=0.1, decay_norms_and_biases=False))
+    decayed, spared = optimizer.param_groups
+    assert {id(p) for p in decayed["params"]} == {id(model[0].weight), id(model[3].weight)}
+    assert {id(p) for p in spared["params"]} == {id(p) for p in (model[0].bias, *model[1].parameters(), model[3].bias)}
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "parameters"),
+    [
+        ("resnet20_cifar", (3, 32, 32), 269_722),
+        ("resnet56_cifar", (3, 32, 32), 853_018),
+        ("vgg16_cifar", (3, 32, 32), 14_728_266),
+        ("lenet", (1, 28, 28), 431_080),
+        ("mlp", (1, 28, 28), 545_810),
+        ("resnet18", (3, 64, 64), 11_181_642),
+    ],
+)
+def test_networks_of_the_paper_have_their_sizes(name: str, shape: tuple[int, ...], parameters: int):
+    model = build_model(name, 10).eval()
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert model(torch.zeros(2, *shape)).shape == (2, 10)
+
+
+def test_an_unknown_network_is_refused_by_name():
+    with pytest.raises(ConfigError, match=r"model\.name: found 'resnet51'.*resnet50"):
+        build_model("resnet51", 10)
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, {"epoch": 1})
+
+    def full_disk(content: object, file: object) -> None:
+        file.write(b"half a checkpoint")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(CheckpointError, match="No space left"):
+        save_checkpoint(path, {"epoch": 2})
+    monkeypatch.undo()
+    assert load_checkpoint(path)["epoch"] == 1
+
+
+class Payload:
+    """An object whose unpickling runs code."""
+
+    def __reduce__(self) -> tuple:
+        return (Path("/tmp/cupss_was_here").touch, ())
+
+
+def test_a_checkpoint_with_code_in_it_is_refused_and_not_run(tmp_path: Path):
+    torch.save({"format": 1, "model": Payload()}, tmp_path / "evil.pt")
+    with pytest.raises(CheckpointError, match=r"evil\.pt"):
+        load_checkpoint(tmp_path / "evil.pt")
+    assert not Path("/tmp/cupss_was_here").exists()
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b[:100] + b"x" * 50 + b[150:]])
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path, damage):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, {"weights": torch.arange(1000.0)})
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(CheckpointError, match=r"last\.pt"):
+        load_checkpoint(path)
+
+
+def config_in(root: Path, **changes: str) -> RunConfig:
+    overrides = [text for key, value in changes.items() for text in (f"--{key.replace('__', '.')}", value)]
+    return parse_config([*overrides, "--run.root", str(root)], "train.py", str(TINY))
+
+
+def finish(path: Path) -> None:
+    (path / "log.jsonl").write_text(json.dumps({"event": "done"}) + "\n")
+
+
+def test_a_run_directory_is_resumed_kept_or_numbered(tmp_path: Path):
+    config = config_in(tmp_path)
+    first = choose_run_dir(config).path
+    assert first == tmp_path / "tiny"
+    assert choose_run_dir(config).path == first  # unfinished, same configuration: goes on
+    finish(first)
+    second = choose_run_dir(config).path
+    assert second == tmp_path / "tiny-2"
+    assert choose_run_dir(config).path == second
+    finish(second)
+    assert choose_run_dir(config).path == tmp_path / "tiny-3"
+
+
+def test_resume_never_takes_a_new_directory(tmp_path: Path):
+    config = config_in(tmp_path, run__resume="never")
+    assert [choose_run_dir(config).path.name for _ in range(3)] == ["tiny", "tiny-2", "tiny-3"]
+
+
+def test_how_a_run_is_resumed_is_no_difference_between_configurations(tmp_path: Path):
+    choose_run_dir(config_in(tmp_path, run__resume="never"))
+    assert choose_run_dir(config_in(tmp_path, run__resume="auto")).path.name == "tiny"
+
+
+def test_an_unfinished_run_of_another_configuration_is_refused(tmp_path: Path):
+    choose_run_dir(config_in(tmp_path))
+    with pytest.raises(ConfigError, match=r"optim\.lr \(0\.05 there, 0\.3 now\)"):
+        choose_run_dir(config_in(tmp_path, optim__lr="0.3"))
+
+
+def test_a_directory_that_is_no_run_is_left_alone(tmp_path: Path):
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny/thesis.tex").write_text("years of work")
+    with pytest.raises(TrainError, match="no run directory"):
+        choose_run_dir(config_in(tmp_path))
+    assert [path.name for path in (tmp_path / "tiny").iterdir()] == ["thesis.tex"]
+
+
+def test_a_log_with_damage_in_the_middle_is_refused_but_a_cut_off_end_is_not(tmp_path: Path):
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"event": "run"}\n{"event": "ep')
+    assert read_log(log) == [{"event": "run"}]
+    log.write_text('{"event": "run"}\n{"event": "ep\n{"event": "done"}\n')
+    with pytest.raises(TrainError, match="line 2"):
+        read_log(log)
+
+
+def write_run(directory: Path, cup: bool, hours: float, reduction: float) -> Path:
+    """A finished run of one epoch, as its log tells it."""
+    directory.mkdir(parents=True)
+    epoch = {"epoch": 1, "threshold": None, "flops_reduction": reduction, "top1": 70.0}
+    epoch["seconds"] = dict.fromkeys(("data_wait", "step", "resize", "resize_warmup"), 1.0)
+    done = {"flops_reduction": reduction, "top1": 70.0, "top5": 90.0, "gpu_hours": hours, "device": "cuda"}
+    lines = [
+        {"event": "run", "model": "resnet50", "cup": cup},
+        {"event": "epoch", **epoch},
+        {"event": "done", **done},
+    ]
+    (directory / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return directory
+
+
+def test_the_report_measures_the_saving_against_the_dense_run(tmp_path: Path, capsys: pytest.CaptureFixture):
+    dense = write_run(tmp_path / "dense", cup=False, hours=66.0, reduction=1.0)
+    shrunk = write_run(tmp_path / "shrunk", cup=True, hours=54.48, reduction=2.2)
+    assert report.main([str(dense), str(shrunk), "--out", str(tmp_path / "out")]) == 0
+    table = (tmp_path / "out/savings.md").read_text()
+    assert "| dense: resnet50, dense | 1.00 | 70.00 | 90.00 | 66.00 |  |" in table
+    assert "| shrunk: resnet50, CUP-SS | 2.20 | 70.00 | 90.00 | 54.48 | 17.5 |" in table
+    assert "| paper: ResNet-50 CUP-SS (k 0.03, b 0.3) | 2.20 | 74.40 | 91.99 | 54.48 | 17.5 |" in table
+    assert table in capsys.readouterr().out
+    assert len((tmp_path / "out/savings.csv").read_text().splitlines()) == 1 + 2 + len(report.PUBLISHED)
+    assert (tmp_path / "out/epochs.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_report_refuses_what_is_no_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert report.main([str(tmp_path / "nothing")]) == 1
+    assert "nothing is no run directory" in capsys.readouterr().err
+    unfinished = write_run(tmp_path / "unfinished", cup=True, hours=1, reduction=2)
+    (unfinished / "log.jsonl").write_text('{"event": "run"}\n')
+    assert report.main([str(unfinished), "--out", str(tmp_path / "out")]) == 1
+    assert "not finished" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_published_savings_follow_from_the_published_hours():
+    dense = report.PUBLISHED[0].hours
+    for row in report.PUBLISHED[1:]:
+        assert row.saving == pytest.approx(100 * (1 - row.hours / dense), abs=0.06)

@@ -1,0 +1,160 @@
+"""Runs in this process, without a group: what the options of a run change."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from runs import TINY
+
+from train.config import parse_config
+from train.ledger import Ledger
+from train.optim import learning_rate
+from train.run import evaluate_checkpoint, run
+from train.rundir import read_log
+from train.world import World
+
+ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
+
+
+def train(root: Path, **changes: object) -> list[dict]:
+    """Run tests/tiny.yaml with overrides and return its log."""
+    overrides = [text for key, value in changes.items() for text in (f"--{key.replace('__', '.')}", str(value))]
+    done = run(parse_config([*overrides, "--run.root", str(root)], "train.py", str(TINY)), ALONE, Ledger())
+    return read_log(Path(done["directory"]) / "log.jsonl")
+
+
+def events(log: list[dict], kind: str) -> list[dict]:
+    return [event for event in log if event["event"] == kind]
+
+
+def numbers(log: list[dict]) -> list[tuple]:
+    keys = ("epoch", "train_loss", "top1", "lr", "flops", "threshold")
+    return [tuple(event[key] for key in keys) for event in events(log, "epoch")]
+
+
+def test_equal_seeds_give_equal_runs_and_others_do_not(tmp_path: Path):
+    one, two, three = (numbers(train(tmp_path / name, run__seed=seed)) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
+    assert one == two
+    assert one != three
+
+
+def test_a_dense_run_keeps_its_width_and_resizes_nothing(tmp_path: Path):
+    log = train(tmp_path, cup__enabled="false")
+    assert not events(log, "resize")
+    assert {event["flops_reduction"] for event in events(log, "epoch")} == {1.0}
+    assert {event["threshold"] for event in events(log, "epoch")} == {None}
+
+
+def test_the_threshold_ramp_follows_the_paper_and_stops_on_its_target(tmp_path: Path):
+    """t(e) = k (e - 1) + b; the cut that would overshoot lands on the target, and none comes after it."""
+    log = train(
+        tmp_path, cup__ramp="threshold", cup__slope=0.03, cup__offset=0.08, cup__target_reduction=1.6, train__epochs=6,
+        cup__last_epoch=6,
+    )  # fmt: skip
+    epochs = events(log, "epoch")
+    cut = [event for event in epochs if event["threshold"] is not None]
+    for event in cut[:-1]:
+        assert event["threshold"] == pytest.approx(0.03 * (event["epoch"] - 1) + 0.08)
+    assert cut[-1]["flops_reduction"] == pytest.approx(1.6, rel=0.01)
+    assert [event["threshold"] for event in epochs[len(cut) :]] == [None] * (6 - len(cut))
+    assert 1 <= len(cut) < 6
+
+
+def test_a_cut_that_removes_nothing_says_so(tmp_path: Path):
+    log = train(tmp_path, cup__ramp="threshold", cup__slope=0, cup__offset=1e-6, train__epochs=1, cup__last_epoch=1)
+    assert not events(log, "resize")
+    assert "removes nothing" in events(log, "note")[0]["message"]
+
+
+def test_every_and_last_epoch_say_when_to_cut(tmp_path: Path):
+    log = train(tmp_path, train__epochs=6, cup__every=2, cup__last_epoch=4)
+    assert [event["epoch"] for event in events(log, "resize")] == [3, 4]
+
+
+def test_widths_respect_round_to_and_min_channels(tmp_path: Path):
+    log = train(tmp_path, cup__round_to=4, cup__min_channels=12, cup__target_reduction=1.5)
+    widths = events(log, "epoch")[-1]["widths"]
+    assert all(width % 4 == 0 and width >= 12 for width in widths.values())
+    assert sum(widths.values()) < 20 + 50 + 500
+
+
+def test_reset_momentum_trains_differently_from_carried_momentum(tmp_path: Path):
+    carried, reset = (numbers(train(tmp_path / name, cup__momentum=name)) for name in ("carry", "reset"))
+    assert carried[0] == reset[0]  # no cut before epoch 1
+    assert carried[1] != reset[1]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_trains_keeps_fp32_weights_and_resizes(tmp_path: Path, precision: str):
+    log = train(tmp_path, train__precision=precision, train__epochs=4)
+    losses = [event["train_loss"] for event in events(log, "epoch")]
+    assert losses[-1] < losses[0]
+    assert len(events(log, "resize")) == 2
+    stored = torch.load(tmp_path / "tiny/last.pt", weights_only=True)
+    assert stored["model"]["fc1.weight"].dtype == torch.float32
+    assert bool(stored["scaler"]) == (precision == "fp16")
+
+
+def test_label_smoothing_raises_the_loss_of_a_good_network(tmp_path: Path):
+    plain, smooth = (numbers(train(tmp_path / str(s), train__label_smoothing=s))[-1][1] for s in (0.0, 0.2))
+    assert smooth > plain
+
+
+def test_the_average_of_the_weights_is_what_is_evaluated_and_stored(tmp_path: Path):
+    log = train(tmp_path, train__ema_decay=0.9)
+    stored = torch.load(tmp_path / "tiny/last.pt", weights_only=True)
+    average, weights = stored["ema"]["module.conv1.weight"], stored["model"]["conv1.weight"]
+    assert average.shape == weights.shape
+    assert not torch.equal(average, weights)
+    result, _ = evaluate_checkpoint(tmp_path / "tiny/last.pt", ALONE)
+    assert result.top1 == events(log, "epoch")[-1]["top1"]
+
+
+def test_best_is_the_epoch_with_the_highest_top1(tmp_path: Path):
+    log = train(tmp_path, train__epochs=4)
+    best = max(event["top1"] for event in events(log, "epoch"))
+    result, cost = evaluate_checkpoint(tmp_path / "tiny/best.pt", ALONE)
+    assert result.top1 == best == log[-1]["best_top1"]
+    first = next(event for event in events(log, "epoch") if event["top1"] == best)
+    assert cost.flops == first["flops"]
+
+
+def test_a_run_that_lost_only_its_last_line_is_closed_without_training(tmp_path: Path):
+    undisturbed = train(tmp_path)
+    log = tmp_path / "tiny/log.jsonl"
+    log.write_text("".join(json.dumps(event) + "\n" for event in undisturbed[:-1]))
+    again = train(tmp_path)
+    assert numbers(again) == numbers(undisturbed)
+    assert again[-1]["event"] == "done"
+    assert again[-1]["top1"] == undisturbed[-1]["top1"]
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_over(tmp_path: Path):
+    undisturbed = train(tmp_path)
+    log = tmp_path / "tiny/log.jsonl"
+    log.write_text(json.dumps(undisturbed[0]) + '\n{"event": "ep')  # cut off in the middle of a line
+    (tmp_path / "tiny/last.pt").unlink()
+    again = train(tmp_path)
+    assert numbers(again) == numbers(undisturbed)
+    assert len(events(again, "run")) == 1
+
+
+def test_the_log_shows_the_learning_rate_that_was_used(tmp_path: Path):
+    config = parse_config([], "train.py", str(TINY))
+    steps = 128 // 32
+    for event in events(train(tmp_path), "epoch"):
+        progress = event["epoch"] - 1 + (steps - 1) / steps
+        assert event["lr"] == pytest.approx(learning_rate(config.optim, progress, 3))
+
+
+def test_tensorboard_shows_the_numbers_with_their_units(tmp_path: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = train(tmp_path)
+    board = EventAccumulator(str(tmp_path / "tiny/tensorboard"))
+    board.Reload()
+    tags = set(board.Tags()["scalars"])
+    assert {"cup/flops_reduction(x)", "cup/threshold", "time/gpu_hours(h)", "time/data_wait(s)", "val/top1(%)"} <= tags
+    shown = [point.value for point in board.Scalars("cup/flops_reduction(x)")]
+    assert shown == pytest.approx([event["flops_reduction"] for event in events(log, "epoch")])
