@@ -4,7 +4,10 @@ import os
 from pathlib import Path
 
 import pytest
-from runs import launch, options, rank_lines, write_image_folder
+from runs import TINY, launch, options, rank_lines, write_image_folder
+
+from launch import evaluate
+from train.config import parse_config
 
 
 def one_line(result, exit_code: int) -> str:
@@ -60,15 +63,6 @@ def test_a_network_that_does_not_take_the_images_is_an_error_before_training(tmp
     assert "LeNet does not take inputs of shape (1, 32, 32)" in line
 
 
-def test_an_unfinished_run_of_another_configuration_is_refused_with_the_keys(tmp_path: Path):
-    assert launch("launch/train.py", options(), tmp_path, timeout=60).returncode == 0
-    log = tmp_path / "runs/tiny/log.jsonl"
-    log.write_text("".join(line + "\n" for line in log.read_text().splitlines()[:-1]))  # as if killed before the end
-    line = one_line(launch("launch/train.py", options(optim__lr=0.2, cup__every=2), tmp_path), 2)
-    assert "optim.lr (0.05 there, 0.2 now)" in line and "cup.every (1 there, 2 now)" in line
-    assert "optim.momentum" not in line
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -91,15 +85,19 @@ def test_debug_shows_the_traceback(tmp_path: Path):
     assert "Traceback" in result.stderr
 
 
-def test_print_config_is_a_recipe_that_parses(tmp_path: Path):
-    printed = launch("launch/train.py", ["--print_config"], tmp_path)
+def test_print_config_is_a_recipe_that_parses_to_the_same(tmp_path: Path):
+    printed = launch("launch/train.py", [*options(), "--print_config"], tmp_path)
     assert printed.returncode == 0
     (tmp_path / "again.yaml").write_text(printed.stdout)
-    again = launch("launch/train.py", ["--config", "again.yaml", "--print_config"], tmp_path)
-    assert again.stdout == printed.stdout
+    parsed = [parse_config(["--config", str(path)], "train.py", "") for path in (TINY, tmp_path / "again.yaml")]
+    assert parsed[0] == parsed[1]
 
 
-def test_evaluate_refuses_what_is_no_checkpoint(tmp_path: Path):
+def test_evaluate_refuses_what_is_no_checkpoint(tmp_path: Path, capfd: pytest.CaptureFixture):
     (tmp_path / "junk.pt").write_bytes(b"not a checkpoint")
-    assert "junk.pt" in one_line(launch("launch/evaluate.py", ["junk.pt"], tmp_path), 1)
-    assert "missing.pt" in one_line(launch("launch/evaluate.py", ["missing.pt"], tmp_path), 1)
+    for name in ("junk.pt", "missing.pt"):
+        assert evaluate.main([str(tmp_path / name)]) == 1
+        lines = capfd.readouterr().err.splitlines()
+        assert len(lines) == 1 and name in lines[0]
+    assert evaluate.main(["--nonsense"]) == 2
+    assert len(capfd.readouterr().err.splitlines()) == 1
