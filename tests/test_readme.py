@@ -1,0 +1,25 @@
+"""What README shows works: its Python example runs, the files that it names exist."""
+
+import re
+
+import pytest
+import torch
+from runs import ROOT
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_example_of_pruning_in_a_training_loop_runs(capsys: pytest.CaptureFixture):
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    torch.manual_seed(0)
+    names: dict = {}
+    exec(example, names)
+    dense = names["cup"].complexity(names["torchvision"].models.resnet18(num_classes=10), names["images"]).flops
+    assert dense / int(capsys.readouterr().out) == pytest.approx(1.25**2, rel=0.02)
+
+
+def test_the_files_that_it_names_exist():
+    named = set(re.findall(r"(?:launch|train|cup|data|tests|results|\.ci)/[\w./-]*\w", README))
+    made_by_runs = {name for name in named if name.startswith("data/") or "n01440764" in name}
+    missing = sorted(name for name in named - made_by_runs if not (ROOT / name).exists())
+    assert missing == []
