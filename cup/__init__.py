@@ -4,10 +4,10 @@ Tensors and plain data in, plain data out: nothing here knows of ranks, files, l
 """
 
 from cup.carry import carry_ema, carry_optimizer
-from cup.complexity import Complexity, LayerCost, complexity, complexity_after
+from cup.complexity import Complexity, LayerCost, complexity, flops_after
 from cup.describe import describe
 from cup.errors import CupError
-from cup.groups import ChannelGroup, Place, channel_groups
+from cup.groups import ChannelGroup, Place
 from cup.plan import PrunePlan
 from cup.planners import (
     REDUCTION_TOLERANCE,
@@ -21,6 +21,7 @@ from cup.planners import (
 )
 from cup.schedule import has_reached, is_cut_epoch, reduction_at, threshold_at
 from cup.surgery import ParameterChange, Resized, apply_plan, shrink_to
+from cup.trace import channel_groups
 
 __all__ = [
     "REDUCTION_TOLERANCE",
@@ -39,9 +40,9 @@ __all__ = [
     "carry_optimizer",
     "channel_groups",
     "complexity",
-    "complexity_after",
     "cut_groups",
     "describe",
+    "flops_after",
     "has_reached",
     "is_cut_epoch",
     "plan_by_counts",

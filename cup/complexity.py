@@ -10,13 +10,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
-from cup.groups import ChannelGroup
+from cup.groups import Call, ChannelGroup, alive_after
 from cup.meta import meta_copy, meta_input
 from cup.plan import PrunePlan
-from cup.surgery import apply_plan
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,32 @@ def complexity(model: nn.Module, example_input: torch.Tensor) -> Complexity:
     return _count(meta_copy(model), meta_input(example_input.shape[1:], batch=1))
 
 
-def complexity_after(model: nn.Module, groups: Sequence[ChannelGroup], plan: PrunePlan) -> Complexity:
-    """What the model would cost after `plan`, at the input shape of the groups' trace; nothing is changed."""
-    twin = meta_copy(model)
-    apply_plan(twin, plan, groups)
-    return _count(twin, meta_input(groups[0].input_shape, batch=1))
+def flops_after(model: nn.Module, groups: Sequence[ChannelGroup], plan: PrunePlan, now: Complexity) -> int:
+    """FLOPs (the paper's counting) that the model would have after `plan`, by arithmetic on the traced calls.
+
+    now: `complexity` of the model as it is, at the input shape of the groups' trace. Nothing is run or changed.
+    """
+    network = groups[0].network
+    alive = alive_after(groups, plan.kept)
+    counted = {layer.name for layer in now.layers}  # auxiliary heads are traced, but not part of inference
+    change = 0
+    for call in network.calls:
+        if call.module in counted:
+            module = model.get_submodule(call.module)
+            change += _cost(module, *_shapes(call, alive))[0] - _cost(module, *_shapes(call, network.alive))[0]
+    return now.flops + change
+
+
+def _shapes(call: Call, alive: np.ndarray) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Input and output shape of the call when only the `alive` channels are left."""
+
+    def narrowed(shape: tuple[int, ...], channels: np.ndarray | None, dim: int) -> tuple[int, ...]:
+        return shape if channels is None else (*shape[:dim], int(alive[channels].sum()), *shape[dim + 1 :])
+
+    return (
+        narrowed(call.input_shape, call.reads, call.read_dim),
+        narrowed(call.output_shape, call.writes, call.write_dim),
+    )
 
 
 def _count(twin: nn.Module, sample: torch.Tensor) -> Complexity:
@@ -65,7 +86,7 @@ def _count(twin: nn.Module, sample: torch.Tensor) -> Complexity:
 
     def count(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         name = names[module]
-        flops, macs = _cost(module, inputs[0], output)
+        flops, macs = _cost(module, tuple(inputs[0].shape), tuple(output.shape))
         before = costs.get(name, LayerCost(name, type(module).__name__, 0, 0, _own_parameters(module)))
         costs[name] = LayerCost(name, before.kind, before.flops + flops, before.macs + macs, before.params)
 
@@ -85,22 +106,23 @@ def _count(twin: nn.Module, sample: torch.Tensor) -> Complexity:
     )
 
 
-def _cost(module: nn.Module, value: torch.Tensor, output: torch.Tensor) -> tuple[int, int]:
-    """(flops, macs) of one call."""
+def _cost(module: nn.Module, value: tuple[int, ...], output: tuple[int, ...]) -> tuple[int, int]:
+    """(flops, macs) of one call, from the shapes of its input and output."""
+    elements = math.prod(output)
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        macs = output.numel() * module.in_channels // module.groups * math.prod(module.kernel_size)
-        return 2 * macs + (output.numel() if module.bias is not None else 0), macs
+        inputs = value[1] if module.groups == 1 else module.in_channels // module.groups
+        macs = elements * inputs * math.prod(module.kernel_size)
+        return 2 * macs + (elements if module.bias is not None else 0), macs
     if isinstance(module, nn.Linear):
-        macs = output.numel() * module.in_features
-        return 2 * macs + (output.numel() if module.bias is not None else 0), macs
+        macs = elements * value[-1]
+        return 2 * macs + (elements if module.bias is not None else 0), macs
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return 2 * value.numel(), 0
+        return 2 * math.prod(value), 0
     if isinstance(module, nn.ReLU | nn.ReLU6):
-        return value.numel(), 0
+        return math.prod(value), 0
     if isinstance(module, nn.MaxPool2d | nn.AvgPool2d):
         side = module.kernel_size
-        window = side * side if isinstance(side, int) else math.prod(side)
-        return output.numel() * window, 0
+        return elements * (side * side if isinstance(side, int) else math.prod(side)), 0
     return 0, 0
 
 

@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from cup.groups import ChannelGroup, Place, channel_groups
+from cup.groups import ChannelGroup, Place
+from cup.trace import channel_groups
 
 
 def describe(model: nn.Module, example_input: torch.Tensor | None = None) -> str:

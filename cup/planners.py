@@ -13,7 +13,7 @@ import numpy as np
 from torch import nn
 
 from cup.cluster import clusters_at, cut, representatives, ward_tree
-from cup.complexity import complexity, complexity_after
+from cup.complexity import complexity, flops_after
 from cup.errors import CupError
 from cup.features import Connections, FeatureVariant, connections, group_features
 from cup.groups import ChannelGroup, check_groups, keep_masks
@@ -187,7 +187,8 @@ class _Search:
         self.shrinkable = _some_prunable(groups, options.scope)
         self.floor = {group.name: self.options.width(1, group.width) for group in self.shrinkable}
         self.layers = connections(model, self.shrinkable)
-        self.dense_flops = dense_flops or complexity(model, meta_input(groups[0].input_shape, batch=1)).flops
+        self.now = complexity(model, meta_input(groups[0].network.input_shape, batch=1))
+        self.dense_flops = dense_flops or self.now.flops
 
     def is_near(self, candidate: _Candidate) -> bool:
         """At the target or above it by no more than the tolerance."""
@@ -248,7 +249,7 @@ class _Search:
 
     def _candidate(self, clusters: Callable[[ChannelGroup, np.ndarray], int], t: float | None) -> _Candidate:
         plan = _plan(cut_groups(self.model, self.groups, clusters, self.options, self.layers), t)
-        return _Candidate(plan, self.dense_flops / complexity_after(self.model, self.groups, plan).flops)
+        return _Candidate(plan, self.dense_flops / flops_after(self.model, self.groups, plan, self.now))
 
 
 def _distance(one: _Candidate, other: _Candidate) -> int:

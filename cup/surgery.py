@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from cup.errors import CupError
-from cup.groups import AxisName, ChannelGroup, channel_groups, check_groups, keep_masks, narrow_groups
+from cup.groups import AxisName, ChannelGroup, check_groups, keep_masks, narrow_groups
 from cup.plan import PrunePlan
+from cup.trace import channel_groups
 
 
 @dataclass(frozen=True, eq=False)

@@ -162,7 +162,8 @@ def groups_as_data(groups: Sequence[ChannelGroup]) -> list[tuple]:
             places(g.producers),
             places(g.followers),
             places(g.consumers),
-            g.input_shape,
+            g.network.input_shape,
+            [n for n in g.numbers.tolist() if g.network.alive[n]] == g.numbers.tolist(),
         )
         for g in groups
     ]

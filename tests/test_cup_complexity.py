@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from cup_twins import Untouched, make_network
+from cup_twins import Untouched, make_network, plan_of, random_kept
 from torch import nn
 
 import cup
@@ -93,3 +93,32 @@ def test_a_shared_parameter_counts_once():
     model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
     model[1].weight = model[0].weight
     assert cup.complexity(model, torch.empty(1, 4)).params == 16
+
+
+@pytest.mark.parametrize(
+    ("name", "scope"),
+    [
+        *(("lenet", "inner"), ("mlp", "inner"), ("resnet20_cifar", "inner"), ("vgg16_cifar", "inner")),
+        *(("resnet18", "all"), ("mobile_like", "all"), ("dense_like", "all"), ("squeeze_excite", "all")),
+    ],
+)
+def test_flops_after_a_plan_are_what_the_resized_network_counts(name, scope):
+    """The planners' arithmetic against a forward pass of the resized network, over two cuts in a row."""
+    model, images = make_network(name)
+    groups = cup.channel_groups(model, images)
+    for seed in (0, 1):
+        plan = plan_of(groups, random_kept(groups, seed=seed, scope=scope))
+        now = cup.complexity(model, images)
+        expected = cup.flops_after(model, groups, plan, now)
+        groups = cup.apply_plan(model, plan, groups).groups
+        assert cup.complexity(model, images).flops == expected < now.flops
+
+
+def test_flops_after_a_plan_leave_auxiliary_heads_out():
+    """They are traced, for they shrink along, but inference does not run them."""
+    model, images = torchvision.models.googlenet(num_classes=5, init_weights=False), torch.empty(1, 3, 64, 64)
+    groups = cup.channel_groups(model, images)
+    plan = plan_of(groups, random_kept(groups))
+    expected = cup.flops_after(model, groups, plan, cup.complexity(model, images))
+    cup.apply_plan(model, plan, groups)
+    assert cup.complexity(model, images).flops == expected

@@ -158,16 +158,15 @@ class Resizer:
         if t <= 0:
             return None
         plan = cup.plan_by_threshold(model, self.groups, t, **config.plan_options)
-        overshoots = target is not None and self._reduction_after(model, plan) > target * (1 + cup.REDUCTION_TOLERANCE)
-        return self._plan_to(target, model) if overshoots else plan
+        if target is None:
+            return plan
+        reduction = self.dense.flops / cup.flops_after(model, self.groups, plan, self.now)
+        return self._plan_to(target, model) if reduction > target * (1 + cup.REDUCTION_TOLERANCE) else plan
 
     def _plan_to(self, reduction: float, model: torch.nn.Module) -> PrunePlan:
         return cup.plan_by_reduction(
             model, self.groups, reduction, dense_flops=self.dense.flops, **self.config.plan_options
         )
-
-    def _reduction_after(self, model: torch.nn.Module, plan: PrunePlan) -> float:
-        return self.dense.flops / cup.complexity_after(model, self.groups, plan).flops
 
     def _resize(self, state: TrainState, plan: PrunePlan, digest: str) -> str:
         """On one rank: check, apply, carry; returns the digest of the state that comes of it."""
