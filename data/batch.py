@@ -94,6 +94,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         """Raises ValueError naming the field, the value found and what is allowed."""
         checks = [
+            ("path", self.path != "", "a folder"),
             ("batch_size", self.batch_size >= 1, "a whole number from 1"),
             ("image_size", self.image_size >= 8, "a whole number from 8"),
             ("resize_size", self.resize_size >= self.image_size, f"at least image_size ({self.image_size})"),

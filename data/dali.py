@@ -188,7 +188,7 @@ def _train_graph(config: DataConfig, step_paths, decoder: str):
         _read(step_paths),
         random_area=list(config.crop_scale),
         random_aspect_ratio=list(config.crop_ratio),
-        **_decoder_options(config, decoder),
+        **_decoder_options(config, decoder, presets=True),
     )
     images = fn.resize(images, size=(config.image_size, config.image_size), antialias=True)
     return _normalised(images, config, mirror=fn.random.coin_flip(probability=config.flip))
@@ -210,7 +210,7 @@ def _val_graph(config: DataConfig, step_paths, decoder: str):
     start_hw = half_hw + (margin_hw & half_hw & 1)
 
     # Fancy upsampling: the GPU's pixels are then the CPU's, and an accuracy does not depend on the machine.
-    images = fn.decoders.image(encoded, jpeg_fancy_upsampling=True, **_decoder_options(config, decoder))
+    images = fn.decoders.image(encoded, jpeg_fancy_upsampling=True, **_decoder_options(config, decoder, presets=False))
     images = fn.resize(images, size=fn.cast(resized_hw, dtype=types.FLOAT), antialias=True)
     images = fn.slice(images, start=fn.cast(start_hw, dtype=types.INT32), shape=[config.image_size] * 2, axes=[0, 1])
     return _normalised(images, config)
@@ -222,7 +222,7 @@ def _read(step_paths):
     return fn.io.file.read(fn.external_source(source=step_paths, batch=True, ndim=1, dtype=types.UINT8))
 
 
-def _decoder_options(config: DataConfig, decoder: str) -> dict[str, Any]:
+def _decoder_options(config: DataConfig, decoder: str, presets: bool) -> dict[str, Any]:
     from nvidia.dali import types
 
     options = {
@@ -232,7 +232,8 @@ def _decoder_options(config: DataConfig, decoder: str) -> dict[str, Any]:
         "adjust_orientation": False,
     }
     if decoder == "mixed":
-        options |= {"hw_decoder_load": config.hw_decoder_load, **MIXED_DECODER_PRESETS}
+        # Not for validation: the buffers cost hundreds of MB a thread, and a pause there costs little.
+        options |= {"hw_decoder_load": config.hw_decoder_load, **(MIXED_DECODER_PRESETS if presets else {})}
     return options
 
 

@@ -79,9 +79,15 @@ class SplitLoader:
             images = self._source.next_images()
             # Counted before the batch is handed out, so that a state taken during a step goes on after it.
             self._step += 1
-            labels = torch.from_numpy(self._labels_N[indices_B])
-            yield Batch(images, labels.to(self._device), torch.from_numpy(valid_B).to(self._device))
+            yield Batch(images, self._on_device(self._labels_N[indices_B]), self._on_device(valid_B))
         self._epoch, self._step = self._epoch + 1, 0
+
+    def _on_device(self, values_B: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(values_B)
+        if self._device.type == "cuda":
+            # From pageable memory the copy would wait for everything that the GPU still has to do.
+            return tensor.pin_memory().to(self._device, non_blocking=True)
+        return tensor
 
     def state_dict(self) -> dict[str, Any]:
         return {**self._identity, "epoch": self._epoch, "step": self._step, **self._source.state_dict()}

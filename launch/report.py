@@ -2,7 +2,7 @@
 
 python launch/report.py runs/demo_dense runs/demo --out runs/report
 
-Reads nothing but each run's log.jsonl. The dense run of the same network is what the others are measured against.
+Reads nothing but each run's log.jsonl. A saving is measured against the dense run with the same network and settings.
 """
 
 import csv
@@ -79,17 +79,24 @@ def read_run(directory: Path) -> Run:
     return Run(directory.name, by_kind["run"][0], by_kind["epoch"], by_kind["done"][-1])
 
 
+# A saving is a difference of hours, so everything else that decides hours must be the same.
+COMPARABLE = ("model", "epochs", "batch_size", "train_images", "precision", "loader", "world_size", "devices")
+
+
 def savings(runs: list[Run]) -> list[Row]:
-    """One row a run. The saving is against the mean of the dense runs of the same network, where there are any."""
+    """One row a run. The saving is against the mean of the dense runs that are comparable, where there are any."""
     rows = []
     for run in runs:
-        dense = [r.done["gpu_hours"] for r in runs if not r.first["cup"] and r.first["model"] == run.first["model"]]
-        hours = run.done["gpu_hours"]
+        dense = [r.done["gpu_hours"] for r in runs if not r.first["cup"] and _setting(r) == _setting(run)]
+        done, hours = run.done, run.done["gpu_hours"]
         saving = 100 * (1 - hours / (sum(dense) / len(dense))) if dense and run.first["cup"] else None
         name = f"{run.name}: {run.first['model']}, {'CUP-SS' if run.first['cup'] else 'dense'}"
-        done = run.done
         rows.append(Row(name, done["flops_reduction"], done["top1"], done["top5"], hours, saving, done["device"]))
     return rows
+
+
+def _setting(run: Run) -> list[Any]:
+    return [run.first[key] for key in COMPARABLE]
 
 
 def markdown(rows: list[Row]) -> str:
@@ -148,7 +155,8 @@ def _report(argv: list[str]) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(argv)
     runs = [read_run(directory) for directory in options.runs]
-    rows = [*savings(runs), *PUBLISHED]
+    ours = savings(runs)
+    rows = [*ours, *PUBLISHED]
     try:
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "savings.md").write_text(markdown(rows), encoding="utf-8")
@@ -157,8 +165,9 @@ def _report(argv: list[str]) -> None:
     except OSError as error:
         raise TrainError(f"cannot write the report to {options.out}: {error.strerror}") from error
     print(markdown(rows), end="")
-    if all(run.first["cup"] for run in runs):
-        print("no dense run among them: the saving needs one of the same network")
+    for run, row in zip(runs, ours, strict=True):
+        if run.first["cup"] and row.saving is None:
+            print(f"{run.name}: no saving, for no dense run among these has equal {', '.join(COMPARABLE)}")
     print(f"written: {', '.join(str(options.out / name) for name in ('savings.md', 'savings.csv', 'epochs.png'))}")
 
 

@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
 def _train(argv: list[str]) -> None:
     config = parse_config(argv, "launch/train.py", str(DEMO))
     world = open_world(config.run.device)
-    run(config, world, Ledger(started=STARTED))
+    run(config, world, Ledger(world.size, started=STARTED))
     world.close()
 
 

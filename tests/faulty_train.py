@@ -1,8 +1,9 @@
-"""launch/train.py with a fault on rank 1 at the first resize, chosen by the variable FAULT; for test_run_ranks.py."""
+"""launch/train.py with a fault on rank 1, chosen by the variable FAULT; for test_run_ranks.py."""
 
 import dataclasses
 import os
 import runpy
+import signal
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
 from cup import PrunePlan  # noqa: E402
+from train import engine  # noqa: E402
 from train.resize import Resizer  # noqa: E402
 from train.world import World  # noqa: E402
 
@@ -36,6 +38,16 @@ def install(fault: str) -> None:
             momentum.view(-1)[0] = momentum.view(-1)[0].nextafter(momentum.view(-1)[0] + 1)
 
         Resizer._apply = apply
+    elif fault == "killed":
+        honest_step, taken = engine.training_step, []
+
+        def step(*arguments):
+            taken.append(1)
+            if len(taken) == int(os.environ["KILLED_AT_STEP"]):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return honest_step(*arguments)
+
+        engine.training_step = step
     elif fault == "out of memory":
 
         def fail(self, state, plan):

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from runs import ROOT
+from launching import ROOT
 
 README = (ROOT / "README.md").read_text()
 
@@ -23,3 +23,7 @@ def test_the_files_that_it_names_exist():
     made_by_runs = {name for name in named if name.startswith("data/") or "n01440764" in name}
     missing = sorted(name for name in named - made_by_runs if not (ROOT / name).exists())
     assert missing == []
+
+
+def test_no_placeholder_is_left():
+    assert not re.findall(r"[A-Z]+_(?:SECONDS|MINUTES|TABLE|TODO)", README)

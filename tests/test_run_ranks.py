@@ -1,13 +1,10 @@
 """Whole runs on real ranks: what the log holds, bit-equality after a resize, faults on one rank, kill and resume."""
 
-import os
-import signal
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from runs import launch, options, rank_lines, start, write_image_folder
+from launching import launch, options, rank_lines, write_image_folder
 
 from train.checkpoint import stored_plans
 from train.rundir import read_log
@@ -20,10 +17,11 @@ EPOCH_KEYS = (
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of two ranks with EMA, from JPEGs; its working folder."""
+    """A finished run of two ranks with batch norm and EMA, from JPEGs; its working folder."""
     cwd = tmp_path_factory.mktemp("two_ranks")
     write_image_folder(cwd / "images", train=32)
-    changes = {"data__loader": "auto", "data__path": "images", "data__batch_size": 16, "train__ema_decay": 0.5}
+    changes = {"data__loader": "auto", "data__path": "images", "data__batch_size": 16, "data__channels": 3}
+    changes |= {"model__name": "resnet20_cifar", "train__ema_decay": 0.5}
     result = launch("launch/train.py", options(**changes, data__crop_scale="[0.8, 1.0]"), cwd, ranks=2)
     assert result.returncode == 0, result.stderr
     return cwd
@@ -66,11 +64,14 @@ def test_ranks_hold_equal_bits_after_every_resize(finished: Path):
 
 def test_checkpoint_loads_without_unpickling_and_holds_widths_momentum_and_plans(finished: Path):
     stored = torch.load(finished / "runs/tiny/last.pt", weights_only=True)
-    width = stored["widths"]["conv1"]
-    assert width < 20
-    assert stored["model"]["conv1.weight"].shape[0] == stored["ema"]["module.conv1.weight"].shape[0] == width
-    assert stored["optimizer"]["state"][0]["momentum_buffer"].shape[0] == width
-    assert len(stored_plans(stored)[0].kept["conv1"]) >= width
+    name = "layer3.0.conv1"
+    width = stored["widths"][name]
+    assert width < 64
+    weight = stored["model"][f"{name}.weight"]
+    assert weight.shape[0] == stored["ema"][f"module.{name}.weight"].shape[0] == width
+    state, shapes = stored["optimizer"]["state"], [v.shape for k, v in stored["model"].items() if _is_parameter(k)]
+    assert [state[index]["momentum_buffer"].shape for index in range(len(state))] == shapes
+    assert len(stored_plans(stored)[0].kept[name]) >= width
     assert len(stored["ranks"]) == 2
 
 
@@ -78,6 +79,7 @@ def test_evaluate_gives_the_logged_accuracy_of_the_checkpoint(finished: Path):
     done = read_log(finished / "runs/tiny/log.jsonl")[-1]
     result = launch("launch/evaluate.py", ["runs/tiny/last.pt"], finished)
     assert result.returncode == 0, result.stderr
+    assert done["top1"] > 50
     assert f"top-1 {done['top1']:.3f}%" in result.stdout
     assert "18 images" in result.stdout
     assert f"{done['params']:,} parameters" in result.stdout
@@ -85,10 +87,15 @@ def test_evaluate_gives_the_logged_accuracy_of_the_checkpoint(finished: Path):
 
 def test_a_finished_run_is_kept_and_the_next_one_is_numbered(finished: Path):
     before = (finished / "runs/tiny/log.jsonl").read_bytes()
-    result = launch("launch/train.py", options(train__epochs=1, cup__last_epoch=1), finished)
+    arguments = options(train__epochs=1, cup__last_epoch=1)
+    result = launch("launch/train.py", arguments, finished)
     assert result.returncode == 0, result.stderr
     assert (finished / "runs/tiny/log.jsonl").read_bytes() == before
     assert read_log(finished / "runs/tiny-2/log.jsonl")[-1]["event"] == "done"
+
+
+def _is_parameter(key: str) -> bool:
+    return key.endswith(("weight", "bias"))
 
 
 @pytest.mark.parametrize(
@@ -114,21 +121,30 @@ def test_an_unforeseen_failure_on_one_rank_ends_the_other_with_its_reason(tmp_pa
     assert "MemoryError: no memory left on this rank" in result.stderr  # a bug keeps its traceback
 
 
+def test_a_broken_image_on_one_rank_ends_both_and_names_the_file(tmp_path: Path):
+    images = write_image_folder(tmp_path / "images", train=60)
+    broken = images / "train/class1/7.jpg"
+    broken.write_bytes(broken.read_bytes()[:200])
+    arguments = options(data__loader="folder", data__path="images")
+    result = launch("launch/train.py", arguments, tmp_path, ranks=2, timeout=60)
+    assert result.returncode != 0
+    assert any("images/train/class1/7.jpg" in line for line in rank_lines(result.stderr))
+    assert not (tmp_path / "runs/tiny/last.pt").exists()
+
+
 def test_a_killed_run_goes_on_to_the_numbers_of_an_undisturbed_one(tmp_path: Path):
-    write_image_folder(tmp_path / "images", train=200)
-    arguments = options(
-        data__loader="auto", data__path="images", data__batch_size=8, train__epochs=4, train__ema_decay=0.9
-    )
+    """SIGKILL of rank 1 at the 10th of 18 steps of epoch 3; DALI, batch norm, EMA, two resizes before it."""
+    write_image_folder(tmp_path / "images", train=48)
+    changes = {"data__loader": "auto", "data__path": "images", "data__batch_size": 8, "data__channels": 3}
+    arguments = options(**changes, model__name="resnet20_cifar", train__epochs=4, train__ema_decay=0.9)
     undisturbed = launch("launch/train.py", [*arguments, "--run.root", "a"], tmp_path, ranks=2)
     assert undisturbed.returncode == 0, undisturbed.stderr
 
-    victim = start("launch/train.py", [*arguments, "--run.root", "b"], tmp_path, ranks=2)
-    _wait_for_epoch(tmp_path / "b/tiny/log.jsonl", 2)
-    time.sleep(0.4)  # into the third epoch, which takes about a second
-    os.kill(_process_of_rank(victim.pid, 1), signal.SIGKILL)
-    assert victim.wait(timeout=60) != 0
+    fault = {"FAULT": "killed", "KILLED_AT_STEP": "46"}
+    killed = launch("tests/faulty_train.py", [*arguments, "--run.root", "b"], tmp_path, ranks=2, timeout=120, **fault)
+    assert killed.returncode != 0
     interrupted = read_log(tmp_path / "b/tiny/log.jsonl")
-    assert interrupted[-1]["event"] != "done"
+    assert [event["epoch"] for event in interrupted if event["event"] == "epoch"] == [1, 2]
 
     resumed = launch("launch/train.py", [*arguments, "--run.root", "b"], tmp_path, ranks=2)
     assert resumed.returncode == 0, resumed.stderr
@@ -143,25 +159,3 @@ def test_a_killed_run_goes_on_to_the_numbers_of_an_undisturbed_one(tmp_path: Pat
     for key in ("model", "ema"):
         one, other = (torch.load(tmp_path / d / "tiny/last.pt", weights_only=True)[key] for d in ("a", "b"))
         assert all(torch.equal(one[name], other[name]) for name in one)
-
-
-def _wait_for_epoch(log: Path, epoch: int, timeout: float = 120) -> None:
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        if log.exists() and any(event.get("epoch") == epoch and event["event"] == "epoch" for event in read_log(log)):
-            return
-        time.sleep(0.02)
-    raise TimeoutError(f"no epoch {epoch} in {log}")
-
-
-def _process_of_rank(launcher: int, rank: int) -> int:
-    """The child of torchrun's process `launcher` that runs this rank."""
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(status.read_text().rsplit(")", 1)[1].split()[1])
-            environment = (status.parent / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue  # it ended while we looked
-        if parent == launcher and b"RANK=%d" % rank in environment:
-            return int(status.parent.name)
-    raise LookupError(f"no process of rank {rank}")

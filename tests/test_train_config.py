@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from runs import ROOT, TINY
+from launching import ROOT, TINY
 
 from train.cli import exit_code_of
 from train.config import RunConfig, config_from_dict, differing_keys, parse_config
@@ -39,6 +39,9 @@ def test_a_recipe_replaces_the_default_one(tmp_path: Path):
         (["--train.ema_decay", "1"], ["train.ema_decay", "1", "below 1"]),
         (["--cup.target_reduction", "0.5"], ["cup.target_reduction", "0.5", "above 1"]),
         (["--cup.target_reduction", "null"], ["cup.target_reduction", "None", "ramp: reduction needs it"]),
+        (["--cup.target_reduction", "much"], ["cup.target_reduction", "'much'", "a number or null"]),
+        (["--model.name", "resnet51"], ["model.name", "'resnet51'", "resnet50"]),
+        (["--data.path", ""], ["data.path", "''", "a folder"]),
         (["--cup.last_epoch", "7"], ["cup.last_epoch", "7", "up to train.epochs (3)"]),
         (["--cup.enabled", "perhaps"], ["cup.enabled", "'perhaps'", "true or false"]),
         (["--optim.milestones", "[4, 2]"], ["optim.milestones", "(4, 2)", "ascending"]),
@@ -78,6 +81,13 @@ def test_a_wrong_recipe_is_one_line(tmp_path: Path, text: str, expected: list[st
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1
     assert all(words in lines[0] for words in expected), lines[0]
+
+
+def test_a_setting_without_effect_is_named():
+    assert parse().without_effect() == []
+    notes = parse("--cup.enabled", "false", "--optim.gamma", "0.5").without_effect()
+    assert "optim.gamma has no effect with optim.schedule: cosine" in notes
+    assert "cup.target_reduction has no effect with cup.enabled: false" in notes
 
 
 def test_plain_form_and_back():

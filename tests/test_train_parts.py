@@ -5,17 +5,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import TINY
+from launching import TINY
 from torch import nn
 
+from data import Batch
 from launch import report
 from train.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from train.config import RunConfig, parse_config
+from train.engine import evaluate
 from train.errors import ConfigError, TrainError
-from train.ledger import Ledger, gpu_hours
+from train.ledger import Ledger
 from train.models import build_model
-from train.optim import OptimConfig, build_optimizer, learning_rate
+from train.optim import OptimConfig, build_optimizer, learning_rate, zero_momentum
+from train.precision import Precision
 from train.rundir import choose_run_dir, read_log
+from train.sinks import JsonLines
+from train.world import World
 
 
 class Clock:
@@ -29,7 +34,7 @@ class Clock:
 
 def test_the_ledger_charges_every_second_to_one_kind():
     clock = Clock()
-    ledger = Ledger(clock, started=97.0)
+    ledger = Ledger(clock=clock, started=97.0)
     clock.now += 1  # 4 s of startup
     ledger.end_startup()
     clock.now += 0.5
@@ -45,14 +50,14 @@ def test_the_ledger_charges_every_second_to_one_kind():
 
 def test_reports_of_the_ledger_add_up_also_across_a_resume():
     clock = Clock()
-    ledger = Ledger(clock)
+    ledger = Ledger(8, clock)
     ledger.end_startup()
     with ledger.charge("step"):
         clock.now += 3
     first = ledger.since_last_report()
     stored = ledger.state_dict()
 
-    resumed = Ledger(clock)
+    resumed = Ledger(2, clock)
     clock.now += 5
     resumed.load_state_dict(stored)
     resumed.end_startup()
@@ -62,7 +67,9 @@ def test_reports_of_the_ledger_add_up_also_across_a_resume():
     assert first["step"] == 3 and second["step"] == 0
     assert second["startup"] == 5 and second["eval"] == 2
     assert resumed.total_s == 10
-    assert gpu_hours(3600, 8) == 8
+    assert resumed.gpu_hours(resumed.total_s) == pytest.approx(
+        (3 * 8 + 7 * 2) / 3600
+    )  # each second times the ranks of its time
 
 
 def test_the_paper_s_step_schedule():
@@ -86,6 +93,55 @@ def test_norms_and_biases_may_be_spared_from_weight_decay():
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0)
 
 
+@pytest.mark.parametrize("restart", [False, True])
+def test_an_overflow_in_the_first_fp16_step_leaves_no_garbage_in_the_momentum(restart: bool):
+    model = nn.Linear(4, 4)
+    optimizer = build_optimizer(model, OptimConfig(lr=0.1))
+    if restart:
+        optimizer.step()
+        zero_momentum(optimizer)
+    before = model.weight.detach().clone()
+    precision = Precision("fp16", torch.device("cpu"))
+    precision.step(model(torch.full((2, 4), 1e30)).sum() * 1e30, optimizer)  # overflows: the scaler skips the step
+    assert torch.equal(model.weight, before)
+    assert all(not state["momentum_buffer"].any() for state in optimizer.state.values())
+
+
+def test_momentum_that_starts_at_zero_makes_torch_s_own_steps():
+    ours, theirs = nn.Linear(4, 4), nn.Linear(4, 4)
+    theirs.load_state_dict(ours.state_dict())
+    config = OptimConfig(lr=0.1, momentum=0.9, weight_decay=0.01)
+    optimizers = build_optimizer(ours, config), torch.optim.SGD(theirs.parameters(), 0.1, 0.9, weight_decay=0.01)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        images = torch.randn(8, 4)
+        for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+            optimizer.zero_grad()
+            model(images).square().sum().backward()
+            optimizer.step()
+    assert torch.allclose(ours.weight, theirs.weight, rtol=1e-6)
+
+
+def test_evaluation_counts_padding_for_nothing():
+    """Five images in two batches of four: three paddings, which a careless count would take for hits or for misses."""
+
+    class Echo(nn.Module):
+        """Logits that put the classes in the order that the image's pixels name."""
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            order = images.flatten(1).long()
+            return torch.zeros(len(order), 6).scatter(1, order, torch.arange(6.0, 0, -1).expand(len(order), 6))
+
+    first, last = [0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0]  # class 0 is the first guess, or the sixth
+    guesses = torch.tensor([first, first, last, [1, 0, 2, 3, 4, 5], last, first, last, first]).float()
+    valid = torch.tensor([True] * 5 + [False] * 3)
+    images, labels = guesses.reshape(8, 6, 1, 1), torch.zeros(8, dtype=torch.int64)
+    batches = [Batch(images[i : i + 4], labels[i : i + 4], valid[i : i + 4]) for i in (0, 4)]
+    world = World(0, 1, 0, 1, torch.device("cpu"))
+    result = evaluate(Echo(), batches, Precision("fp32", world.device), world)
+    assert (result.top1, result.top5, result.images) == (40.0, 60.0, 5)
+
+
 @pytest.mark.parametrize(
     ("name", "shape", "parameters"),
     [
@@ -101,6 +157,12 @@ def test_networks_of_the_paper_have_their_sizes(name: str, shape: tuple[int, ...
     model = build_model(name, 10).eval()
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert model(torch.zeros(2, *shape)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_networks_with_auxiliary_heads_give_one_tensor_of_logits_in_training(name: str):
+    model = build_model(name, 10).train()
+    assert model(torch.zeros(2, 3, 80, 80)).shape == (2, 10)
 
 
 def test_an_unknown_network_is_refused_by_name():
@@ -201,14 +263,27 @@ def test_a_log_with_damage_in_the_middle_is_refused_but_a_cut_off_end_is_not(tmp
         read_log(log)
 
 
-def write_run(directory: Path, cup: bool, hours: float, reduction: float) -> Path:
+def test_two_processes_cannot_write_one_log(tmp_path: Path):
+    first = JsonLines(tmp_path / "log.jsonl")
+    first.write({"event": "run"})
+    with pytest.raises(TrainError, match="another process"):
+        JsonLines(tmp_path / "log.jsonl", keep_bytes=0)
+    assert read_log(tmp_path / "log.jsonl") == [{"event": "run"}]
+    first.close()
+    JsonLines(tmp_path / "log.jsonl", keep_bytes=0).close()
+    assert read_log(tmp_path / "log.jsonl") == []
+
+
+def write_run(directory: Path, cup: bool, hours: float, reduction: float, epochs: int = 1) -> Path:
     """A finished run of one epoch, as its log tells it."""
     directory.mkdir(parents=True)
     epoch = {"epoch": 1, "threshold": None, "flops_reduction": reduction, "top1": 70.0}
     epoch["seconds"] = dict.fromkeys(("data_wait", "step", "resize", "resize_warmup"), 1.0)
     done = {"flops_reduction": reduction, "top1": 70.0, "top5": 90.0, "gpu_hours": hours, "device": "cuda"}
+    setting = {"epochs": epochs, "batch_size": 256, "train_images": 1281167, "precision": "bf16", "loader": "dali"}
+    setting |= {"world_size": 8, "devices": ["NVIDIA H100"] * 8}
     lines = [
-        {"event": "run", "model": "resnet50", "cup": cup},
+        {"event": "run", "model": "resnet50", "cup": cup, **setting},
         {"event": "epoch", **epoch},
         {"event": "done", **done},
     ]
@@ -227,6 +302,14 @@ def test_the_report_measures_the_saving_against_the_dense_run(tmp_path: Path, ca
     assert table in capsys.readouterr().out
     assert len((tmp_path / "out/savings.csv").read_text().splitlines()) == 1 + 2 + len(report.PUBLISHED)
     assert (tmp_path / "out/epochs.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_report_gives_no_saving_against_a_run_of_another_length(tmp_path: Path, capsys: pytest.CaptureFixture):
+    dense = write_run(tmp_path / "dense", cup=False, hours=66.0, reduction=1.0, epochs=30)
+    shrunk = write_run(tmp_path / "shrunk", cup=True, hours=54.48, reduction=2.2, epochs=90)
+    assert report.main([str(dense), str(shrunk), "--out", str(tmp_path / "out")]) == 0
+    assert "| shrunk: resnet50, CUP-SS | 2.20 | 70.00 | 90.00 | 54.48 |  |" in (tmp_path / "out/savings.md").read_text()
+    assert "shrunk: no saving" in capsys.readouterr().out
 
 
 def test_the_report_refuses_what_is_no_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture):

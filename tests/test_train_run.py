@@ -1,15 +1,19 @@
 """Runs in this process, without a group: what the options of a run change."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from runs import TINY
+from launching import TINY
+from torch import nn
 
 from train.config import parse_config
+from train.errors import TrainError
 from train.ledger import Ledger
 from train.optim import learning_rate
+from train.resize import Resizer
 from train.run import evaluate_checkpoint, run
 from train.rundir import read_log
 from train.world import World
@@ -138,6 +142,66 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(tmp_path: Path):
     again = train(tmp_path)
     assert numbers(again) == numbers(undisturbed)
     assert len(events(again, "run")) == 1
+
+
+class Noisy(nn.Module):
+    """Batch norm and dropout: a resume that forgets a random state or a running mean trains on other numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm = nn.Conv2d(1, 16, 5, stride=4), nn.BatchNorm2d(16)
+        self.conv2, self.drop = nn.Conv2d(16, 8, 3), nn.Dropout(0.3)
+        self.fc = nn.Linear(8 * 16, 10)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.drop(self.conv2(self.norm(self.conv1(images)).relu()).relu()).flatten(1))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_an_interrupted_run_goes_on_with_the_random_numbers_and_the_scale_that_it_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+):
+    monkeypatch.setattr("train.run.build_model", lambda name, num_classes: Noisy())
+    monkeypatch.setattr("torch.amp.GradScaler", partial(torch.amp.GradScaler, growth_interval=3))
+    changes = {"train__precision": precision, "train__epochs": 4, "cup__target_reduction": 1.5}
+    undisturbed = train(tmp_path / "a", **changes)
+
+    honest = Resizer.at_epoch_start
+
+    def interrupt(self: Resizer, epoch: int, *arguments: object) -> object:
+        if epoch == 3:
+            raise KeyboardInterrupt
+        return honest(self, epoch, *arguments)
+
+    monkeypatch.setattr(Resizer, "at_epoch_start", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "b", **changes)
+    monkeypatch.setattr(Resizer, "at_epoch_start", honest)
+    torch.manual_seed(12345)
+    assert numbers(train(tmp_path / "b", **changes)) == numbers(undisturbed)
+    scales = [torch.load(tmp_path / d / "tiny/last.pt", weights_only=True)["scaler"] for d in ("a", "b")]
+    assert scales[0] == scales[1]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(tmp_path: Path):
+    with pytest.raises(TrainError, match=r"the loss is nan in epoch 1: lower optim\.lr"):
+        train(tmp_path, optim__lr=1e30, cup__enabled="false")
+    assert not (tmp_path / "tiny/last.pt").exists()
+
+
+def test_a_resume_on_another_number_of_ranks_says_what_differs_and_counts_the_hours_of_both(tmp_path: Path):
+    train(tmp_path, train__epochs=3)
+    path = tmp_path / "tiny/last.pt"
+    stored = torch.load(path, weights_only=True)
+    stored["ranks"][0]["ledger"]["rank_s"] *= 2
+    stored["ranks"] *= 2
+    torch.save(stored, path)
+    log = tmp_path / "tiny/log.jsonl"
+    log.write_text("".join(json.dumps(event) + "\n" for event in read_log(log)[:-1]))
+    again = train(tmp_path, train__epochs=3)
+    assert "resumed on 1 ranks, stored by 2" in events(again, "note")[0]["message"]
+    stored_s = sum(stored["ranks"][0]["ledger"]["seconds"].values())
+    assert again[-1]["gpu_hours"] == pytest.approx((again[-1]["time_s"] + stored_s) / 3600, rel=1e-3)
 
 
 def test_the_log_shows_the_learning_rate_that_was_used(tmp_path: Path):

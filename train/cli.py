@@ -3,12 +3,15 @@
 import argparse
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
 from train.errors import ConfigError
 from train.world import USER_ERRORS, lost_peer
+
+LINGER_S = 3.0
 
 
 def exit_code_of(action: Callable[[], None], debug: bool) -> int:
@@ -32,13 +35,19 @@ def exit_code_of(action: Callable[[], None], debug: bool) -> int:
         if debug:
             traceback.print_exc()
         _say(f"error: {message}")
+        # torchrun ends the other ranks as soon as one is gone; let them say their line first.
+        time.sleep(LINGER_S if _ranks() > 1 else 0)
         return getattr(error, "exit_code", 1)
     return 0
 
 
+def _ranks() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def _say(message: str) -> None:
     """One line on stderr, with the rank where there are several."""
-    rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    rank = f"[rank {os.environ['RANK']}] " if _ranks() > 1 else ""
     print(f"{rank}{message}", file=sys.stderr, flush=True)
 
 

@@ -8,13 +8,15 @@ import dataclasses
 import difflib
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from data import DataConfig
 from train.engine import TrainConfig
 from train.errors import ConfigError
+from train.models import check_model_name
 from train.optim import OptimConfig
 from train.resize import CupConfig
 
@@ -50,6 +52,10 @@ class ModelConfig:
     name: str = "resnet50"
     """A classification model of torchvision, timm:NAME, lenet, mlp, vgg16_cifar, or resnet20_cifar (32, 44, 56)."""
 
+    def __post_init__(self) -> None:
+        """Raises ConfigError for a name that nobody knows."""
+        check_model_name(self.name)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -72,6 +78,22 @@ class RunConfig:
                 f"optim.warmup_epochs: found {self.optim.warmup_epochs}, allowed: up to train.epochs "
                 f"({self.train.epochs})"
             )
+
+    def without_effect(self) -> list[str]:
+        """What was set and changes nothing, in words for the user."""
+        rules = [
+            (not self.cup.enabled, self.cup, [f.name for f in dataclasses.fields(CupConfig)][1:], "cup.enabled: false"),
+            (self.cup.ramp == "reduction", self.cup, ["slope", "offset"], "cup.ramp: reduction"),
+            (self.optim.schedule == "cosine", self.optim, ["milestones", "gamma"], "optim.schedule: cosine"),
+            (self.data.loader == "synthetic", self.data, ["path", "prepare", "flip"], "data.loader: synthetic"),
+        ]
+        names = {id(self.cup): "cup", id(self.optim): "optim", id(self.data): "data"}
+        return [
+            f"{names[id(section)]}.{key} has no effect with {reason}"
+            for applies, section, keys, reason in rules
+            for key in keys
+            if applies and getattr(section, key) != getattr(type(section)(), key)
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain data, as YAML and JSON hold it."""
@@ -147,9 +169,11 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
 
 def _one_line(message: str, argv: list[str]) -> str:
     """jsonargparse's message in this project's form: key, value found, what is allowed."""
-    if match := re.search(r"Parser key \"(.+?)\":\s*Expected an? (.+?)\. Got value: (.*)", message, re.DOTALL):
-        key, expected, found = match.groups()
-        return f"{key}: found {found.strip()!r}, allowed: {_type_in_words(expected)}"
+    if match := re.search(
+        r"Parser key \"(\w+)\.(\w+)\":.*(?:Got|Given) value:? ?(?:type: \S+)? ?(.*)", message, re.DOTALL
+    ):
+        section, name, found = match.groups()
+        return f"{section}.{name}: found {found.strip().splitlines()[0]!r}, allowed: {_allowed(section, name)}"
     if match := re.search(r"(?:Group '(.+?)' does not accept option|Option) '(.+?)'", message):
         return _unknown_key(".".join(part for part in match.groups() if part))
     if match := re.search(r"unrecognized arguments: (.*)", message, re.IGNORECASE):
@@ -171,8 +195,19 @@ def _fields(section: dataclasses.Field) -> tuple[dataclasses.Field, ...]:
     return dataclasses.fields(section.default_factory())
 
 
-def _type_in_words(expected: str) -> str:
-    expected = re.sub(r"<class '(\w+)'>", r"\1", expected)
-    expected = re.sub(r"typing\.Literal\[(.*)\]", lambda m: m.group(1).replace("'", "").replace(", ", " or "), expected)
-    words = {"float": "a number", "int": "a whole number", "bool": "true or false", "str": "text", "tuple": "a list"}
-    return words.get(expected, " ".join(expected.split()))
+def _allowed(section: str, name: str) -> str:
+    """The type of a setting in words."""
+    owner = next(f.default_factory for f in dataclasses.fields(RunConfig) if f.name == section)
+    return _in_words(get_type_hints(owner)[name])
+
+
+def _in_words(kind: Any) -> str:
+    words = {float: "a number", int: "a whole number", bool: "true or false", str: "text", NoneType: "null"}
+    if kind in words:
+        return words[kind]
+    parts = get_args(kind)
+    if get_origin(kind) is Literal:
+        return " or ".join(map(str, parts))
+    if get_origin(kind) is tuple:
+        return f"a list, each {_in_words(parts[0])}" if ... in parts else f"a list of {len(parts)} numbers"
+    return " or ".join(map(_in_words, parts))

@@ -12,6 +12,7 @@
 Every function here is called by all ranks.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,8 @@ import torch
 import torch.nn.functional as F
 
 from data import Loader
-from train.ledger import Ledger, gpu_hours
+from train.errors import TrainError
+from train.ledger import Ledger
 from train.optim import OptimConfig, learning_rate, set_learning_rate
 from train.precision import Precision, PrecisionName
 from train.resize import ResizeOutcome, Resizer
@@ -68,7 +70,7 @@ class Trainer:
     ledger: Ledger
     sinks: Sinks
     progress: "Progress"
-    save: Callable[["Trainer", bool], None]
+    save: Callable[["Trainer", bool], None] = lambda trainer, is_best: None
     """Writes a checkpoint of this trainer; the flag says whether it is the best so far. All ranks call it."""
 
 
@@ -103,6 +105,11 @@ def fit(trainer: Trainer) -> dict[str, Any]:
     for epoch in range(trainer.progress.epoch + 1, trainer.config.epochs + 1):
         outcome = _resize(trainer, epoch)
         loss, images_per_s = train_epoch(trainer, epoch, just_resized=bool(outcome.removed))
+        if not math.isfinite(loss):  # the mean over all ranks, so all of them stop here
+            raise TrainError(
+                f"the loss is {loss} in epoch {epoch}: lower optim.lr, or take bf16 in place of fp16; the checkpoint "
+                f"of epoch {epoch - 1}, if any, is untouched"
+            )
         with trainer.ledger.charge("eval"):
             trainer.world.average_buffers(trainer.state.model)
             if trainer.state.ema is not None:
@@ -125,6 +132,7 @@ def train_epoch(trainer: Trainer, epoch: int, just_resized: bool) -> tuple[float
     loss_sum = torch.zeros((), device=world.device)
     images = 0
     before = trainer.ledger.seconds
+    what = f"epoch {epoch}/{trainer.config.epochs}, FR {trainer.resizer.reduction:.2f}"
     batches = iter(loader)
     for step in range(steps):
         with trainer.ledger.charge("data_wait"):
@@ -139,7 +147,7 @@ def train_epoch(trainer: Trainer, epoch: int, just_resized: bool) -> tuple[float
                 world.synchronize()
         images += len(batch.labels)
         trainer.progress.step += 1
-        trainer.sinks.progress(f"epoch {epoch}/{trainer.config.epochs}", step + 1, steps)
+        trainer.sinks.progress(what, step + 1, steps)
 
     with trainer.ledger.charge("step"):
         mean_loss = world.sum(loss_sum).item() / (steps * world.size)
@@ -233,7 +241,7 @@ def _epoch_line(
         "lr": trainer.state.optimizer.param_groups[0]["lr"],
         "images_per_s": images_per_s,
         "seconds": {kind: sum(report[kind] for report in reports) / len(reports) for kind in reports[0]},
-        "gpu_hours": gpu_hours(time_s, trainer.world.size),
+        "gpu_hours": trainer.ledger.gpu_hours(time_s),
         "device": trainer.world.device.type,
     }
 
@@ -263,6 +271,6 @@ def _closing_line(trainer: Trainer) -> dict[str, Any]:
         "resizes": progress.resizes,
         "steps": progress.step,
         "seconds": trainer.ledger.seconds,
-        "gpu_hours": gpu_hours(time_s, trainer.world.size),
+        "gpu_hours": trainer.ledger.gpu_hours(time_s),
         "device": trainer.world.device.type,
     }

@@ -1,13 +1,14 @@
 """The time ledger: every second of a run is charged to one kind, and the kinds add up to wall time.
 
 The clock never stops between two kinds: `charge` switches the account and switches back. GPU hours are wall seconds
-times ranks over 3600, on the CPU as well (`device` in the log says which).
+times ranks over 3600, on the CPU as well (`device` in the log says which). The clock is the host's: a GPU works behind
+it, so what it still has to do is charged to whoever waits for it; totals of an epoch are exact, for it ends in a wait.
 """
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 Kind = Literal["startup", "data_wait", "step", "resize", "resize_warmup", "eval", "save", "other"]
 
@@ -15,9 +16,13 @@ Kind = Literal["startup", "data_wait", "step", "resize", "resize_warmup", "eval"
 class Ledger:
     """One rank's account, in seconds since the run began, across resumes."""
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter, started: float | None = None) -> None:
-        """started: a reading of `clock` from which on time counts as startup; now, if not given."""
+    def __init__(
+        self, ranks: int = 1, clock: Callable[[], float] = time.perf_counter, started: float | None = None
+    ) -> None:
+        """ranks: how many run. started: reading of `clock` from which time counts as startup; now, if not given."""
+        self._ranks = ranks
         self._clock = clock
+        self._before = {"wall_s": 0.0, "rank_s": 0.0}  # what earlier processes of a resumed run spent
         self._kind: Kind = "startup"
         self._since = clock() if started is None else started
         self._seconds: dict[Kind, float] = dict.fromkeys(get_args(Kind), 0.0)
@@ -46,6 +51,10 @@ class Ledger:
     def total_s(self) -> float:
         return sum(self.seconds.values())
 
+    def gpu_hours(self, wall_s: float) -> float:
+        """Hours when the run's wall time is `wall_s`: each second times the ranks that ran in it, over 3600."""
+        return self._rank_seconds(wall_s) / 3600
+
     def since_last_report(self) -> dict[Kind, float]:
         """Kind -> seconds since the last call; the reports of a run add up to `seconds`."""
         now = self.seconds
@@ -53,21 +62,27 @@ class Ledger:
         self._reported = now
         return report
 
-    def state_dict(self) -> dict[str, dict[Kind, float]]:
-        return {"seconds": self.seconds, "reported": dict(self._reported)}
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data; equal on all ranks but for how each one's seconds are spread over the kinds."""
+        seconds = self.seconds
+        rank_s = self._rank_seconds(sum(seconds.values()))
+        return {"seconds": seconds, "reported": dict(self._reported), "rank_s": rank_s}
 
-    def load_state_dict(self, state: dict[str, dict[Kind, float]]) -> None:
-        """Add a stored account to this one, so that a resumed run reports the whole."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Add a stored account to this one, so that a resumed run reports the whole.
+
+        What a killed process spent after its last checkpoint is in no account.
+        """
+        self._before = {"wall_s": sum(state["seconds"].values()), "rank_s": state["rank_s"]}
         for kind in self._seconds:
             self._seconds[kind] += state["seconds"][kind]
             self._reported[kind] += state["reported"][kind]
+
+    def _rank_seconds(self, wall_s: float) -> float:
+        return self._before["rank_s"] + (wall_s - self._before["wall_s"]) * self._ranks
 
     def _switch(self, kind: Kind) -> Kind:
         now = self._clock()
         self._seconds[self._kind] += now - self._since
         self._since, before, self._kind = now, self._kind, kind
         return before
-
-
-def gpu_hours(wall_s: float, ranks: int) -> float:
-    return wall_s * ranks / 3600

@@ -1,5 +1,7 @@
 """Networks by name: torchvision's, timm's, and the paper's small ones."""
 
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -15,16 +17,26 @@ def build_model(name: str, num_classes: int) -> nn.Module:
         `vgg16_cifar`, `resnet20_cifar`, `resnet32_cifar`, `resnet44_cifar`, `resnet56_cifar` (32 x 32).
     Raises ConfigError for a name that nobody knows.
     """
+    check_model_name(name)
     if name in _OWN:
         return _OWN[name](num_classes)
     if name.startswith("timm:"):
-        return _timm_model(name.removeprefix("timm:"), num_classes)
-    if name in torchvision.models.list_models(module=torchvision.models):
-        return torchvision.models.get_model(name, num_classes=num_classes)
-    raise ConfigError(
-        f"model.name: found {name!r}, allowed: {', '.join(_OWN)}, timm:NAME, or a classification model of torchvision "
-        "such as resnet18, resnet34, resnet50, vgg16_bn"
-    )
+        return _timm().create_model(name.removeprefix("timm:"), num_classes=num_classes)
+    # Their auxiliary heads return several logits, which this trainer has no loss for.
+    options = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    return torchvision.models.get_model(name, num_classes=num_classes, **options)
+
+
+def check_model_name(name: str) -> None:
+    """Raise ConfigError for a name that `build_model` does not know; builds nothing."""
+    if name.startswith("timm:"):
+        if not _timm().is_model(name.removeprefix("timm:")):
+            raise ConfigError(f"model.name: found {name!r}, which timm does not know; timm.list_models() names them")
+    elif name not in _OWN and name not in torchvision.models.list_models(module=torchvision.models):
+        raise ConfigError(
+            f"model.name: found {name!r}, allowed: {', '.join(_OWN)}, timm:NAME, or a classification model of "
+            "torchvision such as resnet18, resnet34, resnet50, vgg16_bn"
+        )
 
 
 class CifarResNet(nn.Module):
@@ -147,11 +159,9 @@ _OWN = {
 }
 
 
-def _timm_model(name: str, num_classes: int) -> nn.Module:
+def _timm() -> ModuleType:
     try:
         import timm
     except ImportError as error:
-        raise ConfigError(f"model.name: timm:{name} needs timm, which is not installed: pip install timm") from error
-    if not timm.is_model(name):
-        raise ConfigError(f"model.name: timm has no model {name!r}; timm.list_models() names them")
-    return timm.create_model(name, num_classes=num_classes)
+        raise ConfigError("model.name: timm:NAME needs timm, which is not installed: pip install timm") from error
+    return timm

@@ -56,7 +56,21 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.SGD:
         spared = _norms_and_biases(model)
         groups[0]["params"] = [p for p in decayed if id(p) not in spared]
         groups.append({"params": [p for p in decayed if id(p) in spared], "weight_decay": 0.0})
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
+    optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
+    zero_momentum(optimizer)
+    return optimizer
+
+
+def zero_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Start momentum at zero, in place, which makes the same first step as none at all.
+
+    Left to itself, fused SGD allocates momentum without filling it; a first step that the gradient scaler skips (an
+    overflow in fp16) would then leave garbage in it.
+    """
+    for group in optimizer.param_groups:
+        if group["momentum"] > 0:
+            for parameter in group["params"]:
+                optimizer.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
 
 
 def learning_rate(config: OptimConfig, progress: float, epochs: int) -> float:

@@ -14,6 +14,7 @@ import torch
 import cup
 from cup import PlanOptions, PrunePlan
 from train.errors import TrainError
+from train.optim import zero_momentum
 from train.state import TrainState, state_digest
 from train.world import World
 
@@ -179,7 +180,7 @@ class Resizer:
         resized = cup.apply_plan(state.model, plan, self.groups)
         cup.carry_optimizer(state.optimizer, resized)
         if self.config.momentum == "reset":
-            state.optimizer.state.clear()
+            zero_momentum(state.optimizer)
         if state.ema is not None:
             cup.carry_ema(state.ema, resized)
         self.groups = resized.groups

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import platform
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cup import Complexity, complexity
-from data import Loader, build_loaders, prepare_data
+from data import DataError, Loader, build_loaders, prepare_data
 from train.checkpoint import (
     CheckpointError,
     load_checkpoint,
@@ -36,17 +37,22 @@ from train.world import World
 
 def run(config: RunConfig, world: World, ledger: Ledger) -> dict[str, Any]:
     """Train as `config` says; returns the closing event. All ranks call it. Raises train/world.py's USER_ERRORS."""
-    run_dir = RunDir(Path(world.on_rank_zero(lambda: str(choose_run_dir(config).path))))
     world.on_rank_zero(lambda: prepare_data(config.data))
-    trainer = world.together(lambda: _build_trainer(config, world, ledger, run_dir))
+    trainer = world.together(lambda: _build_trainer(config, world, ledger))
+    # Only now, so that a run that cannot start leaves no directory that the corrected one would stumble over.
+    run_dir = RunDir(Path(world.on_rank_zero(lambda: str(choose_run_dir(config).path))))
+    trainer.save = lambda trainer, is_best: _save(config, trainer, run_dir, is_best)
     stored = _load_stored(run_dir, world)
+    notes = config.without_effect()
     if stored is not None:
-        world.together(lambda: _restore(trainer, stored))
+        notes += world.together(lambda: _restore(trainer, stored))
     _check_equal(trainer.state, world)
     trainer.state.parallel = world.wrap(trainer.state.model)
     trainer.sinks = world.together(lambda: _open_sinks(run_dir, world, trainer.progress, stored))
     try:
         trainer.sinks.write(_first_line(config, trainer, run_dir))
+        for note in notes:
+            trainer.sinks.write({"event": "note", "time_s": ledger.total_s, "message": note})
         ledger.end_startup()
         done = {**fit(trainer), "directory": str(run_dir.path)}
         trainer.sinks.write(done)
@@ -87,8 +93,8 @@ def example_input(config: RunConfig) -> torch.Tensor:
     return torch.zeros(1, config.data.channels, config.data.image_size, config.data.image_size)
 
 
-def _build_trainer(config: RunConfig, world: World, ledger: Ledger, run_dir: RunDir) -> Trainer:
-    """Everything at full width and at the beginning, DDP and sinks not yet."""
+def _build_trainer(config: RunConfig, world: World, ledger: Ledger) -> Trainer:
+    """Everything at full width and at the beginning; DDP, sinks and checkpoints not yet."""
     train_loader, val_loader = _loaders(config, world)
     torch.manual_seed(config.run.seed)  # the same initial weights on every rank
     on_gpu = world.device.type == "cuda"
@@ -114,7 +120,6 @@ def _build_trainer(config: RunConfig, world: World, ledger: Ledger, run_dir: Run
         ledger=ledger,
         sinks=Sinks([]),
         progress=Progress(),
-        save=lambda trainer, is_best: _save(config, trainer, run_dir, is_best),
     )
 
 
@@ -174,11 +179,17 @@ def _load_stored(run_dir: RunDir, world: World) -> dict[str, Any] | None:
     """The checkpoint to go on from, on every rank; None for a run that begins."""
     if not world.on_rank_zero(run_dir.last.exists):
         return None
-    return world.together(lambda: load_checkpoint(run_dir.last))
+    try:
+        return world.together(lambda: load_checkpoint(run_dir.last))
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; delete it to start this run over, or take --run.resume never") from error
 
 
-def _restore(trainer: Trainer, stored: dict[str, Any]) -> None:
-    """Bring a fresh trainer to where the checkpoint was written: widths first, then everything that has them."""
+def _restore(trainer: Trainer, stored: dict[str, Any]) -> list[str]:
+    """Bring a fresh trainer to where the checkpoint was written: widths first, then everything that has them.
+
+    Returns what could not be restored and changes nothing but the random numbers, in words for the user.
+    """
     state, world = trainer.state, trainer.world
     trainer.resizer.replay(state, stored_plans(stored))
     try:
@@ -191,14 +202,19 @@ def _restore(trainer: Trainer, stored: dict[str, Any]) -> None:
         raise CheckpointError(f"the stored state does not fit this network: {error}") from error
     trainer.progress = Progress(**stored["progress"])
     ranks = stored["ranks"]
-    mine = ranks[min(world.rank, len(ranks) - 1)]
-    trainer.ledger.load_state_dict(mine["ledger"])
-    if len(ranks) == world.size:
-        torch.set_rng_state(mine["rng"])
-        if mine["cuda_rng"] is not None and world.device.type == "cuda":
-            torch.cuda.set_rng_state(mine["cuda_rng"], world.device)
+    trainer.ledger.load_state_dict(ranks[min(world.rank, len(ranks) - 1)]["ledger"])
+    if len(ranks) != world.size:
+        return [f"resumed on {world.size} ranks, stored by {len(ranks)}: augmentation and dropout draw other numbers"]
+    mine = ranks[world.rank]
+    torch.set_rng_state(mine["rng"])
+    if mine["cuda_rng"] is not None and world.device.type == "cuda":
+        torch.cuda.set_rng_state(mine["cuda_rng"], world.device)
+    try:
         trainer.train_loader.load_state_dict(mine["train_loader"])
         trainer.val_loader.load_state_dict(mine["val_loader"])
+    except DataError as error:  # another loader or DALI version: the epoch's order is the same, its crops are not
+        return [f"augmentation draws other numbers than before: {error}"]
+    return []
 
 
 def _open_sinks(run_dir: RunDir, world: World, progress: Progress, stored: dict[str, Any] | None) -> Sinks:
@@ -230,10 +246,15 @@ def _first_line(config: RunConfig, trainer: Trainer, run_dir: RunDir) -> dict[st
         "world_size": world.size,
         "devices": world.gather(device),
         "device": world.device.type,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "versions": {"python": platform.python_version(), **_versions("torch", "torchvision", "nvidia-dali-cuda130")},
         "train_images": trainer.train_loader.num_images,
         "val_images": trainer.val_loader.num_images,
         "dense_flops": dense.flops,
         "dense_macs": dense.macs,
         "dense_params": dense.params,
     }
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    """Package -> version, for those that are installed."""
+    return {d.metadata["Name"]: d.version for d in metadata.distributions() if d.metadata["Name"] in packages}

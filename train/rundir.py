@@ -75,8 +75,8 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """All events of a log; a last line that a crash cut short is left out. TrainError if it cannot be read."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise TrainError(f"cannot read {path}: {error.strerror}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise TrainError(f"cannot read {path}: {error}") from error
     events = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -103,7 +103,7 @@ def _create(run_dir: RunDir, config: RunConfig) -> None:
 def _check_same(run_dir: RunDir, config: RunConfig) -> None:
     try:
         stored = yaml.safe_load(run_dir.config.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise TrainError(f"cannot read {run_dir.config}: {error}") from error
     different = differing_keys(_computed(config.to_dict()), _computed(stored if isinstance(stored, dict) else {}))
     if different:

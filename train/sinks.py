@@ -3,6 +3,7 @@
 Only rank 0 has sinks; the other ranks hold an empty list of them, so nobody asks for the rank at the call sites.
 """
 
+import fcntl
 import json
 import os
 import sys
@@ -13,6 +14,8 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from train.errors import TrainError
 
 Event = dict[str, Any]
 
@@ -58,7 +61,12 @@ class JsonLines:
 
     def __init__(self, path: Path, keep_bytes: int | None = None) -> None:
         """keep_bytes: where a resumed run goes on; what a killed run wrote after its last checkpoint is cut off."""
+        self._path = path
         self._file = path.open("a", encoding="utf-8")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it when this process ends
+        except BlockingIOError as error:
+            raise TrainError(f"{path} is being written by another process: a run goes on there") from error
         if keep_bytes is not None:
             self._file.truncate(keep_bytes)
 
@@ -68,8 +76,11 @@ class JsonLines:
         return os.fstat(self._file.fileno()).st_size
 
     def write(self, event: Event) -> None:
-        self._file.write(json.dumps(event) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(event) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise TrainError(f"cannot write {self._path}: {error.strerror}; the same command goes on later") from error
 
     def progress(self, what: str, step: int, steps: int) -> None:
         pass
@@ -177,7 +188,9 @@ class ConsoleSink:
             f"{event['dense_flops'] / 1e9:.3f} GFLOPs; {event['world_size']} rank(s) on {devices}, "
             f"{event['precision']}, loader {event['loader']}"
         )
-        if event["first_epoch"] > 1:
+        if event["first_epoch"] > self._epochs:
+            self._print("resumed: all epochs are done already")
+        elif event["first_epoch"] > 1:
             self._print(f"resumed at epoch {event['first_epoch']} of {self._epochs}")
 
     def _write_note(self, event: Event) -> None:

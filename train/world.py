@@ -114,9 +114,11 @@ class World:
         """Average the floating-point buffers (batch-norm statistics) over all ranks, in place. All ranks call it."""
         if self.size == 1:
             return
-        for buffer in model.buffers():
-            if buffer.is_floating_point():
-                self.sum(buffer).div_(self.size)
+        buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+        if buffers:
+            means = self.sum(torch.cat([buffer.flatten() for buffer in buffers])) / self.size
+            for buffer, mean in zip(buffers, means.split([buffer.numel() for buffer in buffers]), strict=True):
+                buffer.copy_(mean.view_as(buffer))
 
     def synchronize(self) -> None:
         """Wait for the device, so that a clock read now means what it says."""

@@ -1,6 +1,7 @@
 """Start real runs of launch/*.py, on one process or under torchrun, and read what they left."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -25,24 +26,23 @@ def command(script: str, arguments: list[str], ranks: int = 1) -> list[str]:
     return [sys.executable, *launcher, str(ROOT / script), *arguments]
 
 
-def start(script: str, arguments: list[str], cwd: Path, ranks: int = 1, **env: str) -> subprocess.Popen:
-    return subprocess.Popen(
+def launch(
+    script: str, arguments: list[str], cwd: Path, ranks: int = 1, timeout: float = 180, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Run to the end; TimeoutExpired, with all its processes gone, if it hangs."""
+    process = subprocess.Popen(
         command(script, arguments, ranks),
         cwd=cwd,
         env=os.environ | SEEN_BY_RANKS | env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
-
-
-def launch(script: str, arguments: list[str], cwd: Path, ranks: int = 1, timeout: float = 180, **env: str):
-    """Run to the end: a CompletedProcess with returncode, stdout, stderr. TimeoutExpired if it hangs."""
-    process = start(script, arguments, cwd, ranks, **env)
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)
         raise
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
