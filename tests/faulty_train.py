@@ -10,8 +10,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
+import torch  # noqa: E402
+
 from cup import PrunePlan  # noqa: E402
-from train import engine  # noqa: E402
+from train import engine, run  # noqa: E402
 from train.resize import Resizer  # noqa: E402
 from train.world import World  # noqa: E402
 
@@ -38,6 +40,14 @@ def install(fault: str) -> None:
             momentum.view(-1)[0] = momentum.view(-1)[0].nextafter(momentum.view(-1)[0] + 1)
 
         Resizer._apply = apply
+    elif fault == "other weights":
+        honest_build = run.build_model
+
+        def build(name, num_classes):
+            torch.manual_seed(1)
+            return honest_build(name, num_classes)
+
+        run.build_model = build
     elif fault == "killed":
         honest_step, taken = engine.training_step, []
 

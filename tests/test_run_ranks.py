@@ -101,6 +101,7 @@ def _is_parameter(key: str) -> bool:
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
+        ("other weights", "the ranks do not start from equal weights"),
         ("plan", "is not the one sent"),
         ("plan and digest", "the ranks differ after the resize"),
         ("one bit of momentum", "the ranks differ after the resize"),
