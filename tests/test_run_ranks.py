@@ -59,7 +59,7 @@ def test_ranks_hold_equal_bits_after_every_resize(finished: Path):
         assert len(event["digests"]) == 2
         assert set(event["digests"]) == {event["digest"]}
         assert sum(event["removed"].values()) > 0
-        assert event["flops_reduction"] > event["flops_reduction_before"]
+        assert event["flops_reduction_after"] > event["flops_reduction_before"] >= 1
 
 
 def test_checkpoint_loads_without_unpickling_and_holds_widths_momentum_and_plans(finished: Path):

@@ -204,7 +204,7 @@ def _resize(trainer: Trainer, epoch: int) -> ResizeOutcome:
                 "step": trainer.progress.step,
                 "threshold": outcome.threshold,
                 "flops_reduction_before": outcome.reduction_before,
-                "flops_reduction": outcome.reduction_after,
+                "flops_reduction_after": outcome.reduction_after,
                 "removed": outcome.removed,
                 "seconds": seconds,
                 "digest": outcome.digests[0],

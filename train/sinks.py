@@ -199,7 +199,7 @@ class ConsoleSink:
     def _write_resize(self, event: Event) -> None:
         self._print(
             f"  resize before epoch {event['epoch']}: t {event['threshold']:.3f}, {sum(event['removed'].values())} "
-            f"channels gone, FR {event['flops_reduction_before']:.2f} -> {event['flops_reduction']:.2f} "
+            f"channels gone, FR {event['flops_reduction_before']:.2f} -> {event['flops_reduction_after']:.2f} "
             f"in {event['seconds']:.2f} s, all ranks at {event['digest'][:12]}"
         )
 
