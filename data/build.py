@@ -12,7 +12,7 @@ from data.loader import SplitLoader
 from data.sharding import Sharding, TrainSharding, ValSharding, batch_size_per_rank
 from data.synthetic import SyntheticSource, synthetic_labels
 
-MOST_THREADS = 4  # what one GPU can be fed by; each costs decoder buffers
+MOST_THREADS = 8
 INSTALL_DALI = "pip install nvidia-dali-cuda130 (with CUDA 12: nvidia-dali-cuda120)"
 
 
@@ -68,7 +68,7 @@ def build_loaders(
 
 
 def default_threads(local_world_size: int) -> int:
-    """Threads or workers a rank: this process's cores shared among the machine's ranks, 1 to 4."""
+    """Threads or workers a rank: this process's cores shared among the machine's ranks, 1 to 8."""
     # Not os.cpu_count(): in containers and under batch systems a process may use a part of the machine's cores.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(MOST_THREADS, cores // local_world_size))

@@ -48,7 +48,9 @@ def _ranks() -> int:
 def _say(message: str) -> None:
     """One line on stderr, with the rank where there are several."""
     rank = f"[rank {os.environ['RANK']}] " if _ranks() > 1 else ""
-    print(f"{rank}{message}", file=sys.stderr, flush=True)
+    # One write, newline included: torchrun runs Python unbuffered, and the ranks' lines would mix.
+    sys.stderr.write(f"{rank}{message}\n")
+    sys.stderr.flush()
 
 
 class Parser(argparse.ArgumentParser):
