@@ -1,0 +1,38 @@
+"""Measurements, each side by side with its peer in the same process.
+
+python launch/bench.py resize [--rounds N] [--out results/FILE.json]      (--help after a measurement names its options)
+"""
+
+import sys
+from pathlib import Path
+
+# A script's own folder comes first on the path, and there `train` is launch/train.py: put the root in its place.
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from launch.benches import resize
+from train.cli import Parser, exit_code_of
+
+BENCHES = {"resize": resize}
+
+
+def main(argv: list[str]) -> int:
+    """Exit code: 0, 2 for a wrong argument, 1 for any other error that a user can cause."""
+    return exit_code_of(lambda: _bench(argv), "--debug" in argv)
+
+
+def _bench(argv: list[str]) -> None:
+    parser = Parser(prog="launch/bench.py", description=__doc__.splitlines()[0])
+    measurements = parser.add_subparsers(dest="measurement", required=True, metavar="MEASUREMENT")
+    for name, bench in BENCHES.items():
+        own = measurements.add_parser(name, help=bench.__doc__.splitlines()[0])
+        own.add_argument("--rounds", type=int, default=10, metavar="N", help="measured rounds after one of warm-up")
+        own.add_argument("--out", type=Path, metavar="FILE", help="write the numbers as JSON, with the machine's name")
+        own.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        bench.add_arguments(own)
+    options = parser.parse_args(argv)
+    BENCHES[options.measurement].measure(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,73 @@
+"""What the benchmarks share: rounds in turn, medians with their spread, and the machine that they ran on."""
+
+import json
+import os
+import platform
+import statistics
+import sys
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from train.errors import TrainError
+
+
+def rounds_in_turn(contenders: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Contender -> its measurement in every round. One round more comes first, as a warm-up, and is dropped.
+
+    A contender prepares, measures and returns one number. They take turns, so that a machine that slows down slows
+    all of them.
+    """
+    results: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(rounds + 1):
+        for name, contender in contenders.items():
+            value = contender()
+            if number > 0:
+                results[name].append(value)
+    return results
+
+
+def summary(values: list[float]) -> dict[str, Any]:
+    """Median, smallest, largest and all values."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "runs": values}
+
+
+def with_spread(values: list[float], digits: int = 3) -> str:
+    """`median (smallest to largest)` for a table."""
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def machine(*packages: str) -> dict[str, Any]:
+    """The hardware, and the versions of Python, torch and `packages`, as they stand in a result file."""
+    installed = {d.metadata["Name"]: d.version for d in metadata.distributions()}
+    return {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        **{name: installed.get(name) for name in ("torch", *packages)},
+    }
+
+
+def write_result(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a result with the command that made it. Raises TrainError where the file cannot be written."""
+    text = json.dumps({"command": " ".join(["python", *sys.argv]), **content}, indent=2) + "\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    except OSError as error:
+        raise TrainError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _cpu_name() -> str:
+    """The processor's name where Linux tells it, else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
