@@ -4,11 +4,12 @@
     prepare_data(config)
     train, val = build_loaders(config, rank=0, world_size=1, device=torch.device("cpu"), seed=0)
 
-This room knows nothing of models. DALI is not imported before it is asked for.
+`data.prepare` makes, fetches, packs and checks data sets. This room knows nothing of models. DALI is not imported
+before it is asked for.
 """
 
-from data.batch import Batch, DataConfig, DataError, Loader
+from data.batch import Batch, DataConfig, DataError, Loader, train_size
 from data.build import build_loaders
-from data.prepare import prepare_data, prepare_digits
+from data.prepare import prepare_data
 
-__all__ = ["Batch", "DataConfig", "DataError", "Loader", "build_loaders", "prepare_data", "prepare_digits"]
+__all__ = ["Batch", "DataConfig", "DataError", "Loader", "build_loaders", "prepare_data", "train_size"]

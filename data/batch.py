@@ -6,11 +6,16 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 
+Split = Literal["train", "val"]
+
 # ImageNet's channel statistics, as everybody uses them (torchvision, DALI examples), for pixels in 0..1.
 MEAN_RGB = (0.485, 0.456, 0.406)
 STD_RGB = (0.229, 0.224, 0.225)
 # Mean and deviation by number of channels; grey takes the mean of the colours'.
 NORMALISATION = {1: ((0.449,), (0.226,)), 3: (MEAN_RGB, STD_RGB)}
+
+# What RandAugment and TrivialAugment put where an image is moved away: grey, as DALI does by default.
+FILL = 128
 
 
 class DataError(Exception):
@@ -20,7 +25,8 @@ class DataError(Exception):
 class Batch(NamedTuple):
     """One step of one rank: every batch has the same size, and padding is marked, never counted.
 
-    images: float32 (B, channels, size, size) on the loader's device, normalised per channel.
+    images: float32 (B, channels, size, size) on the loader's device, normalised per channel; size is the epoch's
+        `train_size` in training, image_size in validation.
     labels: int64 (B,) on the loader's device, index of the class folder in sorted order.
     valid: bool (B,) on the loader's device; False marks padding at the end of a validation set.
     """
@@ -38,6 +44,8 @@ class Loader(Protocol):
     num_classes: int
     num_images: int
     """Images in the whole split, all ranks together."""
+    num_excluded: int
+    """Images of the split that the exclude list leaves out; they are not in `num_images`."""
 
     def __len__(self) -> int:
         """Steps of an epoch; equal on all ranks."""
@@ -63,7 +71,10 @@ class DataConfig:
     """Which images, how they are read and how they are augmented."""
 
     path: str = "datasets/imagenet"
-    """Image folder: PATH/train/CLASS/*.jpg and PATH/val/CLASS/*.jpg (JPEG or PNG), the same classes in both."""
+    """Image folder (PATH/train/CLASS/*.jpg and PATH/val/CLASS/*.jpg, JPEG or PNG), file lists (PATH/train.txt and
+    PATH/val.txt, a line each `FILE CLASS`; DALI takes s3:// and gs:// files too), or shards by launch/prepare.py."""
+    exclude: str = ""
+    """List of images to leave out, as `launch/prepare.py check` writes it; empty = PATH/exclude.txt, if it is there."""
     prepare: Literal["none", "digits"] = "none"
     """Make the data set at `path` if nothing is there: digits = scikit-learn's 1,797 handwritten digits as JPEGs."""
     loader: Literal["auto", "dali", "folder", "synthetic"] = "auto"
@@ -82,10 +93,36 @@ class DataConfig:
     """Training: width over height of the random crop, lowest and highest."""
     flip: float = 0.5
     """Training: probability of a left-right flip."""
+    color_jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    """Training: brightness, contrast and saturation are multiplied by 1 - x to 1 + x, hue is turned by up to x of the
+    circle (0 to 0.5); 0 = not."""
+    auto_augment: Literal["none", "randaugment", "trivialaugment"] = "none"
+    """Training: random operations on each image; needs channels: 3."""
+    randaugment_ops: int = 2
+    """RandAugment: operations an image."""
+    randaugment_magnitude: int = 9
+    """RandAugment: strength of the operations, 0 to 30."""
+    start_size: int = 0
+    """Training: side of the images in the first epoch, pixels, from where it grows to image_size; 0 = image_size."""
+    grow_epochs: int = 0
+    """Training: epochs until image_size is reached, with start_size."""
+    size_step: int = 32
+    """Training: a growing side is start_size and a multiple of this, pixels."""
     threads: int = 0
     """Decoding threads (DALI) or worker processes (folder) a rank; 0 = the cores shared among the ranks, at most 8."""
+    mmap: bool = True
+    """DALI: map files into memory; false reads them, which network file systems prefer. Shards are always read."""
     hw_decoder_load: float = 0.65
     """DALI on a GPU: share of the images that the hardware JPEG engine decodes, 0 to 1."""
+    decoder_width_hint: int = 5980
+    """DALI on a GPU: width to allocate decoding buffers for, pixels; with the next three large enough, nothing is
+    allocated in the middle of an epoch. The defaults are those of NVIDIA's ImageNet examples."""
+    decoder_height_hint: int = 6430
+    """DALI on a GPU: height to allocate decoding buffers for, pixels."""
+    decoder_device_memory: int = 211025920
+    """DALI on a GPU: memory of the GPU for each decoding thread, bytes."""
+    decoder_host_memory: int = 140544512
+    """DALI on a GPU: page-locked memory of the machine for each decoding thread, bytes."""
     synthetic_images: int = 1024
     """Synthetic loader: training images; validation has a quarter of them."""
     synthetic_classes: int = 10
@@ -93,6 +130,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the field, the value found and what is allowed."""
+        jitter = self.color_jitter
+        hints = ("decoder_width_hint", "decoder_height_hint", "decoder_device_memory", "decoder_host_memory")
         checks = [
             ("path", self.path != "", "a folder"),
             ("batch_size", self.batch_size >= 1, "a whole number from 1"),
@@ -101,11 +140,28 @@ class DataConfig:
             ("crop_scale", 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1, "0 < lowest <= highest <= 1"),
             ("crop_ratio", 0 < self.crop_ratio[0] <= self.crop_ratio[1], "0 < lowest <= highest"),
             ("flip", 0 <= self.flip <= 1, "0 to 1"),
+            ("color_jitter", all(0 <= x <= 1 for x in jitter) and jitter[3] <= 0.5, "0 to 1 each, hue 0 to 0.5"),
+            ("color_jitter", self.channels == 3 or not any(jitter[2:]), "saturation and hue 0 with channels: 1"),
+            ("auto_augment", self.channels == 3 or self.auto_augment == "none", "none with channels: 1"),
+            ("randaugment_ops", self.randaugment_ops >= 1, "a whole number from 1"),
+            ("randaugment_magnitude", 0 <= self.randaugment_magnitude <= 30, "a whole number from 0 to 30"),
+            ("start_size", self.start_size in (0, *range(8, self.image_size + 1)), f"0, or 8 to {self.image_size}"),
+            ("grow_epochs", self.grow_epochs >= (1 if self.start_size else 0), "a whole number from 1 with start_size"),
+            ("size_step", self.size_step >= 1, "a whole number from 1"),
             ("threads", self.threads >= 0, "a whole number from 0"),
             ("hw_decoder_load", 0 <= self.hw_decoder_load <= 1, "0 to 1"),
+            *((name, getattr(self, name) >= 0, "a whole number from 0") for name in hints),
             ("synthetic_images", self.synthetic_images >= 4, "a whole number from 4"),
             ("synthetic_classes", self.synthetic_classes >= 2, "a whole number from 2"),
         ]
         for name, ok, allowed in checks:
             if not ok:
                 raise ValueError(f"{name}: found {getattr(self, name)!r}, allowed: {allowed}")
+
+
+def train_size(config: DataConfig, epoch: int) -> int:
+    """Side of the training images of an epoch (0, 1, ...), pixels: a pure function, so that a resume needs no state."""
+    if not config.start_size or epoch >= config.grow_epochs:
+        return config.image_size
+    grown = (config.image_size - config.start_size) * epoch // config.grow_epochs
+    return config.start_size + grown // config.size_step * config.size_step

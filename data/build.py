@@ -1,18 +1,25 @@
 """From a `DataConfig` to this rank's two loaders: the only place that chooses between them."""
 
+import dataclasses
 import os
 import warnings
 
 import torch
 
 from data import dali
-from data.batch import DataConfig, DataError, Loader
-from data.folder import FolderSource, ImageList, list_splits
+from data.batch import DataConfig, DataError, Loader, Split
+from data.folder import FolderSource
+from data.images import ImageList, list_splits
 from data.loader import SplitLoader
 from data.sharding import Sharding, TrainSharding, ValSharding, batch_size_per_rank
-from data.synthetic import SyntheticSource, synthetic_labels
+from data.synthetic import SyntheticSource, synthetic_splits
 
 MOST_THREADS = 8
+# Options that do not decide which pixels come at which step: a run may be resumed with others.
+WITHOUT_PIXELS = {
+    *("path", "exclude", "prepare", "threads", "mmap", "hw_decoder_load", "decoder_width_hint", "decoder_height_hint"),
+    *("decoder_device_memory", "decoder_host_memory", "synthetic_images", "synthetic_classes"),
+}
 INSTALL_DALI = "pip install nvidia-dali-cuda130 (with CUDA 12: nvidia-dali-cuda120)"
 
 
@@ -34,36 +41,27 @@ def build_loaders(
     kind = _choose(config, warn=rank == 0)
     threads = config.threads or default_threads(local_world_size or world_size)
     if kind == "synthetic":
-        images = {"train": None, "val": None}
-        counts = {"train": config.synthetic_images, "val": config.synthetic_images // 4}
-        labels = {split: synthetic_labels(count, config.synthetic_classes) for split, count in counts.items()}
-        num_classes = config.synthetic_classes
+        train, val = synthetic_splits(config)
     else:
-        images = dict(zip(("train", "val"), list_splits(config.path), strict=True))
-        labels = {split: listing.labels for split, listing in images.items()}
-        num_classes = len(images["train"].classes)
-
+        train, val = list_splits(config.path, config.exclude)
+        if kind == "folder":
+            _check_local(train, val)
+    ranks = {"batch_size": batch_size_per_rank(config.batch_size, world_size), "rank": rank, "world_size": world_size}
+    shardings = {
+        "train": TrainSharding(num_images=len(train.names), **ranks, seed=seed, shard_sizes=train.shard_sizes),
+        "val": ValSharding(num_images=len(val.names), **ranks),
+    }
     loaders = []
-    for split in ("train", "val"):
-        sharding = _sharding(config, split, len(labels[split]), rank, world_size, seed)
-        common = {"sharding": sharding, "seed": seed, "device": device}
+    for split, images in (("train", train), ("val", val)):
+        common = {"split": split, "sharding": shardings[split], "seed": seed, "device": device}
         if kind == "synthetic":
-            source = SyntheticSource(config, labels[split], split=split, **common)
+            source = SyntheticSource(config, images, **common)
         elif kind == "dali":
-            source = dali.DaliSource(config, images[split], augment=split == "train", threads=threads, **common)
+            source = dali.DaliSource(config, images, threads=threads, **common)
         else:
-            source = FolderSource(config, images[split], augment=split == "train", workers=threads, **common)
-        loaders.append(
-            SplitLoader(
-                kind=kind,
-                source=source,
-                sharding=sharding,
-                labels=labels[split],
-                num_classes=num_classes,
-                device=device,
-                identity=_identity(config, kind, split, images[split], sharding, seed, device),
-            )
-        )
+            source = FolderSource(config, images, workers=threads, **common)
+        identity = _identity(config, kind, images, **common)
+        loaders.append(SplitLoader(kind, source, images, sharding=shardings[split], device=device, identity=identity))
     return loaders[0], loaders[1]
 
 
@@ -92,38 +90,27 @@ def _choose(config: DataConfig, *, warn: bool) -> str:
     return "folder"
 
 
-def _sharding(config: DataConfig, split: str, num_images: int, rank: int, world_size: int, seed: int) -> Sharding:
-    ranks = {
-        "num_images": num_images,
-        "batch_size": batch_size_per_rank(config.batch_size, world_size),
-        "rank": rank,
-        "world_size": world_size,
-    }
-    return TrainSharding(**ranks, seed=seed) if split == "train" else ValSharding(**ranks)
+def _check_local(*splits: ImageList) -> None:
+    """DataError if an image lies in object storage: torchvision and Pillow read files only."""
+    remote = next((name for images in splits for name in images.names if "://" in name), None)
+    if remote:
+        raise DataError(f"{remote} lies in object storage, which only the loader 'dali' reads: {INSTALL_DALI}")
 
 
 def _identity(
-    config: DataConfig,
-    kind: str,
-    split: str,
-    images: ImageList | None,
-    sharding: Sharding,
-    seed: int,
-    device: torch.device,
+    config: DataConfig, kind: str, images: ImageList, split: Split, sharding: Sharding, seed: int, device: torch.device
 ) -> dict[str, int | float | str]:
     """Everything that decides which pixels come at which step: a stored state goes on only where all of it is equal."""
-    options = ("batch_size", "image_size", "resize_size", "channels", "flip")
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     return {
+        # As text: a tuple comes back as a list from some formats.
+        **{k: str(v) if isinstance(v, tuple) else v for k, v in values.items() if k not in WITHOUT_PIXELS},
         "loader": kind,
         "split": split,
         "seed": seed,
         "rank": sharding.rank,
         "world_size": sharding.world_size,
         "num_images": sharding.num_images,
-        "file_names": images.digest if images else f"{config.synthetic_classes} synthetic classes",
-        **{name: getattr(config, name) for name in options},
-        # As text: a tuple comes back as a list from some formats.
-        "crop_scale": str(tuple(config.crop_scale)),
-        "crop_ratio": str(tuple(config.crop_ratio)),
+        "file_names": images.digest,
         **(dali.identity(device) if kind == "dali" else {}),
     }

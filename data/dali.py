@@ -1,21 +1,24 @@
-"""Image folders through NVIDIA DALI: CPU pipelines without a GPU, `mixed` decoding with one.
+"""Images through NVIDIA DALI: CPU pipelines without a GPU, `mixed` decoding with one.
 
-DALI has no say in which image comes when: an external source names the files of each step by data/sharding.py, so
-shards, order, padding and file names are those of every other loader. The pipeline is one endless stream that runs
-across the epochs: it is never reset, and it decodes the next epoch's first batches during validation.
+DALI has no say in which image comes when: an external source gives the files of each step by data/sharding.py, or
+their bytes where they lie in shards, so that order, padding and names are those of every other loader. DALI's own
+readers shuffle within a window, carry an epoch's leftovers into the next one and know no exclude list. The pipeline is
+one endless stream that runs across the epochs: it is never reset, and it decodes the next epoch's first batches during
+validation.
 
 DALI is imported inside functions only; `import data` must work, and be quick, without it.
 """
 
 import os
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from data.batch import NORMALISATION, DataConfig
-from data.folder import ImageList, decode_failure
+from data.batch import FILL, NORMALISATION, DataConfig, Split, train_size
+from data.images import ImageList, decode_failure
 from data.sharding import Sharding
 
 if TYPE_CHECKING:
@@ -23,14 +26,6 @@ if TYPE_CHECKING:
     from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
 PREFETCHED_BATCHES = 2
-# nvJPEG's buffers, sized once for ImageNet's largest photographs instead of growing in the middle of an epoch; the
-# presets of NVIDIA's ImageNet examples, in bytes and pixels.
-MIXED_DECODER_PRESETS = {
-    "device_memory_padding": 211025920,
-    "host_memory_padding": 140544512,
-    "preallocate_width_hint": 5980,
-    "preallocate_height_hint": 6430,
-}
 
 
 def import_failure() -> ImportError | None:
@@ -60,8 +55,8 @@ class DaliSource:
         config: DataConfig,
         images: ImageList,
         *,
+        split: Split,
         sharding: Sharding,
-        augment: bool,
         seed: int,
         threads: int,
         device: torch.device,
@@ -69,7 +64,7 @@ class DaliSource:
         self._config = config
         self._images = images
         self._sharding = sharding
-        self._augment = augment
+        self._training = split == "train"
         self._seed = seed
         self._threads = threads
         self._device = device
@@ -94,7 +89,7 @@ class DaliSource:
             images = next(self._iterator)[0]["images"]
         except Exception as error:
             # DALI names no file, and it may have failed at a batch ahead of this one.
-            raise decode_failure(self._paths_ahead(), error) from error
+            raise decode_failure(self._images, self._indices_ahead(), error) from error
         self._next += 1
         return images
 
@@ -124,49 +119,69 @@ class DaliSource:
         from nvidia.dali import pipeline_def
 
         stream_seed = np.random.SeedSequence([self._seed, self._sharding.rank, self._first]).generate_state(1)[0]
-        graph = _train_graph if self._augment else _val_graph
-        return pipeline_def(graph)(
-            self._config,
-            self._step_paths(),
-            _decoder(self._device),
-            batch_size=self._sharding.batch_size,
-            num_threads=self._threads,
-            device_id=_device_id(self._device),
-            seed=int(stream_seed) >> 1,
-            prefetch_queue_depth=PREFETCHED_BATCHES,
-            enable_checkpointing=True,
-            checkpoint=self._checkpoint,
-        )
+        with warnings.catch_warnings():
+            # DALI's auto_aug calls operators of DALI's that have another name by now.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return pipeline_def(_train_graph if self._training else _val_graph, enable_conditionals=True)(
+                self._config,
+                self._step_inputs(),
+                _decoder(self._device),
+                batch_size=self._sharding.batch_size,
+                num_threads=self._threads,
+                device_id=_device_id(self._device),
+                seed=int(stream_seed) >> 1,
+                prefetch_queue_depth=PREFETCHED_BATCHES,
+                enable_checkpointing=True,
+                checkpoint=self._checkpoint,
+            )
 
-    def _paths_ahead(self) -> list[str]:
-        """Files of the step that is due and of those that DALI may have begun already."""
-        due = self._next - self._first
-        return [path for step in range(due, due + PREFETCHED_BATCHES + 1) for path in self._step_paths().paths(step)]
+    def _indices_ahead(self) -> np.ndarray:
+        """Images of the step that is due and of those that DALI may have begun already."""
+        due, inputs = self._next - self._first, self._step_inputs()
+        return np.concatenate([inputs.indices(step) for step in range(due, due + PREFETCHED_BATCHES + 1)])
 
-    def _step_paths(self) -> "_StepPaths":
-        return _StepPaths(self._images, self._sharding, self._first)
+    def _step_inputs(self) -> "_StepInputs":
+        return _StepInputs(self._config, self._images, self._sharding, self._first)
 
 
 @dataclass(frozen=True)
-class _StepPaths:
-    """The external source: step since the stream began -> this rank's files.
+class _StepInputs:
+    """The external sources: step since the stream began -> what the pipeline needs of it.
 
     Not a method of `DaliSource`: the pipeline would then be freed late, by the garbage collector, and crash a forked
     process that happens to run it.
     """
 
+    config: DataConfig
     images: ImageList
     sharding: Sharding
     first: int
 
-    def __call__(self, stream_step: int) -> list[np.ndarray]:
-        """Paths as bytes, uint8 (length,) each."""
-        return [np.frombuffer(os.fsencode(path), dtype=np.uint8) for path in self.paths(stream_step)]
+    def encoded(self, stream_step: int) -> list[np.ndarray]:
+        """Paths, or the images as stored where they lie in shards, uint8 (length,) each."""
+        indices_B = self.indices(stream_step)
+        if self.in_shards:
+            self.images.places.will_read(self.indices(stream_step + 1))
+            content_B = [self.images.read(index) for index in indices_B]
+        else:
+            content_B = [os.fsencode(self.images.path(index)) for index in indices_B]
+        return [np.frombuffer(content, dtype=np.uint8) for content in content_B]
 
-    def paths(self, stream_step: int) -> list[str]:
-        epoch, step = divmod(self.first + stream_step, self.sharding.steps)
-        indices_B, _ = self.sharding.indices(epoch, step)
-        return [self.images.path(index) for index in indices_B]
+    def train_sizes(self, stream_step: int) -> list[np.ndarray]:
+        """(height, width) of the training images, float32 (2,) each."""
+        epoch, _ = self._place(stream_step)
+        return [np.full(2, train_size(self.config, epoch), dtype=np.float32)] * self.sharding.batch_size
+
+    @property
+    def in_shards(self) -> bool:
+        return self.images.places is not None
+
+    def indices(self, stream_step: int) -> np.ndarray:
+        return self.sharding.indices(*self._place(stream_step))[0]
+
+    def _place(self, stream_step: int) -> tuple[int, int]:
+        """(epoch, step in it)"""
+        return divmod(self.first + stream_step, self.sharding.steps)
 
 
 def _decoder(device: torch.device) -> str:
@@ -180,28 +195,30 @@ def _device_id(device: torch.device) -> int | None:
     return torch.cuda.current_device() if device.index is None else device.index
 
 
-def _train_graph(config: DataConfig, step_paths, decoder: str):
-    """Random crop (only its pixels are decoded), resize, flip, normalise."""
-    from nvidia.dali import fn
+def _train_graph(config: DataConfig, step_inputs: _StepInputs, decoder: str):
+    """Random crop (only its pixels are decoded), resize to the epoch's side, augment, flip, normalise."""
+    from nvidia.dali import fn, types
 
+    size_hw = fn.external_source(source=step_inputs.train_sizes, batch=True, ndim=1, dtype=types.FLOAT)
     images = fn.decoders.image_random_crop(
-        _read(step_paths),
+        _read(config, step_inputs),
         random_area=list(config.crop_scale),
         random_aspect_ratio=list(config.crop_ratio),
-        **_decoder_options(config, decoder, presets=True),
+        **_decoder_options(config, decoder, hints=True),
     )
-    images = fn.resize(images, size=(config.image_size, config.image_size), antialias=True)
+    images = fn.resize(images, size=size_hw, antialias=True)
+    images = _colour_jittered(_auto_augmented(images, config), config)
     return _normalised(images, config, mirror=fn.random.coin_flip(probability=config.flip))
 
 
-def _val_graph(config: DataConfig, step_paths, decoder: str):
+def _val_graph(config: DataConfig, step_inputs: _StepInputs, decoder: str):
     """Resize of the shorter side, centre crop, normalise: the same sizes and pixels as torchvision's.
 
     The sizes are computed here, as DALI's own options round them the other way, which moves many images by a pixel.
     """
     from nvidia.dali import fn, types
 
-    encoded = _read(step_paths)
+    encoded = _read(config, step_inputs)
     shape_hw = fn.peek_image_shape(encoded, adjust_orientation=False)[:2]
     resized_hw = shape_hw * config.resize_size // fn.reductions.min(shape_hw)
     margin_hw = resized_hw - config.image_size
@@ -210,19 +227,21 @@ def _val_graph(config: DataConfig, step_paths, decoder: str):
     start_hw = half_hw + (margin_hw & half_hw & 1)
 
     # Fancy upsampling: the GPU's pixels are then the CPU's, and an accuracy does not depend on the machine.
-    images = fn.decoders.image(encoded, jpeg_fancy_upsampling=True, **_decoder_options(config, decoder, presets=False))
+    images = fn.decoders.image(encoded, jpeg_fancy_upsampling=True, **_decoder_options(config, decoder, hints=False))
     images = fn.resize(images, size=fn.cast(resized_hw, dtype=types.FLOAT), antialias=True)
     images = fn.slice(images, start=fn.cast(start_hw, dtype=types.INT32), shape=[config.image_size] * 2, axes=[0, 1])
     return _normalised(images, config)
 
 
-def _read(step_paths):
+def _read(config: DataConfig, step_inputs: _StepInputs):
+    """The encoded images of a step."""
     from nvidia.dali import fn, types
 
-    return fn.io.file.read(fn.external_source(source=step_paths, batch=True, ndim=1, dtype=types.UINT8))
+    content = fn.external_source(source=step_inputs.encoded, batch=True, ndim=1, dtype=types.UINT8)
+    return content if step_inputs.in_shards else fn.io.file.read(content, dont_use_mmap=not config.mmap)
 
 
-def _decoder_options(config: DataConfig, decoder: str, presets: bool) -> dict[str, Any]:
+def _decoder_options(config: DataConfig, decoder: str, hints: bool) -> dict[str, Any]:
     from nvidia.dali import types
 
     options = {
@@ -232,9 +251,41 @@ def _decoder_options(config: DataConfig, decoder: str, presets: bool) -> dict[st
         "adjust_orientation": False,
     }
     if decoder == "mixed":
-        # Not for validation: the buffers cost hundreds of MB a thread, and a pause there costs little.
-        options |= {"hw_decoder_load": config.hw_decoder_load, **(MIXED_DECODER_PRESETS if presets else {})}
+        options["hw_decoder_load"] = config.hw_decoder_load
+        if hints:  # not for validation: the buffers cost hundreds of MB a thread, and a pause there costs little
+            options |= {
+                "preallocate_width_hint": config.decoder_width_hint,
+                "preallocate_height_hint": config.decoder_height_hint,
+                "device_memory_padding": config.decoder_device_memory,
+                "host_memory_padding": config.decoder_host_memory,
+            }
     return options
+
+
+def _auto_augmented(images, config: DataConfig):
+    from nvidia.dali.auto_aug import rand_augment, trivial_augment
+
+    if config.auto_augment == "randaugment":
+        ops, magnitude = config.randaugment_ops, config.randaugment_magnitude
+        return rand_augment.rand_augment(images, n=ops, m=magnitude, fill_value=FILL)
+    if config.auto_augment == "trivialaugment":
+        return trivial_augment.trivial_augment_wide(images, fill_value=FILL)
+    return images
+
+
+def _colour_jittered(images, config: DataConfig):
+    from nvidia.dali import fn
+
+    if not any(config.color_jitter):
+        return images
+    brightness, contrast, saturation = (
+        fn.random.uniform(range=[1 - strength, 1 + strength]) for strength in config.color_jitter[:3]
+    )
+    if config.channels == 1:
+        return fn.brightness_contrast(images, brightness=brightness, contrast=contrast)
+    most_degrees = 360 * config.color_jitter[3]
+    hue = fn.random.uniform(range=[-most_degrees, most_degrees])
+    return fn.color_twist(images, brightness=brightness, contrast=contrast, saturation=saturation, hue=hue)
 
 
 def _normalised(images, config: DataConfig, mirror=0):

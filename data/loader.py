@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from data.batch import Batch, DataError
+from data.images import ImageList
 from data.sharding import Sharding
 
 
@@ -36,27 +37,26 @@ class ImageSource(Protocol):
 class SplitLoader:
     """A `Loader` of one split on one rank; see data/batch.py for the contract.
 
-    labels: int64 (N,), the class index of every image of the split.
     identity: what must be equal for a stored state to be continued, such as seed, rank and options; plain data.
     """
 
     def __init__(
         self,
-        *,
         kind: str,
         source: ImageSource,
+        images: ImageList,
+        *,
         sharding: Sharding,
-        labels: np.ndarray,
-        num_classes: int,
         device: torch.device,
         identity: dict[str, int | float | str],
     ) -> None:
         self.kind = kind
-        self.num_classes = num_classes
-        self.num_images = sharding.num_images
+        self.num_classes = len(images.classes)
+        self.num_images = len(images.names)
+        self.num_excluded = images.num_excluded
         self._source = source
         self._sharding = sharding
-        self._labels_N = labels
+        self._labels_N = images.labels
         self._device = device
         self._identity = identity
         self._epoch = 0

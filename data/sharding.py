@@ -7,6 +7,10 @@ import numpy as np
 
 from data.batch import DataError
 
+SHARDS_AT_A_TIME = 16
+"""Shards that are read together and mixed with each other: enough for a shuffle, as each is a random part of the set,
+and few enough that a step's reads lie close together."""
+
 # Shape suffixes: _B = images a step and rank, _N = images of the whole split.
 
 
@@ -36,6 +40,8 @@ class TrainSharding:
     world_size: int
     seed: int
     """Equal on all ranks."""
+    shard_sizes: tuple[int, ...] = ()
+    """Images of each shard, where the images lie in shards: the order then keeps to a few shards at a time."""
 
     def __post_init__(self) -> None:
         if self.steps == 0:
@@ -56,7 +62,7 @@ class TrainSharding:
     def indices(self, epoch: int, step: int) -> tuple[np.ndarray, np.ndarray]:
         """This rank's images of one step: indices int64 (B,), valid bool (B,), here all True."""
         first = (step * self.world_size + self.rank) * self.batch_size
-        order_N = _permutation(self.num_images, self.seed, epoch)
+        order_N = _permutation(self.num_images, self.shard_sizes, self.seed, epoch)
         return order_N[first : first + self.batch_size], np.ones(self.batch_size, dtype=bool)
 
 
@@ -95,7 +101,15 @@ Sharding = TrainSharding | ValSharding
 
 # Prefetching reads across the end of an epoch, so two orders are in use at a time; they are shared, hence read-only.
 @lru_cache(maxsize=2)
-def _permutation(num_images: int, seed: int, epoch: int) -> np.ndarray:
-    order_N = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_images)
+def _permutation(num_images: int, shard_sizes: tuple[int, ...], seed: int, epoch: int) -> np.ndarray:
+    generator = np.random.Generator(np.random.PCG64([seed, epoch]))
+    if not shard_sizes:
+        order_N = generator.permutation(num_images)
+    else:
+        shards = np.split(np.arange(num_images), np.cumsum(shard_sizes)[:-1])
+        turns = generator.permutation(len(shards))
+        windows = [turns[first : first + SHARDS_AT_A_TIME] for first in range(0, len(turns), SHARDS_AT_A_TIME)]
+        mixed = [generator.permutation(np.concatenate([shards[s] for s in window])) for window in windows]
+        order_N = np.concatenate(mixed)
     order_N.flags.writeable = False
     return order_N

@@ -3,22 +3,30 @@
 An image is its class's smooth pattern plus noise, so networks learn it within a few steps.
 """
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional
 
-from data.batch import DataConfig
+from data.batch import DataConfig, Split, train_size
+from data.images import ImageList
 from data.sharding import Sharding
 
 PATTERN_SIZE = 8
 NOISES = 32
 
 
-def synthetic_labels(num_images: int, num_classes: int) -> np.ndarray:
-    """int64 (N,): the classes in turn."""
-    return np.arange(num_images) % num_classes
+def synthetic_splits(config: DataConfig) -> tuple[ImageList, ImageList]:
+    """The listing of images that no disk holds: the classes in turn; validation has a quarter of training's images."""
+    classes = [str(label) for label in range(config.synthetic_classes)]
+    splits = []
+    for count in (config.synthetic_images, config.synthetic_images // 4):
+        labels = np.arange(count) % len(classes)
+        names = [f"{label}/{index}" for index, label in enumerate(labels)]
+        splits.append(ImageList(root=Path("synthetic"), names=names, labels=labels, classes=classes))
+    return splits[0], splits[1]
 
 
 class SyntheticSource:
@@ -31,17 +39,18 @@ class SyntheticSource:
     def __init__(
         self,
         config: DataConfig,
-        labels: np.ndarray,
+        images: ImageList,
         *,
+        split: Split,
         sharding: Sharding,
-        split: str,
         seed: int,
         device: torch.device,
     ) -> None:
-        self._labels_N = labels
+        self._labels_N = images.labels
         self._sharding = sharding
         self._device = device
-        self._image_size = config.image_size
+        self._config = config
+        self._training = split == "train"
         # Drawn on the CPU, so that every device sees the same images; the patterns are the same in both splits.
         generator = torch.Generator().manual_seed(seed)
         patterns = torch.randn(
@@ -51,7 +60,7 @@ class SyntheticSource:
         self._patterns, self._noises = patterns.to(device), (noises / 2**0.5).to(device)
         split_number = ("train", "val").index(split)
         self._noise_pairs_N2 = np.random.Generator(np.random.PCG64([seed, split_number])).integers(
-            NOISES, size=(len(labels), 2)
+            NOISES, size=(len(images.names), 2)
         )
 
     def start(self, epoch: int, step: int) -> None:
@@ -59,13 +68,13 @@ class SyntheticSource:
 
     def next_images(self) -> torch.Tensor:
         indices_B, _ = self._sharding.indices(self._epoch, self._step)
+        size = train_size(self._config, self._epoch) if self._training else self._config.image_size
         self._step += 1
         labels = torch.from_numpy(self._labels_N[indices_B]).to(self._device)
         first, second = torch.from_numpy(self._noise_pairs_N2[indices_B].T.copy()).to(self._device)
-        pattern = functional.interpolate(
-            self._patterns[labels], size=self._image_size, mode="bilinear", align_corners=False
-        )
-        return pattern + self._noises[first] + self._noises[second]
+        pattern = functional.interpolate(self._patterns[labels], size=size, mode="bilinear", align_corners=False)
+        noises = self._noises[..., :size, :size]
+        return pattern + noises[first] + noises[second]
 
     def state_dict(self) -> dict[str, Any]:
         return {}

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from data.batch import DataConfig, DataError
-from data.folder import list_splits
+from data.images import list_splits
 from data.prepare import atomic, prepare_data, prepare_digits
 
 
@@ -35,11 +35,11 @@ def test_interrupted_preparation_is_not_taken_for_finished(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        atomic.write_image_folder(tmp_path / "set", interrupted)
+        atomic.write_data_set(tmp_path / "set", interrupted)
     assert not (tmp_path / "set").exists()
     # What a killed process leaves, as it cannot clean up.
     (tmp_path / ".set.preparing-1" / "train").mkdir(parents=True)
-    atomic.write_image_folder(tmp_path / "set", make_set)
+    atomic.write_data_set(tmp_path / "set", make_set)
     assert (tmp_path / "set" / "train" / "new").exists()
 
 

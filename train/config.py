@@ -20,6 +20,15 @@ from train.models import check_model_name
 from train.optim import OptimConfig
 from train.resize import CupConfig
 
+# Settings of `data` that only some loaders, devices or other settings give an effect.
+ON_DISK = ("path", "prepare", "exclude", "threads", "mmap")
+RANDAUGMENT = ("randaugment_ops", "randaugment_magnitude")
+AUGMENTING = ("crop_scale", "crop_ratio", "flip", "color_jitter", "auto_augment", *RANDAUGMENT)
+DECODING_ON_GPU = (
+    *("hw_decoder_load", "decoder_width_hint", "decoder_height_hint"),
+    *("decoder_device_memory", "decoder_host_memory"),
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
@@ -78,14 +87,24 @@ class RunConfig:
                 f"optim.warmup_epochs: found {self.optim.warmup_epochs}, allowed: up to train.epochs "
                 f"({self.train.epochs})"
             )
+        if self.data.start_size and self.data.grow_epochs > self.train.epochs:
+            raise ValueError(
+                f"data.grow_epochs: found {self.data.grow_epochs}, allowed: up to train.epochs ({self.train.epochs})"
+            )
 
     def without_effect(self) -> list[str]:
         """What was set and changes nothing, in words for the user."""
+        data = self.data
         rules = [
             (not self.cup.enabled, self.cup, [f.name for f in dataclasses.fields(CupConfig)][1:], "cup.enabled: false"),
             (self.cup.ramp == "reduction", self.cup, ["slope", "offset"], "cup.ramp: reduction"),
             (self.optim.schedule == "cosine", self.optim, ["milestones", "gamma"], "optim.schedule: cosine"),
-            (self.data.loader == "synthetic", self.data, ["path", "prepare", "flip"], "data.loader: synthetic"),
+            (data.loader == "synthetic", data, [*ON_DISK, *AUGMENTING], "data.loader: synthetic"),
+            (data.loader == "folder", data, ["mmap"], "data.loader: folder"),
+            (data.loader == "folder" or self.run.device == "cpu", data, DECODING_ON_GPU, "no decoding on a GPU"),
+            (data.loader in ("folder", "dali"), data, ["synthetic_images", "synthetic_classes"], "images from a disk"),
+            (data.auto_augment != "randaugment", data, RANDAUGMENT, f"data.auto_augment: {data.auto_augment}"),
+            (not data.start_size, data, ["grow_epochs", "size_step"], "data.start_size: 0"),
         ]
         names = {id(self.cup): "cup", id(self.optim): "optim", id(self.data): "data"}
         return [

@@ -3,7 +3,7 @@
     fit:
         for each epoch:
             resize the network, if the schedule says so         # train/resize.py
-            train_epoch: for each batch, learning rate, forward, backward, step, EMA
+            train_epoch: for each batch, mixup or cutmix, learning rate, forward, backward, step, EMA
             average batch-norm statistics over the ranks
             evaluate                                            # exact, padding counts for nothing
             write one epoch line, save `last` (and `best`)
@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from data import Loader
 from train.errors import TrainError
 from train.ledger import Ledger
+from train.mixing import Mixing
 from train.optim import OptimConfig, learning_rate, set_learning_rate
 from train.precision import Precision, PrecisionName
 from train.resize import ResizeOutcome, Resizer
@@ -41,6 +42,10 @@ class TrainConfig:
     """fp32, bf16 (autocast), or fp16 (autocast with a gradient scaler)."""
     label_smoothing: float = 0.0
     """Share of the target spread over all classes, 0 to below 1."""
+    mixup: float = 0.0
+    """Alpha of mixup: images and labels are mixed with shares drawn from Beta(alpha, alpha); 0 = none."""
+    cutmix: float = 0.0
+    """Alpha of cutmix, which puts a rectangle of one image into another; 0 = none. With both, either at random."""
     ema_decay: float = 0.0
     """Decay of the moving average of the weights a step, evaluated instead of them; 0 = none."""
 
@@ -49,6 +54,8 @@ class TrainConfig:
         checks = [
             ("epochs", self.epochs >= 1, "a whole number from 1"),
             ("label_smoothing", 0 <= self.label_smoothing < 1, "from 0 to below 1"),
+            ("mixup", self.mixup >= 0, "a number from 0"),
+            ("cutmix", self.cutmix >= 0, "a number from 0"),
             ("ema_decay", 0 <= self.ema_decay < 1, "from 0 to below 1"),
         ]
         for name, ok, allowed in checks:
@@ -65,6 +72,7 @@ class Trainer:
     world: World
     train_loader: Loader
     val_loader: Loader
+    mix: Mixing
     state: TrainState
     resizer: Resizer
     ledger: Ledger
@@ -130,7 +138,7 @@ def train_epoch(trainer: Trainer, epoch: int, just_resized: bool) -> tuple[float
     loader.set_epoch(epoch - 1)
     steps = len(loader)
     loss_sum = torch.zeros((), device=world.device)
-    images = 0
+    images_seen = 0
     before = trainer.ledger.seconds
     what = f"epoch {epoch}/{trainer.config.epochs}, FR {trainer.resizer.reduction:.2f}"
     batches = iter(loader)
@@ -142,23 +150,27 @@ def train_epoch(trainer: Trainer, epoch: int, just_resized: bool) -> tuple[float
         with trainer.ledger.charge("resize_warmup" if warms_up else "step"):
             lr = learning_rate(trainer.optim, epoch - 1 + step / steps, trainer.config.epochs)
             set_learning_rate(state.optimizer, lr)
-            loss_sum += training_step(state, batch.images, batch.labels, trainer.config.label_smoothing)
+            images, labels = trainer.mix(batch.images, batch.labels)
+            loss_sum += training_step(state, images, labels, trainer.config.label_smoothing)
             if warms_up:
                 world.synchronize()
-        images += len(batch.labels)
+        images_seen += len(batch.labels)
         trainer.progress.step += 1
         trainer.sinks.progress(what, step + 1, steps)
 
     with trainer.ledger.charge("step"):
         mean_loss = world.sum(loss_sum).item() / (steps * world.size)
     seconds = {kind: total - before[kind] for kind, total in trainer.ledger.seconds.items()}
-    return mean_loss, images * world.size / sum(seconds.values())
+    return mean_loss, images_seen * world.size / sum(seconds.values())
 
 
 def training_step(
     state: TrainState, images: torch.Tensor, labels: torch.Tensor, label_smoothing: float
 ) -> torch.Tensor:
-    """Forward, backward, optimizer step and EMA on one batch; returns this rank's loss, a detached scalar tensor."""
+    """Forward, backward, optimizer step and EMA on one batch; returns this rank's loss, a detached scalar tensor.
+
+    labels: int64 (B,), or float (B, classes) where images were mixed.
+    """
     with state.precision.autocast():
         logits = state.parallel(images.contiguous(memory_format=MEMORY_FORMAT))
         loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)

@@ -12,7 +12,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cup import Complexity, complexity
-from data import DataError, Loader, build_loaders, prepare_data
+from data import DataError, Loader, build_loaders, prepare_data, train_size
 from train.checkpoint import (
     CheckpointError,
     load_checkpoint,
@@ -25,6 +25,7 @@ from train.config import RunConfig, config_from_dict
 from train.engine import Evaluation, Progress, Trainer, evaluate, fit
 from train.errors import TrainError
 from train.ledger import Ledger
+from train.mixing import build_mixing
 from train.models import build_model
 from train.optim import build_optimizer
 from train.precision import Precision
@@ -43,7 +44,7 @@ def run(config: RunConfig, world: World, ledger: Ledger) -> dict[str, Any]:
     run_dir = RunDir(Path(world.on_rank_zero(lambda: str(choose_run_dir(config).path))))
     trainer.save = lambda trainer, is_best: _save(config, trainer, run_dir, is_best)
     stored = _load_stored(run_dir, world)
-    notes = config.without_effect()
+    notes = config.without_effect() + _excluded(config, trainer)
     if stored is not None:
         notes += world.together(lambda: _restore(trainer, stored))
     _check_equal(trainer.state, world)
@@ -88,9 +89,13 @@ def evaluate_checkpoint(
     return result, complexity(model, example_input(config))
 
 
-def example_input(config: RunConfig) -> torch.Tensor:
-    """A zero image of the shape that the loaders deliver, (1, channels, size, size); only its shape is used."""
-    return torch.zeros(1, config.data.channels, config.data.image_size, config.data.image_size)
+def example_input(config: RunConfig, size: int | None = None) -> torch.Tensor:
+    """A zero image of the shape that the loaders deliver, (1, channels, size, size); only its shape is used.
+
+    size: side in pixels, that of validation if not given.
+    """
+    size = size or config.data.image_size
+    return torch.zeros(1, config.data.channels, size, size)
 
 
 def _build_trainer(config: RunConfig, world: World, ledger: Ledger) -> Trainer:
@@ -100,6 +105,8 @@ def _build_trainer(config: RunConfig, world: World, ledger: Ledger) -> Trainer:
     on_gpu = world.device.type == "cuda"
     model = build_model(config.model.name, train_loader.num_classes)
     resizer = Resizer(config.cup, model, example_input(config), config.train.epochs)
+    if config.data.start_size:  # the network must take the smallest images, too
+        complexity(model, example_input(config, train_size(config.data, 0)))
     model.to(world.device, memory_format=MEMORY_FORMAT)
     torch.manual_seed(config.run.seed + world.rank)  # dropout differs between ranks
     torch.backends.cudnn.benchmark = on_gpu
@@ -115,6 +122,7 @@ def _build_trainer(config: RunConfig, world: World, ledger: Ledger) -> Trainer:
         world=world,
         train_loader=train_loader,
         val_loader=val_loader,
+        mix=build_mixing(config.train.mixup, config.train.cutmix, train_loader.num_classes),
         state=TrainState(model, model, optimizer, precision, ema),
         resizer=resizer,
         ledger=ledger,
@@ -132,6 +140,13 @@ def _loaders(config: RunConfig, world: World) -> tuple[Loader, Loader]:
         device=world.device,
         seed=config.run.seed,
     )
+
+
+def _excluded(config: RunConfig, trainer: Trainer) -> list[str]:
+    """What the exclude list takes out of the data set, in words for the user."""
+    train, val = trainer.train_loader.num_excluded, trainer.val_loader.num_excluded
+    listed = config.data.exclude or f"{config.data.path}'s exclude list"
+    return [f"{listed} leaves out {train} training and {val} validation images"] if train or val else []
 
 
 def _check_equal(state: TrainState, world: World) -> None:

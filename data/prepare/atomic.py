@@ -1,4 +1,4 @@
-"""Image folders appear at their place finished or not at all, whatever interrupts their preparation."""
+"""Data sets appear at their place finished or not at all, whatever interrupts their preparation."""
 
 import os
 import shutil
@@ -8,33 +8,47 @@ from pathlib import Path
 from data.batch import DataError
 
 
-def write_image_folder(path: str | Path, write: Callable[[Path], None]) -> None:
+def write_data_set(path: str | Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill an empty folder with train/ and val/, then rename it to `path` in one step.
 
     Does nothing if `path` holds a finished set. What a killed attempt left beside it (`.NAME.preparing-PID`) is in
-    nobody's way. Raises DataError if something else is at `path` or the place cannot be written.
+    nobody's way. Raises DataError if something else is at `path` or the place cannot be written, as on a full disk.
     """
     path = Path(path)
-    if _is_finished(path):
+    if is_there(path):
         return
-    if path.exists():
-        raise DataError(
-            f"{path}: exists, but has no train/ and val/, so it is not overwritten: "
-            "move it away, or choose another data.path"
-        )
     # Beside the target, as a rename is atomic within one file system only.
     unfinished = path.parent / f".{path.name}.preparing-{os.getpid()}"
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
+        fill(path, unfinished, write)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def fill(path: Path, unfinished: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill the folder `unfinished`, then rename it to `path`; what failed stays in `unfinished`.
+
+    Raises DataError if the place cannot be written, as on a full disk.
+    """
+    try:
+        unfinished.mkdir(parents=True, exist_ok=True)
         write(unfinished)
         unfinished.rename(path)
     except OSError as error:
         # Another process may have been quicker; its set is as good.
         if not _is_finished(path):
-            raise DataError(f"{path}: cannot be written ({error}): choose a writable data.path") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+            raise DataError(f"{path}: cannot be written ({error}): choose another place, or make room") from error
+
+
+def is_there(path: Path) -> bool:
+    """Whether a finished set is at `path`; DataError if something else is."""
+    if path.exists() and not _is_finished(path):
+        raise DataError(
+            f"{path}: exists, but has no train/ and val/, so it is not overwritten: "
+            "move it away, or choose another place"
+        )
+    return path.exists()
 
 
 def _is_finished(path: Path) -> bool:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data.prepare.atomic import write_image_folder
+from data.prepare.atomic import write_data_set
 
 VAL_IMAGES = 360
 SIDE = 32
@@ -19,7 +19,7 @@ def prepare_digits(path: str | Path) -> None:
     The split is fixed and stratified. One rank calls it. A finished set is left as it is; raises DataError if something
     else is at `path` or the place cannot be written.
     """
-    write_image_folder(path, _write_digits)
+    write_data_set(path, _write_digits)
 
 
 def _write_digits(root: Path) -> None:

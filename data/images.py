@@ -1,0 +1,226 @@
+"""Which images a data set holds and where their bytes lie: image folders, file lists and shards, listed alike."""
+
+import hashlib
+import io
+import os
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from data.batch import DataError
+from data.shards import MANIFEST, TarPlaces, read_shards
+
+EXCLUDE_FILE = "exclude.txt"
+SPLITS = ("train", "val")
+EXPECTED = "PATH/train/CLASS/*.jpg and PATH/val/CLASS/*.jpg, file lists PATH/train.txt and PATH/val.txt, or shards"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageList:
+    """The images of one split."""
+
+    root: Path
+    names: list[str]
+    """What an image is called in messages and exclude lists, CLASS/FILE; where it is a file, its path from the root."""
+    labels: np.ndarray
+    """int64 (N,), index into `classes`."""
+    classes: list[str]
+    places: TarPlaces | None = None
+    """Where the images lie in shards; None where each is a file."""
+    num_excluded: int = 0
+    """Images that an exclude list took out."""
+
+    def path(self, index: int) -> str:
+        """The image's own file; only where `places` is None. Object storage's s3://... is left as it is."""
+        name = self.names[index]
+        # os.path.join: called for every image, and Path is 10 times slower.
+        return name if "://" in name else os.path.join(self.root, name)  # noqa: PTH118
+
+    def where(self, index: int) -> str:
+        """The image's place in words for the user."""
+        return self.path(index) if self.places is None else f"{self.places.shard_path(index)}: {self.names[index]}"
+
+    def read(self, index: int) -> bytes:
+        """The image's bytes as stored. OSError if they cannot be read."""
+        return Path(self.path(index)).read_bytes() if self.places is None else self.places.read(index)
+
+    @property
+    def shard_sizes(self) -> tuple[int, ...]:
+        """Images of each shard; empty where each image is a file."""
+        return () if self.places is None else self.places.shard_sizes
+
+    @cached_property
+    def digest(self) -> str:
+        """Changes when a file is added, removed or renamed; contents are not read."""
+        return hashlib.sha256(os.fsencode("\n".join(self.names))).hexdigest()[:16]
+
+
+def list_splits(path: str | Path, exclude: str | Path = "") -> tuple[ImageList, ImageList]:
+    """The images of training and validation, less those that the exclude list names.
+
+    exclude: the list; PATH/exclude.txt, if there is one, where empty. Raises DataError if PATH is no data set, a class
+    is empty, or the classes of the two splits differ.
+    """
+    excluded = read_exclude_list(exclude_file(path, exclude), must_exist=bool(exclude))
+    train, val = (_without(list_split(path, split), split, excluded) for split in SPLITS)
+    differing = sorted(set(train.classes) ^ set(val.classes))
+    if differing:
+        named = ", ".join(differing[:3]) + (f" and {len(differing) - 3} more" if len(differing) > 3 else "")
+        raise DataError(
+            f"{path}: train/ has {len(train.classes)} classes, val/ {len(val.classes)}, "
+            f"and they differ in {named}: both need the same ones; launch/prepare.py check can leave these out"
+        )
+    return train, val
+
+
+def list_split(path: str | Path, split: str) -> ImageList:
+    """All images of one split as they are found, classes without images included; DataError if there are none."""
+    root, lines = Path(path) / split, Path(path) / f"{split}.txt"
+    if not Path(path).is_dir():
+        hint = "object storage is read through file lists in a folder here; " if "://" in str(path) else ""
+        raise DataError(
+            f"{path}: there is no such folder; {hint}expected {EXPECTED}: "
+            "set data.path, or data.prepare to make a data set there"
+        )
+    if lines.is_file():
+        if root.exists():
+            raise DataError(f"{path}: found both {lines.name} and {split}/: move one of them away")
+        return _list_lines(lines)
+    if (root / MANIFEST).is_file():
+        names, labels, classes, places = read_shards(root)
+        return ImageList(root=root, names=names, labels=labels, classes=classes, places=places)
+    return _list_folder(root)
+
+
+def exclude_file(path: str | Path, exclude: str | Path) -> Path:
+    """Where the exclude list of a data set is, or would be."""
+    return Path(exclude) if exclude else Path(path) / EXCLUDE_FILE
+
+
+def read_exclude_list(file: Path, must_exist: bool) -> dict[str, str]:
+    """SPLIT/CLASS/FILE, or SPLIT/CLASS/ for a whole class -> reason, empty where the list gives none.
+
+    A line each, the reason behind a tab. DataError if the list cannot be read, or is not there though it must be.
+    """
+    try:
+        lines = os.fsdecode(file.read_bytes()).splitlines()
+    except FileNotFoundError as error:
+        if must_exist:
+            raise DataError(f"exclude: there is no {file}; launch/prepare.py check writes such a list") from error
+        return {}
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror})") from error
+    return {name: reason for name, _, reason in (line.partition("\t") for line in lines) if name}
+
+
+def is_image_name(name: str) -> bool:
+    return name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
+
+
+def open_image(content: bytes, mode: str) -> Image.Image:
+    """Decode to a Pillow image of `mode` (RGB or L); many types of error for what is no whole image."""
+    with Image.open(io.BytesIO(content)) as image:
+        if image.mode.startswith("I;16"):
+            # Pillow's own conversion cuts 16 bits off at 255, so everything but black turns white; DALI scales.
+            return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert(mode)
+        return image.convert(mode)
+
+
+def decode_failure(images: ImageList, indices: np.ndarray, cause: Exception) -> DataError:
+    """The error to raise when one of these images could not be read: names those that Pillow cannot read either."""
+    unreadable = []
+    for index in dict.fromkeys(indices.tolist()):
+        try:
+            open_image(images.read(index), "RGB")
+        except Exception as error:
+            unreadable.append(f"{images.where(index)} ({in_words(error)})")
+    if unreadable:
+        return DataError(
+            f"cannot read {', '.join(unreadable[:3])}: replace or remove such files, or let launch/prepare.py check "
+            "list them, and start again"
+        )
+    first, last = images.where(indices[0]), images.where(indices[-1])
+    return DataError(f"reading failed at one of {len(indices)} images from {first} to {last}: {in_words(cause)}")
+
+
+def in_words(error: Exception) -> str:
+    """An exception on one line. Pillow names the buffer that it read; the caller names the file."""
+    words = " ".join(str(error).split()).split(" <_io.BytesIO")[0]
+    return f"{type(error).__name__}: {words}"
+
+
+def _list_folder(root: Path) -> ImageList:
+    """ROOT/CLASS/FILE in sorted order; hidden ones, and files that are not named as images, are left out."""
+    if not root.is_dir():
+        raise DataError(f"{root}: there is no such folder; expected {EXPECTED}")
+    try:
+        # A link to nowhere counts as a class, so that it is not passed over.
+        folders = [entry for entry in os.scandir(root) if entry.is_dir() or not Path(entry.path).exists()]
+        classes = sorted(entry.name for entry in folders if not entry.name.startswith("."))
+        members = [sorted(entry.name for entry in os.scandir(root / name)) for name in classes]
+    except OSError as error:
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from error
+    if not classes:
+        no_manifest = f"tar files without {MANIFEST}; launch/prepare.py shards makes both"
+        found = no_manifest if any(root.glob("*.tar")) else f"no class folders; expected {EXPECTED}"
+        raise DataError(f"{root}: found {found}")
+    members = [[file for file in files if is_image_name(file)] for files in members]
+    names = [f"{name}/{file}" for name, files in zip(classes, members, strict=True) for file in files]
+    labels = np.repeat(np.arange(len(classes)), [len(files) for files in members])
+    return ImageList(root=root, names=names, labels=labels, classes=classes)
+
+
+def _list_lines(file: Path) -> ImageList:
+    """A file list: `FILE CLASS` a line, in its order; relative files from the list's folder, blank lines left out.
+
+    CLASS is what follows the last tab or blank. Classes that are numbers are sorted as such.
+    """
+    names, found = [], []
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: cannot be read ({error})") from error
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            *name, class_name = line.strip().rsplit("\t" if "\t" in line else None, maxsplit=1)
+            if not name:
+                raise DataError(f"{file}, line {number}: found {line!r}, expected FILE CLASS")
+            names += name
+            found.append(class_name)
+    if not names:
+        raise DataError(f"{file}: lists no images; expected FILE CLASS on each line")
+    numeric = all(class_name.isdecimal() for class_name in found)
+    classes = sorted(set(found), key=int if numeric else None)
+    label_of = {class_name: label for label, class_name in enumerate(classes)}
+    labels = np.array([label_of[class_name] for class_name in found], dtype=np.int64)
+    return ImageList(root=file.parent, names=names, labels=labels, classes=classes)
+
+
+def _without(images: ImageList, split: str, excluded: dict[str, str]) -> ImageList:
+    """The images less the excluded ones and the excluded classes; DataError if a class is left empty."""
+    classes = [name for name in images.classes if f"{split}/{name}/" not in excluded]
+    new_labels = {images.classes.index(name): label for label, name in enumerate(classes)}
+    kept = [
+        index
+        for index, (name, label) in enumerate(zip(images.names, images.labels.tolist(), strict=True))
+        if label in new_labels and f"{split}/{name}" not in excluded
+    ]
+    labels = np.array([new_labels[label] for label in images.labels[kept].tolist()], dtype=np.int64)
+    for class_name, count in zip(classes, np.bincount(labels, minlength=len(classes)), strict=True):
+        if count == 0:
+            raise DataError(
+                f"{images.root / class_name}: found no images ({' '.join(IMG_EXTENSIONS)}); add some, or remove the "
+                "folder from train/ and val/; launch/prepare.py check can leave it out"
+            )
+    return replace(
+        images,
+        names=[images.names[index] for index in kept],
+        labels=labels,
+        classes=classes,
+        places=None if images.places is None else images.places.only(kept),
+        num_excluded=len(images.names) - len(kept),
+    )

@@ -1,0 +1,150 @@
+"""Every image of a data set decoded once, before a training meets the broken one in hour 30."""
+
+import io
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from data.batch import DataError
+from data.images import SPLITS, ImageList, exclude_file, in_words, list_split, open_image, read_exclude_list
+from data.prepare.progress import tracked
+
+IMAGES_A_TASK = 64
+SMALLEST_USUAL_SIDE = 16
+PNG_BIT_DEPTH = 24
+"""Place of the bit depth in a PNG file."""
+MODES = {"L": "grey", "LA": "grey with transparency", "I;16": "grey of 16 bits", "RGBA": "with transparency"}
+MODES |= {"P": "with a palette", "1": "black and white"}
+
+
+@dataclass
+class CheckReport:
+    """What was found. Names are those of the exclude list: SPLIT/CLASS/FILE, or SPLIT/CLASS/ for a whole class."""
+
+    images: dict[str, int] = field(default_factory=dict)
+    """Split -> images that were looked at."""
+    broken: dict[str, str] = field(default_factory=dict)
+    """Name -> why it cannot be trained on."""
+    unusual: dict[str, str] = field(default_factory=dict)
+    """Name -> what is unusual about an image that can be trained on."""
+    unread: list[str] = field(default_factory=list)
+    """Files that no loader takes, for their names or places."""
+
+
+def check_data(path: str | Path, *, exclude: str | Path = "", threads: int = 0) -> CheckReport:
+    """Decode every image, compare the classes of both splits, and write what is broken to the exclude list.
+
+    exclude: the list; PATH/exclude.txt where empty. Lines of it without a reason are the user's own and stay, the
+    others are replaced; where none remain, there is no list. threads: 0 = one a core. Raises DataError if
+    PATH is no data set or the list cannot be written.
+    """
+    list_file = exclude_file(path, exclude)
+    own = {name: "" for name, reason in read_exclude_list(list_file, must_exist=False).items() if not reason}
+    splits = {split: list_split(path, split) for split in SPLITS}
+    report = CheckReport()
+    for split, images in splits.items():
+        report.images[split] = len(images.names)
+        report.unread += [f"{split}/{name}" for name in _not_listed(images)]
+        with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
+            found = tracked(_examined(images, pool), f"checking {split}", len(images.names))
+            for name, (why_broken, what_is_unusual) in zip(images.names, found, strict=True):
+                if why_broken:
+                    report.broken[f"{split}/{name}"] = why_broken
+                elif what_is_unusual:
+                    report.unusual[f"{split}/{name}"] = what_is_unusual
+    report.broken |= _incomplete_classes(splits, own | report.broken)
+    _write_exclude_list(list_file, own | report.broken)
+    return report
+
+
+def _examined(images: ImageList, pool: ThreadPoolExecutor) -> Iterator[tuple[str, str]]:
+    """For every image, why it is broken and what is unusual about it. Threads do: Pillow decodes without the GIL."""
+    indices = range(len(images.names))
+    tasks = [indices[first : first + IMAGES_A_TASK] for first in range(0, len(indices), IMAGES_A_TASK)]
+    for findings in pool.map(lambda task: [_examine(images, index) for index in task], tasks):
+        yield from findings
+
+
+def _examine(images: ImageList, index: int) -> tuple[str, str]:
+    try:
+        content = images.read(index)
+        open_image(content, "RGB")
+        return "", _unusual(content, Path(images.names[index]).suffix)
+    except FileNotFoundError:
+        return "a link to a file that is not there", ""
+    except PermissionError:
+        return "no permission to read it", ""
+    except Image.DecompressionBombError as error:
+        return f"its header claims more than an image holds: {str(error).split(' exceeds')[0]}", ""
+    except UnidentifiedImageError:
+        return ("no image of a known kind" if content else "an empty file"), ""
+    except Exception as error:  # a broken image can fail anywhere in its decoder
+        return in_words(error), ""
+
+
+def _unusual(content: bytes, suffix: str) -> str:
+    """What is unusual about a sound image, in words; empty if nothing is."""
+    with Image.open(io.BytesIO(content)) as image:
+        notes = []
+        if Image.registered_extensions().get(suffix.lower()) != image.format:
+            notes.append(f"{image.format} named {suffix}")
+        if image.mode != "RGB":
+            notes.append(f"{MODES.get(image.mode, image.mode)}, converted")
+        elif image.format == "PNG" and content[PNG_BIT_DEPTH] == 16:
+            notes.append("16 bits a channel, converted")
+        if min(image.size) < SMALLEST_USUAL_SIDE:
+            notes.append(f"under {SMALLEST_USUAL_SIDE} pixels wide or high")
+        return "; ".join(notes)
+
+
+def _not_listed(images: ImageList) -> list[str]:
+    """Files of an image folder that are not in its listing, hidden ones left out."""
+    if images.places is not None or not images.root.is_dir():
+        return []
+    listed, others = set(images.names), []
+    for folder, folders, files in os.walk(images.root):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        relative = Path(folder).relative_to(images.root)
+        others += [str(relative / name) for name in files if not name.startswith(".")]
+    return sorted(name for name in others if name not in listed)
+
+
+def _incomplete_classes(splits: dict[str, ImageList], excluded: dict[str, str]) -> dict[str, str]:
+    """Classes that not both splits have sound images of: SPLIT/CLASS/, wherever the class is -> why."""
+    sound = {split: _sound_images(images, split, excluded) for split, images in splits.items()}
+    incomplete = {}
+    for name in sorted({name for images in splits.values() for name in images.classes}):
+        without = [split for split in SPLITS if not sound[split].get(name)]
+        reasons = [f"no such class in {s}/" if name not in sound[s] else f"no sound image in {s}/" for s in without]
+        if reasons:
+            incomplete |= {f"{split}/{name}/": ", ".join(reasons) for split in SPLITS if name in sound[split]}
+    return incomplete
+
+
+def _sound_images(images: ImageList, split: str, excluded: dict[str, str]) -> dict[str, int]:
+    """Class -> its images that are not excluded."""
+    sound = [f"{split}/{name}" not in excluded for name in images.names]
+    counts = np.bincount(images.labels[sound], minlength=len(images.classes))
+    return dict(zip(images.classes, counts.tolist(), strict=True))
+
+
+def _write_exclude_list(file: Path, excluded: dict[str, str]) -> None:
+    """NAME or NAME<tab>REASON a line, in place of the list that was there; no list where nothing is excluded."""
+    unlistable = [name for name in excluded if {"\n", "\r", "\t"} & set(name)]
+    if unlistable:
+        raise DataError(f"{unlistable[0]!r}: a name with tabs or line breaks fits into no list: rename or remove it")
+    unfinished = file.with_name(f"{file.name}.part")
+    try:
+        if excluded:
+            lines = [f"{name}\t{reason}".rstrip("\t") + "\n" for name, reason in sorted(excluded.items())]
+            unfinished.write_bytes(os.fsencode("".join(lines)))
+            unfinished.replace(file)
+        else:
+            file.unlink(missing_ok=True)
+    except OSError as error:
+        raise DataError(f"{file}: cannot be written ({error.strerror}): name another place for the list") from error

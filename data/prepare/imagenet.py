@@ -1,0 +1,101 @@
+"""ImageNet (ILSVRC 2012) from its official archives to an image folder, resumable class by class."""
+
+import fcntl
+import hashlib
+import os
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torchvision.datasets.imagenet import ARCHIVE_META, load_meta_file, parse_devkit_archive
+
+from data.batch import DataError
+from data.prepare.atomic import fill, is_there
+from data.prepare.progress import opened, tracked
+
+
+def prepare_imagenet(archives: str | Path, path: str | Path) -> None:
+    """Write PATH/{train,val}/WNID/*.JPEG: 1,281,167 and 50,000 images by WordNet id.
+
+    archives: folder with ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, which is
+    only read. What an interrupted or failed attempt unpacked is kept in `.NAME.preparing` beside PATH, and the same
+    call goes on from there. Raises DataError if an archive is missing or its checksum is wrong, if another process
+    does the same, or if the place cannot be written.
+    """
+    path = Path(path)
+    if not is_there(path):
+        fill(path, path.parent / f".{path.name}.preparing", lambda root: _unpack(Path(archives), root))
+
+
+def _unpack(archives: Path, root: Path) -> None:
+    with _locked(root):
+        files = {kind: archives / name for kind, (name, _) in ARCHIVE_META.items()}
+        for kind, (_, md5) in ARCHIVE_META.items():
+            _verify(files[kind], md5)
+        _unpack_train(files["train"], root / "train")
+        _unpack_val(files["val"], root / "val", _val_wnids(files["devkit"]))
+
+
+@contextmanager
+def _locked(root: Path) -> Iterator[None]:
+    """Keep other processes out of the folder; the kernel lets go of it when this one ends."""
+    folder = os.open(root, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise DataError(f"{root}: another process is unpacking there: let it finish") from error
+    finally:
+        os.close(folder)
+
+
+def _verify(archive: Path, md5: str) -> None:
+    if not archive.is_file():
+        raise DataError(f"{archive}: there is no such file; get it from image-net.org (ILSVRC 2012), after signing in")
+    with opened(archive, f"checking {archive.name}") as file:
+        found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    if found != md5:
+        raise DataError(f"{archive}: found MD5 {found}, expected {md5}: download it again")
+
+
+def _val_wnids(devkit: Path) -> list[str]:
+    """WordNet id of every validation image, in the order of their numbers."""
+    with tempfile.TemporaryDirectory() as folder:
+        # torchvision reads the archive from the folder that it writes its result to.
+        (Path(folder) / devkit.name).symlink_to(devkit.absolute())
+        parse_devkit_archive(folder)
+        return load_meta_file(folder)[1]
+
+
+def _unpack_train(archive: Path, train: Path) -> None:
+    """The archive holds one archive a class; a class folder appears when it is complete."""
+    with tarfile.open(archive, "r:") as classes:
+        members = classes.getmembers()
+        for member in tracked(members, "unpacking train", len(members)):
+            folder = train / Path(member.name).stem
+            if folder.is_dir():
+                continue
+            unfinished = train / f".{folder.name}.part"
+            shutil.rmtree(unfinished, ignore_errors=True)
+            with tarfile.open(fileobj=classes.extractfile(member), mode="r:") as images:
+                images.extractall(unfinished, filter="data")
+            unfinished.rename(folder)
+
+
+def _unpack_val(archive: Path, val: Path, wnids: list[str]) -> None:
+    """The archive holds the images in one folder; the development kit says whose class each is."""
+    for wnid in set(wnids):
+        (val / wnid).mkdir(parents=True, exist_ok=True)
+    with tarfile.open(archive, "r:") as images:
+        members = sorted(images.getmembers(), key=lambda member: member.name)
+        pairs = zip(members, wnids, strict=True)
+        for member, wnid in tracked(pairs, "unpacking val", len(members)):
+            file = val / wnid / Path(member.name).name
+            if not file.exists():
+                unfinished = file.with_name(f".{file.name}.part")
+                with images.extractfile(member) as content, unfinished.open("wb") as target:
+                    shutil.copyfileobj(content, target)
+                unfinished.rename(file)

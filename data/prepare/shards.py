@@ -1,0 +1,75 @@
+"""Any data set packed into WebDataset shards, shuffled across its classes; data/shards.py describes and reads them."""
+
+import io
+import re
+import tarfile
+from pathlib import Path
+
+import numpy as np
+
+from data.batch import DataError, Split
+from data.images import ImageList, list_splits
+from data.prepare.atomic import write_data_set
+from data.prepare.progress import tracked
+from data.shards import LABEL_EXTENSION, write_index, write_manifest
+
+IMAGES_PER_SHARD = 1000
+
+
+def prepare_shards(
+    source: str | Path,
+    path: str | Path,
+    *,
+    images_per_shard: int = IMAGES_PER_SHARD,
+    seed: int = 0,
+    exclude: str | Path = "",
+) -> None:
+    """Write PATH/{train,val}/*.tar with indices and manifests, from the data set at `source`; bytes stay as they are.
+
+    images_per_shard: 1000 photographs of ImageNet are about 110 MB. seed: of the order; equal ones give equal files.
+    exclude: list of images to leave out; SOURCE/exclude.txt, if there is one, where empty. One rank calls it. A
+    finished set is left as it is. Raises DataError if the source is no data set or an image cannot be read, if
+    something else is at `path`, or if the place cannot be written.
+    """
+    if images_per_shard < 1:
+        raise DataError(f"images per shard: found {images_per_shard}, allowed: a whole number from 1")
+    train, val = list_splits(source, exclude)
+
+    def write(root: Path) -> None:
+        _write_split(train, "train", root, images_per_shard, seed)
+        _write_split(val, "val", root, images_per_shard, seed)
+
+    write_data_set(path, write)
+
+
+def _write_split(images: ImageList, split: Split, root: Path, images_per_shard: int, seed: int) -> None:
+    (root / split).mkdir()
+    order = np.random.Generator(np.random.PCG64([seed])).permutation(len(images.names))
+    parts = [order[first : first + images_per_shard] for first in range(0, len(order), images_per_shard)]
+    tars = [root / split / f"{split}-{number:05d}.tar" for number in range(len(parts))]
+    for tar, part in tracked(zip(tars, parts, strict=True), f"packing {split}", len(parts)):
+        # GNU: names of any length in UTF-8. No header holds a time or a user, so equal images give equal files.
+        with tarfile.open(tar, "w", format=tarfile.GNU_FORMAT) as file:
+            for index in part:
+                _add_sample(file, images, int(index))
+        write_index(tar)
+    write_manifest(root / split, images.classes, images.labels, tars)
+
+
+def _add_sample(tar: tarfile.TarFile, images: ImageList, index: int) -> None:
+    """LABEL-CLASS/NUMBER-NAME.jpg and .cls. Readers end a key at the first dot, and an index at the first blank."""
+    label, name = int(images.labels[index]), Path(images.names[index])
+    key = f"{label}-{_key_part(images.classes[label])}/{index:07d}-{_key_part(name.stem)}"
+    extension = {"jpeg": "jpg"}.get(name.suffix.lower()[1:], name.suffix.lower()[1:])
+    try:
+        content = images.read(index)
+    except OSError as error:
+        raise DataError(f"{images.where(index)}: cannot be read ({error.strerror or error})") from error
+    for suffix, data in ((extension, content), (LABEL_EXTENSION, str(label).encode())):
+        member = tarfile.TarInfo(f"{key}.{suffix}")
+        member.size = len(data)
+        tar.addfile(member, io.BytesIO(data))
+
+
+def _key_part(text: str) -> str:
+    return re.sub(r"[\s./]+", "_", text)
