@@ -119,21 +119,18 @@ class DaliSource:
         from nvidia.dali import pipeline_def
 
         stream_seed = np.random.SeedSequence([self._seed, self._sharding.rank, self._first]).generate_state(1)[0]
-        with warnings.catch_warnings():
-            # DALI's auto_aug calls operators of DALI's that have another name by now.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            return pipeline_def(_train_graph if self._training else _val_graph, enable_conditionals=True)(
-                self._config,
-                self._step_inputs(),
-                _decoder(self._device),
-                batch_size=self._sharding.batch_size,
-                num_threads=self._threads,
-                device_id=_device_id(self._device),
-                seed=int(stream_seed) >> 1,
-                prefetch_queue_depth=PREFETCHED_BATCHES,
-                enable_checkpointing=True,
-                checkpoint=self._checkpoint,
-            )
+        return pipeline_def(_train_graph if self._training else _val_graph, enable_conditionals=True)(
+            self._config,
+            self._step_inputs(),
+            _decoder(self._device),
+            batch_size=self._sharding.batch_size,
+            num_threads=self._threads,
+            device_id=_device_id(self._device),
+            seed=int(stream_seed) >> 1,
+            prefetch_queue_depth=PREFETCHED_BATCHES,
+            enable_checkpointing=True,
+            checkpoint=self._checkpoint,
+        )
 
     def _indices_ahead(self) -> np.ndarray:
         """Images of the step that is due and of those that DALI may have begun already."""
@@ -265,27 +262,29 @@ def _decoder_options(config: DataConfig, decoder: str, hints: bool) -> dict[str,
 def _auto_augmented(images, config: DataConfig):
     from nvidia.dali.auto_aug import rand_augment, trivial_augment
 
-    if config.auto_augment == "randaugment":
+    if config.auto_augment == "none":
+        return images
+    # DALI warns, whatever the filters, that its own auto_aug calls operators by names of old.
+    with warnings.catch_warnings(record=True):
+        if config.auto_augment == "trivialaugment":
+            return trivial_augment.trivial_augment_wide(images, fill_value=FILL)
         ops, magnitude = config.randaugment_ops, config.randaugment_magnitude
         return rand_augment.rand_augment(images, n=ops, m=magnitude, fill_value=FILL)
-    if config.auto_augment == "trivialaugment":
-        return trivial_augment.trivial_augment_wide(images, fill_value=FILL)
-    return images
 
 
 def _colour_jittered(images, config: DataConfig):
     from nvidia.dali import fn
 
+    def drawn(neutral: float, most: float):
+        return fn.random.uniform(range=[neutral - most, neutral + most]) if most else neutral
+
+    brightness, contrast, saturation, hue = config.color_jitter
     if not any(config.color_jitter):
         return images
-    brightness, contrast, saturation = (
-        fn.random.uniform(range=[1 - strength, 1 + strength]) for strength in config.color_jitter[:3]
-    )
+    factors = {"brightness": drawn(1, brightness), "contrast": drawn(1, contrast)}
     if config.channels == 1:
-        return fn.brightness_contrast(images, brightness=brightness, contrast=contrast)
-    most_degrees = 360 * config.color_jitter[3]
-    hue = fn.random.uniform(range=[-most_degrees, most_degrees])
-    return fn.color_twist(images, brightness=brightness, contrast=contrast, saturation=saturation, hue=hue)
+        return fn.brightness_contrast(images, **factors)
+    return fn.color_twist(images, **factors, saturation=drawn(1, saturation), hue=drawn(0, 360 * hue))
 
 
 def _normalised(images, config: DataConfig, mirror=0):

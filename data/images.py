@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from data.batch import DataError
@@ -123,6 +123,8 @@ def is_image_name(name: str) -> bool:
 
 def open_image(content: bytes, mode: str) -> Image.Image:
     """Decode to a Pillow image of `mode` (RGB or L); many types of error for what is no whole image."""
+    if not content:
+        raise UnidentifiedImageError("the file is empty")
     with Image.open(io.BytesIO(content)) as image:
         if image.mode.startswith("I;16"):
             # Pillow's own conversion cuts 16 bits off at 255, so everything but black turns white; DALI scales.
@@ -148,9 +150,13 @@ def decode_failure(images: ImageList, indices: np.ndarray, cause: Exception) -> 
 
 
 def in_words(error: Exception) -> str:
-    """An exception on one line. Pillow names the buffer that it read; the caller names the file."""
-    words = " ".join(str(error).split()).split(" <_io.BytesIO")[0]
-    return f"{type(error).__name__}: {words}"
+    """Why an image cannot be read, on one line."""
+    if isinstance(error, FileNotFoundError):
+        return "no such file, or a link to nowhere"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    # Pillow names the buffer that it read; the caller names the file.
+    return " ".join(str(error).split()).split(" <_io.BytesIO")[0] or type(error).__name__
 
 
 def _list_folder(root: Path) -> ImageList:

@@ -15,7 +15,7 @@ import tarfile
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -51,7 +51,7 @@ class TarPlaces:
     def read(self, index: int) -> bytes:
         """One image's bytes; OSError if the shard cannot be read or ends before them."""
         size = int(self.size[index])
-        content = os.pread(_opened(self.shard_path(index)).fileno(), size, int(self.offset[index]))
+        content = os.pread(_opened(self.shard_path(index)).descriptor, size, int(self.offset[index]))
         if len(content) < size:
             raise OSError(f"the shard ends {size - len(content)} bytes before the image does")
         return content
@@ -61,7 +61,7 @@ class TarPlaces:
         if hasattr(os, "posix_fadvise"):
             for index in indices.tolist():
                 file, offset, size = _opened(self.shard_path(index)), int(self.offset[index]), int(self.size[index])
-                os.posix_fadvise(file.fileno(), offset, size, os.POSIX_FADV_WILLNEED)
+                os.posix_fadvise(file.descriptor, offset, size, os.POSIX_FADV_WILLNEED)
 
     def only(self, kept: list[int]) -> "TarPlaces":
         return replace(self, shard=self.shard[kept], offset=self.offset[kept], size=self.size[kept])
@@ -157,7 +157,16 @@ def _read_manifest(root: Path) -> dict[str, Any]:
     return manifest
 
 
-# A file that falls out of the cache is closed when nobody reads it any more.
+class _OpenFile:
+    """A descriptor that is closed when nobody uses it any more, as when it falls out of the cache."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def __del__(self) -> None:
+        os.close(self.descriptor)
+
+
 @lru_cache(maxsize=OPEN_SHARDS)
-def _opened(path: str) -> BinaryIO:
-    return open(path, "rb", buffering=0)  # noqa: PTH123 - stays open; called for every image
+def _opened(path: str) -> _OpenFile:
+    return _OpenFile(os.open(path, os.O_RDONLY))

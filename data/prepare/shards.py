@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from data.batch import DataError, Split
-from data.images import ImageList, list_splits
+from data.images import ImageList, in_words, list_splits
 from data.prepare.atomic import write_data_set
 from data.prepare.progress import tracked
 from data.shards import LABEL_EXTENSION, write_index, write_manifest
@@ -64,7 +64,7 @@ def _add_sample(tar: tarfile.TarFile, images: ImageList, index: int) -> None:
     try:
         content = images.read(index)
     except OSError as error:
-        raise DataError(f"{images.where(index)}: cannot be read ({error.strerror or error})") from error
+        raise DataError(f"{images.where(index)}: cannot be read ({in_words(error)})") from error
     for suffix, data in ((extension, content), (LABEL_EXTENSION, str(label).encode())):
         member = tarfile.TarInfo(f"{key}.{suffix}")
         member.size = len(data)

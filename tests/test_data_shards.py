@@ -1,0 +1,204 @@
+"""Shards and file lists: the same images, orders and resumes as an image folder's, whole or refused."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from test_data_images import build, disk_loaders, equal, needs_dali, photos, taken, write_split
+
+from data.batch import DataError
+from data.images import list_split, list_splits
+from data.prepare import prepare_shards
+from data.sharding import SHARDS_AT_A_TIME, TrainSharding
+from data.shards import read_index
+
+__all__ = ["photos"]  # the fixture
+
+
+@pytest.fixture
+def shards(photos, tmp_path_factory):
+    """14 training and 10 validation images in 4 and 3 shards."""
+    path = tmp_path_factory.mktemp("shards") / "set"
+    prepare_shards(photos, path, images_per_shard=4)
+    return path
+
+
+def contents(images) -> set[tuple[str, bytes]]:
+    """(class, bytes) of every image."""
+    return {(images.classes[label], images.read(index)) for index, label in enumerate(images.labels)}
+
+
+def test_shards_hold_every_image_once_with_its_class_and_its_bytes(photos, shards):
+    for files, packed in zip(list_splits(photos), list_splits(shards), strict=True):
+        assert packed.classes == files.classes and len(packed.names) == len(files.names)
+        assert contents(packed) == contents(files)
+
+
+def test_classes_are_mixed_and_equal_seeds_give_equal_files(photos, shards, tmp_path):
+    labels = list_split(shards, "train").labels.tolist()
+    assert labels != sorted(labels)
+    prepare_shards(photos, tmp_path / "again", images_per_shard=4)
+    prepare_shards(photos, tmp_path / "other", images_per_shard=4, seed=1)
+    first, again, other = (
+        path / "train" / "train-00000.tar" for path in (shards, tmp_path / "again", tmp_path / "other")
+    )
+    assert first.read_bytes() == again.read_bytes() != other.read_bytes()
+
+
+@needs_dali
+def test_dali_s_own_reader_takes_the_shards_and_their_index(shards):
+    from nvidia.dali import fn, pipeline_def
+
+    tars = sorted((shards / "train").glob("*.tar"))
+    paths, indices = [str(tar) for tar in tars], [str(tar.with_suffix(".idx")) for tar in tars]
+
+    @pipeline_def(batch_size=14, num_threads=1, device_id=None)
+    def graph():
+        images, labels = fn.readers.webdataset(paths=paths, index_paths=indices, ext=["jpg", "cls"])
+        return images, labels
+
+    images, labels = graph().run()
+    listed = list_split(shards, "train")
+    for index, (image, label) in enumerate(zip(images, labels, strict=True)):
+        assert bytes(np.asarray(image)) == listed.read(index)
+        assert bytes(np.asarray(label)) == str(listed.labels[index]).encode()
+
+
+@disk_loaders
+def test_resumed_training_from_shards_equals_undisturbed(shards, loader):
+    undisturbed, _ = build(shards, loader)
+    expected = taken(undisturbed) + taken(undisturbed)
+    undisturbed.close()
+    stopped, _ = build(shards, loader)
+    taken(stopped, 2)
+    state = stopped.state_dict()
+    stopped.close()
+    resumed, _ = build(shards, loader)
+    resumed.load_state_dict(state)
+    assert equal(taken(resumed) + taken(resumed), expected[2:])
+    resumed.close()
+
+
+def test_an_order_over_shards_is_a_permutation_that_reads_few_shards_at_a_time():
+    sizes = tuple([5] * 3 * SHARDS_AT_A_TIME + [2])
+    sharding = TrainSharding(num_images=sum(sizes), batch_size=1, rank=0, world_size=1, seed=0, shard_sizes=sizes)
+    shard_of = np.repeat(np.arange(len(sizes)), sizes)
+    orders = [[int(sharding.indices(epoch, step)[0][0]) for step in range(sharding.steps)] for epoch in (0, 1)]
+    assert orders[0] != orders[1]
+    for order in orders:
+        assert sorted(order) == list(range(sum(sizes)))
+        assert len(set(shard_of[order[: 4 * SHARDS_AT_A_TIME]])) <= SHARDS_AT_A_TIME
+        assert order != sorted(order)
+
+
+def cut_tar(split):
+    tar = split / "train-00001.tar"
+    tar.write_bytes(tar.read_bytes()[:-1024])
+
+
+def cut_index(split):
+    index = split / "train-00001.idx"
+    index.write_text("\n".join(index.read_text().splitlines()[:-1]))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut_tar, r"train-00001\.tar: found [\d,]+ bytes, manifest.json says"),
+        (cut_index, r"train-00001\.idx: found v1\.2 with 3 of 4 samples"),
+        (lambda split: (split / "train-00001.tar").unlink(), r"train-00001\.tar: found no such file"),
+        (lambda split: (split / "train-00001.idx").unlink(), r"train-00001\.idx: cannot be read"),
+        (lambda split: (split / "manifest.json").write_text("{"), r"manifest\.json: cannot be read"),
+        (lambda split: (split / "manifest.json").unlink(), r"tar files without manifest\.json"),
+    ],
+    ids=["cut shard", "cut index", "no shard", "no index", "cut manifest", "no manifest"],
+)
+def test_shards_that_are_not_whole_are_refused_by_name(shards, damage, message):
+    damage(shards / "train")
+    with pytest.raises(DataError, match=message):
+        list_splits(shards)
+
+
+@disk_loaders
+def test_an_unreadable_image_in_a_shard_is_named_and_can_be_excluded(shards, loader):
+    name, offset, size = read_index(shards / "val" / "val-00001.idx")[2]
+    with (shards / "val" / "val-00001.tar").open("r+b") as tar:
+        tar.seek(offset)
+        tar.write(bytes(size))
+    _, val = build(shards, loader)
+    with pytest.raises(DataError, match=f"cannot read .*val-00001.tar: {name} "):
+        taken(val)
+    val.close()
+    (shards / "exclude.txt").write_text(f"val/{name}\tzeros\n")
+    _, val = build(shards, loader)
+    assert sum(int(valid.sum()) for _, _, valid in taken(val)) == val.num_images == 9
+    assert val.num_excluded == 1
+    val.close()
+
+
+def test_names_that_tar_keys_and_indices_cannot_hold_are_changed_and_stay_apart(tmp_path):
+    for split in ("train", "val"):
+        write_split(tmp_path / "files" / split, 1, ("a b.c", "雪 豹"))
+        for name in ("x.y.jpg", "x_y.jpg", "x y.JPEG"):
+            shutil.copy(tmp_path / "files" / split / "a b.c" / "0.jpg", tmp_path / "files" / split / "a b.c" / name)
+    prepare_shards(tmp_path / "files", tmp_path / "set")
+    train, _ = list_splits(tmp_path / "set")
+    assert train.classes == ["a b.c", "雪 豹"] and len(set(train.names)) == 5
+    assert all(" " not in name and name.count(".") == 1 for name in train.names)
+    assert contents(train) == contents(list_split(tmp_path / "files", "train"))
+
+
+def write_lists(path, photos, label=str):
+    """File lists of the photographs: absolute names in one, relative ones in the other."""
+    path.mkdir()
+    for split in ("train", "val"):
+        images = list_split(photos, split)
+        lines = [f"{images.path(i)} {label(images.labels[i])}" for i in range(len(images.names))]
+        if split == "val":
+            (path / "images").symlink_to(photos / "val")
+            lines = [line.replace(f"{photos}/val", "images") for line in lines] + [""]
+        (path / f"{split}.txt").write_text("\n".join(lines))
+
+
+@disk_loaders
+def test_file_lists_give_the_same_batches_as_their_folder(photos, tmp_path, loader):
+    write_lists(tmp_path / "lists", photos, lambda label: ("ant", "bee")[label])
+    for of_lists, of_folder in zip(build(tmp_path / "lists", loader), build(photos, loader), strict=True):
+        assert equal(taken(of_lists), taken(of_folder))
+        of_lists.close()
+        of_folder.close()
+
+
+def test_numbers_as_classes_keep_their_order_and_blanks_in_names(tmp_path):
+    lines = [f"a b {number}.jpg\t{number}" for number in range(12)]
+    (tmp_path / "train.txt").write_text("\n".join(lines))
+    images = list_split(tmp_path, "train")
+    assert images.classes == [str(number) for number in range(12)]
+    assert images.labels.tolist() == list(range(12))
+    assert images.path(3) == str(tmp_path / "a b 3.jpg")
+
+
+def test_wrong_lists_say_what_is_wrong(tmp_path):
+    (tmp_path / "train.txt").write_text("a.jpg 1\nb.jpg\n")
+    with pytest.raises(DataError, match=r"train\.txt, line 2: found 'b\.jpg', expected FILE CLASS"):
+        list_split(tmp_path, "train")
+    (tmp_path / "train").mkdir()
+    with pytest.raises(DataError, match=r"found both train\.txt and train/"):
+        list_split(tmp_path, "train")
+
+
+def test_object_storage_goes_to_dali_as_it_is_and_not_to_the_folder_loader(tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.txt").write_text("s3://bucket/a b.jpg\tant\ngs://bucket/c.jpg\tbee\n")
+    assert list_split(tmp_path, "train").path(0) == "s3://bucket/a b.jpg"
+    with pytest.raises(DataError, match=r"s3://bucket/a b\.jpg lies in object storage, which only .*'dali'"):
+        build(tmp_path, "folder")
+    with pytest.raises(DataError, match="object storage is read through file lists"):
+        list_splits("s3://bucket/imagenet")
+
+
+def test_a_manifest_counts_classes_and_shards(shards):
+    manifest = json.loads((shards / "train" / "manifest.json").read_text())
+    assert manifest["classes"] == [{"name": "ant", "images": 7}, {"name": "bee", "images": 7}]
+    assert [shard["images"] for shard in manifest["shards"]] == [4, 4, 4, 2]
