@@ -89,7 +89,7 @@ def _check(options: argparse.Namespace) -> None:
     print(f"{', '.join(f'{count:,} images in {split}' for split, count in report.images.items())}")
     if report.broken:
         listed = options.exclude or options.path / "exclude.txt"
-        raise DataError(f"{len(report.broken)} entries are broken; {listed} lists them, and training leaves those out")
+        raise DataError(f"found broken: {len(report.broken)}; training leaves out what {listed} now lists")
     print("all of them can be trained on")
 
 

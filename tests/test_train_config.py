@@ -49,6 +49,15 @@ def test_a_recipe_replaces_the_default_one(tmp_path: Path):
         (["--data.crop_scale", "[0.5, 2]"], ["data.crop_scale", "(0.5, 2"]),
         (["--data.crop_scale", "[1, 2, 3]"], ["data.crop_scale", "[1, 2, 3]", "2"]),
         (["--data.resize_size", "4"], ["data.resize_size", "4", "28"]),
+        (["--data.color_jitter", "[0.4, 0.4, 0.4, 0.6]"], ["data.color_jitter", "hue 0 to 0.5"]),
+        (
+            ["--data.channels", "1", "--data.auto_augment", "randaugment"],
+            ["data.auto_augment", "none with channels: 1"],
+        ),
+        (["--data.start_size", "300"], ["data.start_size", "300", "0, or 8 to 28"]),
+        (["--data.start_size", "24"], ["data.grow_epochs", "0", "from 1 with start_size"]),
+        (["--data.start_size", "24", "--data.grow_epochs", "9"], ["data.grow_epochs", "9", "up to train.epochs (3)"]),
+        (["--train.mixup", "-1"], ["train.mixup", "-1", "from 0"]),
         (["--run.name", "a/b"], ["run.name", "'a/b'", "no slashes"]),
         (["--run.device", "tpu"], ["run.device", "'tpu'", "cuda"]),
         (["--config", "missing.yaml"], ["missing.yaml"]),
@@ -88,6 +97,18 @@ def test_a_setting_without_effect_is_named():
     notes = parse("--cup.enabled", "false", "--optim.gamma", "0.5").without_effect()
     assert "optim.gamma has no effect with optim.schedule: cosine" in notes
     assert "cup.target_reduction has no effect with cup.enabled: false" in notes
+    notes = parse("--data.flip", "0.1", "--data.grow_epochs", "2", "--data.randaugment_ops", "3").without_effect()
+    assert notes == [
+        "data.flip has no effect with data.loader: synthetic",
+        "data.randaugment_ops has no effect with data.loader: synthetic",
+        "data.randaugment_ops has no effect with data.auto_augment: none",
+        "data.grow_epochs has no effect with data.start_size: 0",
+    ]
+    on_disk = ("--data.loader", "folder", "--data.mmap", "false", "--data.decoder_width_hint", "9")
+    assert parse(*on_disk, "--data.synthetic_images", "1024").without_effect() == [
+        "data.mmap has no effect with data.loader: folder",
+        "data.decoder_width_hint has no effect with no decoding on a GPU",
+    ]
 
 
 def test_plain_form_and_back():

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import TINY
+from launching import TINY, write_image_folder
 from torch import nn
 
+from cup import CupError
 from train.config import parse_config
 from train.errors import TrainError
 from train.ledger import Ledger
@@ -181,6 +182,21 @@ def test_an_interrupted_run_goes_on_with_the_random_numbers_and_the_scale_that_i
     assert numbers(train(tmp_path / "b", **changes)) == numbers(undisturbed)
     scales = [torch.load(tmp_path / d / "tiny/last.pt", weights_only=True)["scaler"] for d in ("a", "b")]
     assert scales[0] == scales[1]
+
+
+def test_a_network_that_does_not_take_the_smallest_images_is_an_error_before_training(tmp_path: Path):
+    with pytest.raises(CupError, match=r"LeNet does not take inputs of shape \(1, 20, 20\)"):
+        train(tmp_path, data__start_size=20, data__grow_epochs=2)
+    assert not (tmp_path / "tiny").exists()
+
+
+def test_what_the_exclude_list_takes_out_is_noted(tmp_path: Path):
+    images = write_image_folder(tmp_path / "images", train=12)
+    (images / "exclude.txt").write_text("train/class0/0.jpg\tbroken\ntrain/class0/1.jpg\nval/class1/2.jpg\n")
+    log = train(tmp_path, data__loader="folder", data__path=images, data__threads=1, train__epochs=1, cup__last_epoch=1)
+    notes = [event["message"] for event in events(log, "note")]
+    assert f"{images}'s exclude list leaves out 2 training and 1 validation images" in notes
+    assert (events(log, "run")[0]["train_images"], events(log, "run")[0]["val_images"]) == (34, 17)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(tmp_path: Path):

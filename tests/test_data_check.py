@@ -1,0 +1,196 @@
+"""What `check` finds, what training says without it, and that training honours its list."""
+
+import os
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_data_images import build, disk_loaders, made_photo, photos, taken, write_split
+
+from data.batch import DataError
+from data.images import list_splits
+from data.prepare import check_data, prepare_shards
+from launch import prepare
+
+__all__ = ["photos"]  # the fixture
+
+
+def jpeg_that_claims(photo: bytes, width: int, height: int) -> bytes:
+    """The photograph with other numbers in its frame header."""
+    start = photo.index(b"\xff\xc0") + 5
+    return photo[:start] + struct.pack(">HH", height, width) + photo[start + 4 :]
+
+
+def write_broken(folder: Path) -> dict[str, str]:
+    """Broken files; returns name -> words of the reason."""
+    photo = (folder / "0.jpg").read_bytes()
+    (folder / "empty.JPEG").touch()
+    (folder / "cut.JPEG").write_bytes(photo[: len(photo) // 2])
+    (folder / "text.JPEG").write_text("no image\n" * 20)
+    (folder / "huge.JPEG").write_bytes(jpeg_that_claims(photo, 60_000, 60_000))
+    (folder / "link.JPEG").symlink_to(folder / "nowhere.JPEG")
+    return {
+        "cut.JPEG": "truncated",
+        "empty.JPEG": "the file is empty",
+        "huge.JPEG": "3600000000 pixels",
+        "link.JPEG": "a link to nowhere",
+        "text.JPEG": "cannot identify",
+    }
+
+
+def write_unusual(folder: Path) -> dict[str, str]:
+    """Unusual images that both loaders read alike; returns name -> what is unusual."""
+    photo = made_photo(7)
+    photo.convert("CMYK").save(folder / "cmyk.JPEG", format="jpeg")
+    photo.convert("L").save(folder / "grey.JPEG", format="jpeg")
+    photo.save(folder / "png.JPEG", format="png")
+    photo.resize((1, 1)).save(folder / "one.JPEG", format="jpeg")
+    photo.convert("RGBA").save(folder / "rgba.png")
+    Image.fromarray(np.asarray(photo.convert("L")).astype(np.uint16) * 257).save(folder / "grey16.png")
+    photo.save(folder / "ein Bild ½ 雪.jpg")
+    return {
+        "cmyk.JPEG": "CMYK, converted",
+        "grey.JPEG": "grey, converted",
+        "grey16.png": "grey of 16 bits, converted",
+        "one.JPEG": "under 16 pixels wide or high",
+        "png.JPEG": "PNG named .JPEG",
+        "rgba.png": "with transparency, converted",
+    }
+
+
+def test_every_broken_and_every_unusual_file_is_named_with_its_reason(photos):
+    broken, unusual = write_broken(photos / "train" / "ant"), write_unusual(photos / "val" / "bee")
+    (photos / "train" / "ant" / "notes.txt").touch()
+    (photos / "train" / "stray.jpg").touch()
+    report = check_data(photos)
+    assert sorted(report.broken) == [f"train/ant/{name}" for name in broken]
+    assert all(words in report.broken[f"train/ant/{name}"] for name, words in broken.items()), report.broken
+    assert report.unusual == {f"val/bee/{name}": words for name, words in unusual.items()}
+    assert report.unread == ["train/ant/notes.txt", "train/stray.jpg"]
+    assert report.images == {"train": 14 + len(broken), "val": 10 + len(unusual) + 1}
+
+
+@disk_loaders
+def test_training_leaves_out_what_is_listed_and_takes_the_unusual(photos, loader):
+    write_broken(photos / "train" / "ant")
+    write_unusual(photos / "train" / "bee")
+    check_data(photos)
+    train, val = build(photos, loader, threads=1)
+    assert (train.num_images, train.num_excluded, val.num_excluded) == (14 + 7, 5, 0)
+    taken(train)
+    train.close()
+    val.close()
+
+
+@disk_loaders
+@pytest.mark.parametrize("name", ["huge.JPEG", "link.JPEG"])
+def test_training_without_check_names_the_file(photos, loader, name):
+    """What the other tests of unreadable files do not have; no memory is taken for what a header claims."""
+    words = write_broken(photos / "train" / "ant")[name]
+    for other in (photos / "train" / "ant").glob("*.JPEG"):
+        if other.name != name:
+            other.unlink()
+    train, val = build(photos, loader, batch_size=15, threads=1)
+    with pytest.raises(DataError, match=rf"cannot read .*train/ant/{name} \(.*{words}"):
+        taken(train)
+    train.close()
+    val.close()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_read_permission_is_named(photos):
+    (photos / "train" / "ant" / "0.jpg").chmod(0)
+    assert check_data(photos).broken == {"train/ant/0.jpg": "Permission denied"}
+
+
+def test_reading_errors_of_any_kind_are_reasons(photos, monkeypatch):
+    """What a file without permission, or a failing disk, does."""
+    honest = Path.read_bytes
+
+    def read(self):
+        if self.name == "0.jpg" and "ant" in self.parts:
+            raise PermissionError(13, "Permission denied")
+        return honest(self)
+
+    monkeypatch.setattr(Path, "read_bytes", read)
+    assert check_data(photos).broken == dict.fromkeys(["train/ant/0.jpg", "val/ant/0.jpg"], "Permission denied")
+
+
+def test_classes_that_are_empty_broken_or_in_one_split_only_are_named_and_left_out(photos):
+    write_split(photos / "train", 1, ("only train",))
+    write_split(photos / "val", 1, ("only val",))
+    for split in ("train", "val"):
+        write_split(photos / split, 1, ("broken",))
+        (photos / split / "empty").mkdir()
+    (photos / "val" / "broken" / "0.jpg").write_text("no image")
+    with pytest.raises(DataError, match="found no images"):
+        list_splits(photos)
+    assert check_data(photos).broken == {
+        "val/broken/0.jpg": "cannot identify image file",
+        "train/broken/": "no sound image in val/",
+        "val/broken/": "no sound image in val/",
+        "train/empty/": "no sound image in train/, no sound image in val/",
+        "val/empty/": "no sound image in train/, no sound image in val/",
+        "train/only train/": "no such class in val/",
+        "val/only val/": "no such class in train/",
+    }
+    train, val = list_splits(photos)
+    assert train.classes == val.classes == ["ant", "bee"]
+    assert set(train.labels) == set(val.labels) == {0, 1}
+    assert (train.num_excluded, val.num_excluded) == (2, 2)
+
+
+def test_a_second_check_replaces_its_own_lines_and_keeps_the_users(photos):
+    exclude = photos / "exclude.txt"
+    (photos / "train" / "ant" / "0.jpg").write_text("no image")
+    exclude.write_text("train/bee/1.jpg\ntrain/bee/2.jpg\tbroken once\n")
+    check_data(photos)
+    assert exclude.read_text() == "train/ant/0.jpg\tcannot identify image file\ntrain/bee/1.jpg\n"
+    exclude.write_text("train/bee/2.jpg\tbroken once\n")
+    (photos / "train" / "ant" / "0.jpg").unlink()
+    assert not check_data(photos).broken
+    assert not exclude.exists()
+
+
+def test_the_list_can_lie_elsewhere_and_must_then_be_there(photos, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("lists") / "mine.txt"
+    with pytest.raises(DataError, match=r"there is no .*mine\.txt"):
+        build(photos, "folder", exclude=str(elsewhere))
+    (photos / "train" / "ant" / "0.jpg").write_text("no image")
+    check_data(photos, exclude=elsewhere)
+    assert not (photos / "exclude.txt").exists()
+    assert build(photos, "folder", exclude=str(elsewhere))[0].num_excluded == 1
+
+
+def test_a_name_that_no_list_can_hold_is_an_error(photos):
+    (photos / "train" / "ant" / "a\nb.jpg").touch()
+    with pytest.raises(DataError, match=r"'train/ant/a\\nb\.jpg': a name with tabs or line breaks"):
+        check_data(photos)
+
+
+def test_shards_are_checked_like_files_and_leave_excluded_images_out(photos, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    write_broken(photos / "train" / "ant")
+    (photos / "train" / "ant" / "link.JPEG").unlink()
+    prepare_shards(photos, folder / "all")
+    assert len(check_data(folder / "all").broken) == 4
+    check_data(photos)
+    prepare_shards(photos, folder / "sound")
+    assert not check_data(folder / "sound").broken
+
+
+def test_the_command_prints_the_findings_and_fails_while_something_is_broken(photos, capsys):
+    (photos / "train" / "ant" / "0.jpg").write_text("no image")
+    write_unusual(photos / "val" / "ant")
+    assert prepare.main(["check", str(photos)]) == 1
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[0] == "train/ant/0.jpg: cannot identify image file"
+    assert "fine, but PNG named .JPEG: val/ant/png.JPEG" in printed.out
+    assert printed.err.splitlines() == [
+        f"error: found broken: 1; training leaves out what {photos}/exclude.txt now lists"
+    ]
+    (photos / "train" / "ant" / "0.jpg").unlink()
+    assert prepare.main(["check", str(photos)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "all of them can be trained on"
