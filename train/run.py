@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from cup import Complexity, complexity
+from cup import Complexity, channel_groups, complexity
 from data import DataError, Loader, build_loaders, prepare_data, train_size
 from train.checkpoint import (
     CheckpointError,
@@ -105,8 +105,8 @@ def _build_trainer(config: RunConfig, world: World, ledger: Ledger) -> Trainer:
     on_gpu = world.device.type == "cuda"
     model = build_model(config.model.name, train_loader.num_classes)
     resizer = Resizer(config.cup, model, example_input(config), config.train.epochs)
-    if config.data.start_size:  # the network must take the smallest images, too
-        complexity(model, example_input(config, train_size(config.data, 0)))
+    if config.data.start_size:  # says so if the network does not take the smallest images
+        channel_groups(model, example_input(config, train_size(config.data, 0)))
     model.to(world.device, memory_format=MEMORY_FORMAT)
     torch.manual_seed(config.run.seed + world.rank)  # dropout differs between ranks
     torch.backends.cudnn.benchmark = on_gpu
