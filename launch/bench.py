@@ -1,5 +1,6 @@
 """Measurements, each side by side with its peer in the same process.
 
+python launch/bench.py loader --data FOLDER [--rounds N] [--out results/FILE.json]
 python launch/bench.py resize [--rounds N] [--out results/FILE.json]      (--help after a measurement names its options)
 """
 
@@ -10,10 +11,10 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.benches import resize
+from launch.benches import loader, resize
 from train.cli import Parser, exit_code_of
 
-BENCHES = {"resize": resize}
+BENCHES = {"loader": loader, "resize": resize}
 
 
 def main(argv: list[str]) -> int:
