@@ -9,7 +9,7 @@ import torch
 from data import dali
 from data.batch import DataConfig, DataError, Loader, Split
 from data.folder import FolderSource
-from data.images import ImageList, list_splits
+from data.images import ImageList, list_splits, require_local
 from data.loader import SplitLoader
 from data.sharding import Sharding, TrainSharding, ValSharding, batch_size_per_rank
 from data.synthetic import SyntheticSource, synthetic_splits
@@ -45,7 +45,7 @@ def build_loaders(
     else:
         train, val = list_splits(config.path, config.exclude)
         if kind == "folder":
-            _check_local(train, val)
+            require_local(train, val)
     ranks = {"batch_size": batch_size_per_rank(config.batch_size, world_size), "rank": rank, "world_size": world_size}
     shardings = {
         "train": TrainSharding(num_images=len(train.names), **ranks, seed=seed, shard_sizes=train.shard_sizes),
@@ -88,13 +88,6 @@ def _choose(config: DataConfig, *, warn: bool) -> str:
             stacklevel=3,
         )
     return "folder"
-
-
-def _check_local(*splits: ImageList) -> None:
-    """DataError if an image lies in object storage: torchvision and Pillow read files only."""
-    remote = next((name for images in splits for name in images.names if "://" in name), None)
-    if remote:
-        raise DataError(f"{remote} lies in object storage, which only the loader 'dali' reads: {INSTALL_DALI}")
 
 
 def _identity(

@@ -94,7 +94,7 @@ class DaliSource:
         return images
 
     def state_dict(self) -> dict[str, Any]:
-        """`pipeline` is DALI's own checkpoint, under 500 bytes, as uint8 (n,); empty if no batch was taken yet."""
+        """`pipeline` is DALI's own checkpoint, at most some kB, as uint8 (n,); empty if no batch was taken yet."""
         checkpoint = self._checkpoint if self._iterator is None else self._iterator.checkpoints()[0]
         return {
             "stream_first": self._first,

@@ -38,7 +38,7 @@ class ImageList:
         """The image's own file; only where `places` is None. Object storage's s3://... is left as it is."""
         name = self.names[index]
         # os.path.join: called for every image, and Path is 10 times slower.
-        return name if "://" in name else os.path.join(self.root, name)  # noqa: PTH118
+        return name if is_remote(name) else os.path.join(self.root, name)  # noqa: PTH118
 
     def where(self, index: int) -> str:
         """The image's place in words for the user."""
@@ -55,8 +55,8 @@ class ImageList:
 
     @cached_property
     def digest(self) -> str:
-        """Changes when a file is added, removed or renamed; contents are not read."""
-        return hashlib.sha256(os.fsencode("\n".join(self.names))).hexdigest()[:16]
+        """Changes when an image is added, removed, renamed or put into another shard; contents are not read."""
+        return hashlib.sha256(os.fsencode("\n".join([*self.names, *map(str, self.shard_sizes)]))).hexdigest()[:16]
 
 
 def list_splits(path: str | Path, exclude: str | Path = "") -> tuple[ImageList, ImageList]:
@@ -81,7 +81,7 @@ def list_split(path: str | Path, split: str) -> ImageList:
     """All images of one split as they are found, classes without images included; DataError if there are none."""
     root, lines = Path(path) / split, Path(path) / f"{split}.txt"
     if not Path(path).is_dir():
-        hint = "object storage is read through file lists in a folder here; " if "://" in str(path) else ""
+        hint = "object storage is read through file lists in a folder here; " if is_remote(str(path)) else ""
         raise DataError(
             f"{path}: there is no such folder; {hint}expected {EXPECTED}: "
             "set data.path, or data.prepare to make a data set there"
@@ -117,6 +117,19 @@ def read_exclude_list(file: Path, must_exist: bool) -> dict[str, str]:
     return {name: reason for name, _, reason in (line.partition("\t") for line in lines) if name}
 
 
+def is_remote(name: str) -> bool:
+    """Whether an image lies in object storage, such as s3://bucket/key.jpg."""
+    return "://" in name
+
+
+def require_local(*splits: ImageList) -> None:
+    """DataError if an image lies in object storage, where only DALI reads."""
+    for images in splits:
+        remote = next(filter(is_remote, images.names), None)
+        if remote:
+            raise DataError(f"{remote} lies in object storage, which is read in training with the loader 'dali' only")
+
+
 def is_image_name(name: str) -> bool:
     return name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
 
@@ -136,6 +149,8 @@ def decode_failure(images: ImageList, indices: np.ndarray, cause: Exception) -> 
     """The error to raise when one of these images could not be read: names those that Pillow cannot read either."""
     unreadable = []
     for index in dict.fromkeys(indices.tolist()):
+        if is_remote(images.names[index]):
+            continue  # DALI's own message names the object
         try:
             open_image(images.read(index), "RGB")
         except Exception as error:

@@ -73,7 +73,7 @@ def _parser() -> Parser:
 
     check.add_argument("path", type=Path, metavar="FOLDER", help="data set: image folder, file lists or shards")
     check.add_argument("--exclude", default="", metavar="FILE", help="list to write (default: FOLDER/exclude.txt)")
-    check.add_argument("--threads", type=int, default=0, metavar="N", help="default: one a core")
+    check.add_argument("--threads", type=int, default=0, metavar="N", help="default: some more than cores")
     for command in commands.choices.values():
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser

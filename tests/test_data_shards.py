@@ -9,7 +9,7 @@ from test_data_images import build, disk_loaders, equal, needs_dali, photos, tak
 
 from data.batch import DataError
 from data.images import list_split, list_splits
-from data.prepare import prepare_shards
+from data.prepare import check_data, prepare_shards
 from data.sharding import SHARDS_AT_A_TIME, TrainSharding
 from data.shards import read_index
 
@@ -78,6 +78,14 @@ def test_resumed_training_from_shards_equals_undisturbed(shards, loader):
     resumed.load_state_dict(state)
     assert equal(taken(resumed) + taken(resumed), expected[2:])
     resumed.close()
+
+
+def test_a_stored_state_belongs_to_its_shards(photos, shards, tmp_path):
+    """Shards of another length are read in another order."""
+    prepare_shards(photos, tmp_path / "longer", images_per_shard=7)
+    state = build(shards, "folder")[0].state_dict()
+    with pytest.raises(DataError, match="file_names: stored"):
+        build(tmp_path / "longer", "folder")[0].load_state_dict(state)
 
 
 def test_an_order_over_shards_is_a_permutation_that_reads_few_shards_at_a_time():
@@ -188,12 +196,19 @@ def test_wrong_lists_say_what_is_wrong(tmp_path):
         list_split(tmp_path, "train")
 
 
-def test_object_storage_goes_to_dali_as_it_is_and_not_to_the_folder_loader(tmp_path):
+def test_object_storage_goes_to_dali_as_it_is_and_to_nobody_else(tmp_path):
     for split in ("train", "val"):
         (tmp_path / f"{split}.txt").write_text("s3://bucket/a b.jpg\tant\ngs://bucket/c.jpg\tbee\n")
     assert list_split(tmp_path, "train").path(0) == "s3://bucket/a b.jpg"
-    with pytest.raises(DataError, match=r"s3://bucket/a b\.jpg lies in object storage, which only .*'dali'"):
-        build(tmp_path, "folder")
+    for attempt in (
+        lambda: build(tmp_path, "folder"),
+        lambda: check_data(tmp_path),
+        lambda: prepare_shards(tmp_path, tmp_path / "set"),
+    ):
+        with pytest.raises(
+            DataError, match=r"s3://bucket/a b\.jpg lies in object storage, which is read .*'dali' only"
+        ):
+            attempt()
     with pytest.raises(DataError, match="object storage is read through file lists"):
         list_splits("s3://bucket/imagenet")
 

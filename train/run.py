@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import platform
+import warnings
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,10 @@ def evaluate_checkpoint(
     _, val_loader = world.together(lambda: _loaders(config, world))
     if val_loader.num_classes != stored["num_classes"]:
         raise TrainError(f"{data.path} has {val_loader.num_classes} classes, the network {stored['num_classes']}")
+    if val_loader.num_excluded and world.is_main:
+        warnings.warn(
+            f"{data.path}: {val_loader.num_excluded} validation images are excluded and not counted", stacklevel=2
+        )
     model.to(world.device, memory_format=MEMORY_FORMAT)
     try:
         result = evaluate(model, val_loader, Precision(config.train.precision, world.device), world)

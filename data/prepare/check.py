@@ -11,7 +11,16 @@ import numpy as np
 from PIL import Image
 
 from data.batch import DataError
-from data.images import SPLITS, ImageList, exclude_file, in_words, list_split, open_image, read_exclude_list
+from data.images import (
+    SPLITS,
+    ImageList,
+    exclude_file,
+    in_words,
+    list_split,
+    open_image,
+    read_exclude_list,
+    require_local,
+)
 from data.prepare.progress import tracked
 
 IMAGES_A_TASK = 64
@@ -40,17 +49,18 @@ def check_data(path: str | Path, *, exclude: str | Path = "", threads: int = 0) 
     """Decode every image, compare the classes of both splits, and write what is broken to the exclude list.
 
     exclude: the list; PATH/exclude.txt where empty. Lines of it without a reason are the user's own and stay, the
-    others are replaced; where none remain, there is no list. threads: 0 = one a core. Raises DataError if
+    others are replaced; where none remain, there is no list. threads: 0 = some more than cores. Raises DataError if
     PATH is no data set or the list cannot be written.
     """
     list_file = exclude_file(path, exclude)
     own = {name: "" for name, reason in read_exclude_list(list_file, must_exist=False).items() if not reason}
     splits = {split: list_split(path, split) for split in SPLITS}
+    require_local(*splits.values())
     report = CheckReport()
     for split, images in splits.items():
         report.images[split] = len(images.names)
         report.unread += [f"{split}/{name}" for name in _not_listed(images)]
-        with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
+        with ThreadPoolExecutor(threads or None) as pool:
             found = tracked(_examined(images, pool), f"checking {split}", len(images.names))
             for name, (why_broken, what_is_unusual) in zip(images.names, found, strict=True):
                 if why_broken:

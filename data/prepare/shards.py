@@ -8,19 +8,17 @@ from pathlib import Path
 import numpy as np
 
 from data.batch import DataError, Split
-from data.images import ImageList, in_words, list_splits
+from data.images import ImageList, in_words, list_splits, require_local
 from data.prepare.atomic import write_data_set
 from data.prepare.progress import tracked
 from data.shards import LABEL_EXTENSION, write_index, write_manifest
-
-IMAGES_PER_SHARD = 1000
 
 
 def prepare_shards(
     source: str | Path,
     path: str | Path,
     *,
-    images_per_shard: int = IMAGES_PER_SHARD,
+    images_per_shard: int = 1000,
     seed: int = 0,
     exclude: str | Path = "",
 ) -> None:
@@ -34,6 +32,7 @@ def prepare_shards(
     if images_per_shard < 1:
         raise DataError(f"images per shard: found {images_per_shard}, allowed: a whole number from 1")
     train, val = list_splits(source, exclude)
+    require_local(train, val)
 
     def write(root: Path) -> None:
         _write_split(train, "train", root, images_per_shard, seed)
