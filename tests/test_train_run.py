@@ -195,7 +195,7 @@ def test_what_the_exclude_list_takes_out_is_noted(tmp_path: Path):
     (images / "exclude.txt").write_text("train/class0/0.jpg\tbroken\ntrain/class0/1.jpg\nval/class1/2.jpg\n")
     log = train(tmp_path, data__loader="folder", data__path=images, data__threads=1, train__epochs=1, cup__last_epoch=1)
     notes = [event["message"] for event in events(log, "note")]
-    assert f"{images}'s exclude list leaves out 2 training and 1 validation images" in notes
+    assert f"{images}/exclude.txt leaves out 2 training and 1 validation images" in notes
     assert (events(log, "run")[0]["train_images"], events(log, "run")[0]["val_images"]) == (34, 17)
 
 

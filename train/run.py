@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cup import Complexity, channel_groups, complexity
 from data import DataError, Loader, build_loaders, prepare_data, train_size
+from data.images import exclude_file
 from train.checkpoint import (
     CheckpointError,
     load_checkpoint,
@@ -150,7 +151,7 @@ def _loaders(config: RunConfig, world: World) -> tuple[Loader, Loader]:
 def _excluded(config: RunConfig, trainer: Trainer) -> list[str]:
     """What the exclude list takes out of the data set, in words for the user."""
     train, val = trainer.train_loader.num_excluded, trainer.val_loader.num_excluded
-    listed = config.data.exclude or f"{config.data.path}'s exclude list"
+    listed = exclude_file(config.data.path, config.data.exclude)
     return [f"{listed} leaves out {train} training and {val} validation images"] if train or val else []
 
 
