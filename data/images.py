@@ -107,7 +107,8 @@ def read_exclude_list(file: Path, must_exist: bool) -> dict[str, str]:
     A line each, the reason behind a tab. DataError if the list cannot be read, or is not there though it must be.
     """
     try:
-        lines = os.fsdecode(file.read_bytes()).splitlines()
+        # Not splitlines(): names may hold what else it takes for the end of a line.
+        lines = os.fsdecode(file.read_bytes()).replace("\r\n", "\n").split("\n")
     except FileNotFoundError as error:
         if must_exist:
             raise DataError(f"exclude: there is no {file}; launch/prepare.py check writes such a list") from error
@@ -139,7 +140,7 @@ def open_image(content: bytes, mode: str) -> Image.Image:
     if not content:
         raise UnidentifiedImageError("the file is empty")
     with Image.open(io.BytesIO(content)) as image:
-        if image.mode.startswith("I;16"):
+        if image.mode.startswith("I"):  # I;16, and I for the same files in older versions
             # Pillow's own conversion cuts 16 bits off at 255, so everything but black turns white; DALI scales.
             return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert(mode)
         return image.convert(mode)
@@ -202,7 +203,7 @@ def _list_lines(file: Path) -> ImageList:
     """
     names, found = [], []
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: cannot be read ({error})") from error
     for number, line in enumerate(lines, start=1):

@@ -27,7 +27,13 @@ IMAGES_A_TASK = 64
 SMALLEST_USUAL_SIDE = 16
 PNG_BIT_DEPTH = 24
 """Place of the bit depth in a PNG file."""
-MODES = {"L": "grey", "LA": "grey with transparency", "I;16": "grey of 16 bits", "RGBA": "with transparency"}
+MODES = {
+    "L": "grey",
+    "LA": "grey with transparency",
+    "I": "grey of 16 bits",
+    "I;16": "grey of 16 bits",
+    "RGBA": "with transparency",
+}
 MODES |= {"P": "with a palette", "1": "black and white"}
 
 
