@@ -81,6 +81,7 @@ def _parser() -> Parser:
 
 def _check(options: argparse.Namespace) -> None:
     report = prepare.check_data(options.path, exclude=options.exclude, threads=options.threads)
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files can be in another encoding
     for name, reason in report.broken.items():
         print(f"{name}: {reason}")
     for reason in sorted(set(report.unusual.values())):

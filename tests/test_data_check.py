@@ -72,6 +72,19 @@ def test_every_broken_and_every_unusual_file_is_named_with_its_reason(photos):
     assert report.images == {"train": 14 + len(broken), "val": 10 + len(unusual) + 1}
 
 
+def test_names_in_another_encoding_are_listed_and_left_out(photos, tmp_path_factory, capsys):
+    latin1 = os.fsencode(photos) + b"/train/ant/M\xfcll.jpg"
+    Path(os.fsdecode(latin1)).write_bytes(b"no image")
+    assert prepare.main(["check", str(photos)]) == 1
+    assert "M\\udcfcll.jpg: cannot identify image file" in capsys.readouterr().out
+    assert list_splits(photos)[0].num_excluded == 1
+    made_photo(1).save(os.fsdecode(latin1))
+    target = tmp_path_factory.mktemp("shards") / "set"
+    (photos / "exclude.txt").unlink()
+    prepare_shards(photos, target)
+    assert len(list_splits(target)[0].names) == 15
+
+
 @disk_loaders
 def test_training_leaves_out_what_is_listed_and_takes_the_unusual(photos, loader):
     write_broken(photos / "train" / "ant")

@@ -1,6 +1,7 @@
 """Any data set packed into WebDataset shards, shuffled across its classes; data/shards.py describes and reads them."""
 
 import io
+import os
 import re
 import tarfile
 from pathlib import Path
@@ -71,4 +72,5 @@ def _add_sample(tar: tarfile.TarFile, images: ImageList, index: int) -> None:
 
 
 def _key_part(text: str) -> str:
+    text = os.fsencode(text).decode("utf-8", errors="replace")
     return re.sub(r"[\s./]+", "_", text)
