@@ -10,6 +10,7 @@ attention of a transformer), which the reference does not speak of, are counted 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -166,9 +167,10 @@ def _count(twin: nn.Module, sample: torch.Tensor) -> Complexity:
     names = {module: name for name, module in twin.named_modules()}
     costs: dict[str, LayerCost] = {}
 
-    def count(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    def count(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         name = names[module]
-        flops, macs = _cost(module, tuple(inputs[0].shape), tuple(output.shape))
+        counted = isinstance(module, _COUNTED)
+        flops, macs = _cost(module, tuple(inputs[0].shape), tuple(output.shape)) if counted else (0, 0)
         before = costs.get(name, LayerCost(name, type(module).__name__, 0, 0, _own_parameters(module)))
         costs[name] = LayerCost(name, before.kind, before.flops + flops, before.macs + macs, before.params)
 

@@ -22,6 +22,7 @@ def prune_by_oracle(model, images, groups, kept):
         graph.get_pruning_group(layer, prune, idxs=gone).prune()
 
 
+@pytest.mark.filterwarnings("ignore:Unwrapped parameters detected")
 @pytest.mark.parametrize(
     ("name", "scope"),
     [
