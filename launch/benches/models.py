@@ -69,7 +69,7 @@ class Row:
     groups, prunable: channel groups in all, and those in scope. frozen: reason -> groups. side: of the input, pixels.
     limit, reached: FR with one channel left of every prunable group, and FR of the plan. params: before and after.
     twin_difference: of the outputs to the masked twin's, relative to the largest.
-    seconds: for trace, plan, and resize (apply and carry of momentum).
+    seconds: of the processor, for trace, plan, and resize (apply and carry of momentum).
     failure: what went wrong, or "".
     """
 
@@ -209,21 +209,23 @@ def _heads(outputs: Any) -> list[torch.Tensor]:
 
 
 class _Clock:
+    """Seconds of the processor, which a busy machine does not stretch as it does those of the wall."""
+
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.start()
 
     def start(self) -> None:
-        self._started = time.perf_counter()
+        self._started = time.process_time()
 
     def stop(self, name: str) -> None:
-        self.seconds[name] = time.perf_counter() - self._started
+        self.seconds[name] = time.process_time() - self._started
 
 
 def _print_table(rows: Sequence[Row], reduction: float) -> None:
     whole = [row for row in rows if not row.failure]
     reached = sum(row.reached >= reduction for row in whole)
-    print("| model | input | groups | may shrink | limit | FR | parameters (M) | s | frozen, and why |")
+    print("| model | input | groups | may shrink | limit | FR | parameters (M) | CPU s | frozen, and why |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|---|")
     for row in rows:
         print(
