@@ -197,8 +197,10 @@ def test_a_scheduler_on_the_optimizer_goes_on_working():
 def test_state_that_cannot_be_mapped_is_an_error_and_leaves_the_optimizer_alone(steps):
     """Adafactor keeps row and column sums, which are shaped unlike their parameter."""
     model, groups, optimizer, _ = trained("dense_like", lambda m: torch.optim.Adafactor(m.parameters()), steps)
-    resized = cup.apply_plan(model, plan_of(groups, random_kept(groups)), groups)
     before = snapshot(optimizer)
+    with pytest.raises(cup.CupError, match="row_var"):
+        cup.check_optimizer(optimizer)  # before the model is changed
+    resized = cup.apply_plan(model, plan_of(groups, random_kept(groups)), groups)
     with pytest.raises(cup.CupError, match="row_var") as caught:
         cup.carry_optimizer(optimizer, resized)
     assert "\n" not in str(caught.value)

@@ -89,7 +89,7 @@ class Row:
     def verdict(self) -> str:
         if self.failure:
             return f"failed: {self.failure}"
-        return f"FR {self.reached:.2f} of at most {self.limit:.1f}, {sum(self.seconds.values()):.1f} s"
+        return f"FR {self.reached:.2f} of at most {self.limit:.4g}, {sum(self.seconds.values()):.1f} s"
 
 
 def run_model(name: str, reduction: float, scope: str) -> Row:
