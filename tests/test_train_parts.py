@@ -18,7 +18,7 @@ from train.ledger import Ledger
 from train.models import build_model
 from train.optim import OptimConfig, build_optimizer, learning_rate, zero_momentum
 from train.precision import Precision
-from train.rundir import choose_run_dir, read_log
+from train.rundir import RunDir, create_run_dir, find_run_dir, read_log
 from train.sinks import JsonLines
 from train.world import World
 
@@ -211,6 +211,13 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path, damage):
 def config_in(root: Path, **changes: str) -> RunConfig:
     overrides = [text for key, value in changes.items() for text in (f"--{key.replace('__', '.')}", value)]
     return parse_config([*overrides, "--run.root", str(root)], "train.py", str(TINY))
+
+
+def choose_run_dir(config: RunConfig) -> RunDir:
+    """What a run does at its start."""
+    run_dir = find_run_dir(config)
+    create_run_dir(run_dir, config)
+    return run_dir
 
 
 def finish(path: Path) -> None:
