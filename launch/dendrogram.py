@@ -21,6 +21,7 @@ from train.errors import TrainError
 
 MOST_LABELS = 64
 ABOVE_THE_CUT = "0.65"
+CLUSTERS = tuple(f"C{number}" for number in range(10) if number != 7)  # matplotlib's cycle without its grey
 
 
 def draw_dendrograms(cuts: Sequence[GroupCut], threshold: float | None, directory: Path) -> list[Path]:
@@ -64,17 +65,19 @@ def cut_height(cut: GroupCut, threshold: float | None) -> float:
 
 def _draw(cut: GroupCut, threshold: float | None, path: Path) -> None:
     count, kept = len(cut.labels_C), len(cut.kept)
-    fig, axis = plt.subplots(figsize=(min(26, max(8, 0.15 * count)), 4.5), layout="constrained")
+    wide = count > MOST_LABELS
+    fig, axis = plt.subplots(figsize=(min(26, max(8, 0.15 * count)), 6 if wide else 4.5), layout="constrained")
     order = leaf_order(cut.tree)
     colors = _cluster_colors(cut.labels_C[order])
-    _draw_tree(axis, cut, order, colors)
     height = cut_height(cut, threshold)
+    top = 1.05 * max(height, cut.tree[:, 2].max(initial=0)) or 1.0
+    _draw_tree(axis, cut, order, colors)
     axis.axhline(height, color="black", linestyle="--", linewidth=1, label=f"cut at {height:.3f}")
-    _draw_leaves(axis, cut, order, colors)
+    _draw_leaves(axis, cut, order, colors, strip=0.05 * top)
     at = "" if threshold is None else f", t {threshold:.3f}"
     axis.set_title(f"{cut.group.name}: {count} -> {kept} channels{at}", loc="left")
     axis.set_ylabel("Ward height")
-    axis.set_ylim(0, 1.05 * max(height, cut.tree[:, 2].max(initial=0)) or 1)
+    axis.set_ylim(-0.05 * top, top)
     axis.set_xlim(-1, count)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, borderaxespad=0.2)
@@ -84,7 +87,7 @@ def _draw(cut: GroupCut, threshold: float | None, path: Path) -> None:
 
 def _cluster_colors(labels_in_order: np.ndarray) -> dict[int, str]:
     """Cluster -> color; neighbours in the picture differ."""
-    return {int(label): f"C{number % 10}" for number, label in enumerate(dict.fromkeys(labels_in_order))}
+    return {int(label): CLUSTERS[number % len(CLUSTERS)] for number, label in enumerate(dict.fromkeys(labels_in_order))}
 
 
 def _draw_tree(axis: Axes, cut: GroupCut, order: np.ndarray, colors: dict[int, str]) -> None:
@@ -103,19 +106,12 @@ def _draw_tree(axis: Axes, cut: GroupCut, order: np.ndarray, colors: dict[int, s
     axis.add_collection(LineCollection(links, colors=link_colors, linewidths=1.2 if count <= MOST_LABELS else 0.8))
 
 
-def _draw_leaves(axis: Axes, cut: GroupCut, order: np.ndarray, colors: dict[int, str]) -> None:
-    """Channel numbers under the tree, as many as fit, and a triangle at each filter that stays."""
+def _draw_leaves(axis: Axes, cut: GroupCut, order: np.ndarray, colors: dict[int, str], strip: float) -> None:
+    """A triangle at each filter that stays, in a strip under the tree, and channel numbers, as many as fit."""
     stays = np.flatnonzero(np.isin(order, cut.kept))
-    axis.scatter(
-        stays,
-        np.zeros(len(stays)),
-        marker="^",
-        s=30 if len(order) <= MOST_LABELS else 12,
-        color=[colors[int(cut.labels_C[order[position]])] for position in stays],
-        clip_on=False,
-        zorder=3,
-        label="stays",
-    )
+    clusters = [colors[int(label)] for label in cut.labels_C[order[stays]]]
+    axis.scatter(stays, np.full(len(stays), -strip / 2), marker="^", s=30, color=clusters)
+    axis.scatter([], [], marker="^", s=30, color="black", label="stays")
     step = math.ceil(len(order) / MOST_LABELS)
     axis.set_xticks(range(0, len(order), step), order[::step], rotation=90, fontsize=7)
-    axis.set_xlabel("channel" if step == 1 else f"channel (every {step}th is named)")
+    axis.set_xlabel("channel" if step == 1 else f"channel (one in {step} is named)")
