@@ -11,7 +11,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from train.checkpoint import load_network
-from train.cli import Parser, exit_code_of
+from train.cli import Parser, exit_code_of, positive_int
 from train.errors import ConfigError
 from train.export import BATCH_SIZES, SUFFIXES, export_network
 
@@ -26,7 +26,9 @@ def _export(argv: list[str]) -> None:
     parser.add_argument("checkpoint", type=Path, help="of a run (last.pt, best.pt) or of launch/prune.py")
     parser.add_argument("--format", choices=tuple(SUFFIXES), required=True, help="onnx, or torch (torch.export)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: the checkpoint's name with .onnx or .pt2")
-    parser.add_argument("--image-size", type=int, metavar="PIXELS", help="side of the images; default: as trained")
+    parser.add_argument(
+        "--image-size", type=positive_int, metavar="PIXELS", help="side of the images; default: as trained"
+    )
     parser.add_argument("--force", action="store_true", help="overwrite what is there")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(argv)

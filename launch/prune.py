@@ -17,7 +17,7 @@ import cup
 from cup import ChannelGroup, PrunePlan
 from launch.dendrogram import draw_dendrograms
 from train.checkpoint import StoredNetwork, load_network, save_network
-from train.cli import Parser, exit_code_of
+from train.cli import Parser, exit_code_of, positive_int
 from train.errors import ConfigError, TrainError
 from train.prune import Cut, cut_network, network_from_weights, read_counts
 
@@ -34,7 +34,10 @@ def _prune(argv: list[str]) -> None:
     clustering = {name: getattr(options, name) for name in ("scope", "features", "round_to", "min_channels")}
     plan = _plan(options, network, groups, clustering)
     if not plan.removed:
-        raise TrainError(f"this cut removes no channel of {options.source}, so nothing was written; {plan.note}")
+        why = f" ({plan.note})" if plan.note else ""
+        raise TrainError(
+            f"this cut removes no channel of {options.source}{why}; nothing was written, ask for a deeper one"
+        )
     if options.dendrogram is not None:
         counts, how = plan.new_widths, cup.PlanOptions(**clustering)
         cuts = cup.cut_groups(network.model, groups, lambda group, tree: counts[group.name], how)
@@ -43,8 +46,8 @@ def _prune(argv: list[str]) -> None:
     out = options.out or _default_out(options, cut)
     if out.exists() and not options.force:
         raise ConfigError(f"{out} is there already: give another --out, or --force to overwrite it")
-    print(_report(plan, cut))
     save_network(out, cut.network, cut.widths)
+    print(_report(plan, cut))
     print(f"written: {out}")
 
 
@@ -57,15 +60,23 @@ def _parse(argv: list[str]) -> Namespace:
     depth.add_argument("--counts", type=Path, metavar="FILE", help="JSON or YAML: group name -> channels that stay")
     defaults = cup.PlanOptions()
     parser.add_argument("--scope", choices=("inner", "all"), default=defaults.scope, help="all = residual streams too")
-    parser.add_argument("--round-to", type=int, default=defaults.round_to, metavar="N", help="widths, rounded up")
-    parser.add_argument("--min-channels", type=int, default=defaults.min_channels, metavar="N", help="least width")
+    parser.add_argument(
+        "--round-to", type=positive_int, default=defaults.round_to, metavar="N", help="widths, rounded up"
+    )
+    parser.add_argument(
+        "--min-channels", type=positive_int, default=defaults.min_channels, metavar="N", help="least width"
+    )
     features = ("both", "incoming", "outgoing")
     parser.add_argument("--features", choices=features, default=defaults.features, help="what describes a filter")
     parser.add_argument(
         "--weights", type=Path, metavar="FILE", help="the named network's weights: .pth or .safetensors"
     )
-    parser.add_argument("--num-classes", type=int, metavar="N", help="of the named network; default: read from FILE")
-    parser.add_argument("--image-size", type=int, metavar="PIXELS", help="of the named network; default: its own")
+    parser.add_argument(
+        "--num-classes", type=positive_int, metavar="N", help="of the named network; default: read from FILE"
+    )
+    parser.add_argument(
+        "--image-size", type=positive_int, metavar="PIXELS", help="of the named network; default: its own"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: SOURCE_frX.XX.pt, X.XX being the FR reached")
     parser.add_argument("--force", action="store_true", help="overwrite what is there")
     parser.add_argument("--dendrogram", type=Path, metavar="DIR", help="draw each group's tree and cut, a PNG each")

@@ -1,4 +1,4 @@
-"""Start real runs of launch/*.py, on one process or under torchrun, and read what they left."""
+"""Start real runs, in this process or as launch/*.py, alone or under torchrun, and read what they left."""
 
 import os
 import signal
@@ -7,12 +7,31 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+
+from train.config import parse_config
+from train.ledger import Ledger
+from train.run import run
+from train.rundir import read_log
+from train.world import World
 
 ROOT = Path(__file__).resolve().parents[1]
 SEEN_BY_RANKS = {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
 TINY = ROOT / "tests" / "tiny.yaml"
+ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
+
+
+def train(root: Path, **changes: object) -> list[dict]:
+    """Run tests/tiny.yaml with overrides in this process and return its log; __ in their names stands for the dot."""
+    overrides = options(**changes)[2:]
+    done = run(parse_config([*overrides, "--run.root", str(root)], "train.py", str(TINY)), ALONE, Ledger())
+    return read_log(Path(done["directory"]) / "log.jsonl")
+
+
+def events(log: list[dict], kind: str) -> list[dict]:
+    return [event for event in log if event["event"] == kind]
 
 
 def options(**changes: object) -> list[str]:

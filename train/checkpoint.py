@@ -65,9 +65,10 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU, tensors and plain data only (`weights_only`)."""
     content = _load(path, "is damaged or no checkpoint of this program")
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        found = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise CheckpointError(f"{path}: found format {found!r}, allowed: {FORMAT}, as this version writes it")
+    if not isinstance(content, dict) or "format" not in content:
+        raise CheckpointError(f"{path} is no checkpoint of this program; launch/prune.py takes weights with --weights")
+    if content["format"] != FORMAT:
+        raise CheckpointError(f"{path}: found format {content['format']!r}, allowed: {FORMAT}, this version's own")
     return content
 
 

@@ -48,7 +48,10 @@ def network_from_weights(name: str, path: Path, num_classes: int | None, image_s
     architecture = Architecture(name=name, num_classes=classes, input_shape=shape)
     model = build_model(name, classes)
     load_weights(model, weights)
-    dense = cup.complexity(model, architecture.example_input())
+    try:
+        dense = cup.complexity(model, architecture.example_input())
+    except RuntimeError as error:
+        raise ConfigError(f"{name} does not take images of shape {shape} ({error}): choose another size") from error
     return StoredNetwork(architecture, dense, model, plans=(), config=None, gpu_hours=None)
 
 
