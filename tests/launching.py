@@ -10,8 +10,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+import cup
+from train.checkpoint import StoredNetwork, save_network
 from train.config import parse_config
 from train.ledger import Ledger
+from train.models import Architecture, build_model, native_input_shape
 from train.run import run
 from train.rundir import read_log
 from train.world import World
@@ -82,3 +85,14 @@ def write_image_folder(root: Path, classes: int = 3, train: int = 16, val: int =
                 pixels = generator.integers(0, 60, (side, side, 3)) + 60 * label
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.jpg", quality=95)
     return root
+
+
+def write_network(path: Path, name: str = "lenet", num_classes: int = 10, seed: int = 0) -> StoredNetwork:
+    """A checkpoint of an untrained network, as launch/prune.py writes one, and what is in it."""
+    torch.manual_seed(seed)
+    model = build_model(name, num_classes)
+    architecture = Architecture(name=name, num_classes=num_classes, input_shape=native_input_shape(name))
+    dense = cup.complexity(model, architecture.example_input())
+    network = StoredNetwork(architecture, dense, model, plans=(), config=None, gpu_hours=2.0)
+    save_network(path, network, widths={})
+    return network
