@@ -1,6 +1,6 @@
 """Ward clusters of filters: the dendrogram, its cut, and the one filter of each cluster that stays (paper, steps 2-3).
 
-Shape suffixes: C channels, F features.
+Shape suffix: C channels.
 """
 
 import numpy as np
@@ -8,11 +8,18 @@ from scipy.cluster.hierarchy import linkage
 from scipy.spatial.distance import squareform
 
 
-def ward_tree(features_CF: np.ndarray) -> np.ndarray:
-    """float64 (C - 1, 4): SciPy's linkage matrix of Ward's method on Euclidean distances, merges from low to high."""
-    if len(features_CF) < 2:
+def ward_tree(products_CC: np.ndarray) -> np.ndarray:
+    """float64 (C - 1, 4): SciPy's linkage matrix of Ward's method on Euclidean distances, merges from low to high.
+
+    products_CC: the inner products of the channels' centred features, from which one gets all distances by one matrix
+        product; that is many times faster than SciPy's pair loop.
+    """
+    if len(products_CC) < 2:
         return np.empty((0, 4))
-    return linkage(_distances(features_CF), "ward")
+    squares_C = np.diag(products_CC)
+    squared_CC = squares_C[:, None] + squares_C[None, :] - 2 * products_CC
+    squared = squareform(squared_CC, checks=False)
+    return linkage(np.sqrt(np.maximum(squared, 0, out=squared), out=squared), "ward")
 
 
 def clusters_at(tree: np.ndarray, threshold: float) -> int:
@@ -36,22 +43,11 @@ def cut(tree: np.ndarray, clusters: int) -> np.ndarray:
     return labels_C
 
 
-def representatives(features_CF: np.ndarray, labels_C: np.ndarray) -> tuple[int, ...]:
-    """Sorted channels that stay: of each cluster the one with the largest feature norm (L2), ties to the lowest."""
-    norms_C = np.linalg.norm(features_CF, axis=1)
-    best_first_C = np.lexsort((np.arange(len(norms_C)), -norms_C))
-    _, first = np.unique(labels_C[best_first_C], return_index=True)
-    return tuple(sorted(int(channel) for channel in best_first_C[first]))
+def representatives(squares_C: np.ndarray, labels_C: np.ndarray) -> tuple[int, ...]:
+    """Sorted channels that stay: of each cluster the one with the largest feature norm, ties to the lowest.
 
-
-def _distances(features_CF: np.ndarray) -> np.ndarray:
-    """Condensed Euclidean distances by one matrix product, which is many times faster than SciPy's pair loop.
-
-    The rows are centred first, so that the difference of squares loses no digits that Ward's heights depend on.
+    squares_C: the squared L2 norms of the channels' features.
     """
-    centred_CF = features_CF - features_CF.mean(axis=0)
-    gram_CC = centred_CF @ centred_CF.T
-    squares_C = np.diag(gram_CC)
-    squared_CC = np.maximum(squares_C[:, None] + squares_C[None, :] - 2 * gram_CC, 0)
-    np.fill_diagonal(squared_CC, 0)
-    return squareform(np.sqrt(squared_CC), checks=False)
+    best_first_C = np.lexsort((np.arange(len(squares_C)), -squares_C))
+    _, first = np.unique(labels_C[best_first_C], return_index=True)
+    return tuple(sorted(best_first_C[first].tolist()))

@@ -3,7 +3,8 @@
 Two ways of counting stand side by side. `flops` is the paper's (authors' notebooks): convolution and linear 2 per
 multiply-add and 1 per bias, batch norm 2 per element, ReLU modules 1 per element, max and average pooling modules 1
 per window element (adaptive pooling counts nothing). `macs` is plain multiply-adds of convolution and linear layers.
-Operations called as functions are counted by neither, as in the reference.
+ReLU and pooling called as functions are counted by neither, as in the reference. Products outside of those layers (the
+attention of a transformer), which the reference does not speak of, are counted by both: 2 per multiply-add, and 1.
 """
 
 import math
@@ -13,10 +14,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from cup.groups import Call, ChannelGroup, alive_after
+from cup.layers import CONVS, TRANSPOSED_CONVS
 from cup.meta import meta_copy, meta_input
 from cup.plan import PrunePlan
+
+OUTSIDE = "(products outside of layers)"
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class Complexity:
     flops: int
     """The paper's counting."""
     macs: int
-    """Multiply-adds of convolutions and linear layers."""
+    """Multiply-adds of convolutions, linear layers and other products."""
     params: int
     """Parameters of the whole network, each counted once."""
 
@@ -46,7 +51,7 @@ class Complexity:
 def complexity(model: nn.Module, example_input: torch.Tensor) -> Complexity:
     """Count `model` on one sample shaped like example_input (N, ...); the model is neither run nor changed.
 
-    Layers stand in the order of their first call.
+    Layers stand in the order of their first call; products outside of layers are one more, named OUTSIDE, at the end.
     """
     return _count(meta_copy(model), meta_input(example_input.shape[1:], batch=1))
 
@@ -91,12 +96,15 @@ def _count(twin: nn.Module, sample: torch.Tensor) -> Complexity:
         costs[name] = LayerCost(name, before.kind, before.flops + flops, before.macs + macs, before.params)
 
     for module in twin.modules():
-        if not any(True for _ in module.children()):
+        if isinstance(module, _COUNTED) or not any(True for _ in module.children()):
             module.register_forward_hook(count)
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if type(module) in _BATCH_NORMS:
             module.forward = lambda value: value  # shapes pass unchanged; torch's own meta kernel is slow Python
-    with torch.no_grad():
+    with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as products:
         twin.eval()(sample)
+    outside = products.get_total_flops() // 2 - sum(cost.macs for cost in costs.values())
+    if outside > 0:
+        costs[OUTSIDE] = LayerCost(OUTSIDE, "products", 2 * outside, outside, 0)
     layers = tuple(costs.values())
     return Complexity(
         layers=layers,
@@ -106,21 +114,29 @@ def _count(twin: nn.Module, sample: torch.Tensor) -> Complexity:
     )
 
 
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_RELUS, _POOLS = (nn.ReLU, nn.ReLU6), (nn.MaxPool2d, nn.AvgPool2d)
+_COUNTED = (*CONVS, nn.Linear, *_BATCH_NORMS, *_RELUS, *_POOLS)
+
+
 def _cost(module: nn.Module, value: tuple[int, ...], output: tuple[int, ...]) -> tuple[int, int]:
     """(flops, macs) of one call, from the shapes of its input and output."""
     elements = math.prod(output)
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+    if isinstance(module, TRANSPOSED_CONVS):
+        macs = math.prod(value) * output[1] // module.groups * math.prod(module.kernel_size)
+        return 2 * macs + (elements if module.bias is not None else 0), macs
+    if isinstance(module, CONVS):
         inputs = value[1] if module.groups == 1 else module.in_channels // module.groups
         macs = elements * inputs * math.prod(module.kernel_size)
         return 2 * macs + (elements if module.bias is not None else 0), macs
     if isinstance(module, nn.Linear):
         macs = elements * value[-1]
         return 2 * macs + (elements if module.bias is not None else 0), macs
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+    if isinstance(module, _BATCH_NORMS):
         return 2 * math.prod(value), 0
-    if isinstance(module, nn.ReLU | nn.ReLU6):
+    if isinstance(module, _RELUS):
         return math.prod(value), 0
-    if isinstance(module, nn.MaxPool2d | nn.AvgPool2d):
+    if isinstance(module, _POOLS):
         side = module.kernel_size
         return elements * (side * side if isinstance(side, int) else math.prod(side)), 0
     return 0, 0

@@ -1,9 +1,9 @@
 """Filter features: one row a channel, one number for each incoming and each outgoing connection (paper, step 1).
 
-Shape suffixes: C channels of the group, F features, O rows and I columns of a weight.
+Shape suffixes: C channels of the group, X connections of one layer, O rows and I columns of a weight.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,92 +12,163 @@ import torch
 from torch import nn
 
 from cup.errors import CupError
-from cup.groups import AxisName, ChannelGroup, Place
+from cup.groups import ChannelGroup, Masks, Place
+from cup.layers import CONVS, find_layer, weight_dim
 
 FeatureVariant = Literal["both", "incoming", "outgoing"]
-Masks = dict[tuple[str, AxisName], np.ndarray]
+
+CHUNK = 4096
+"""Connections that are brought to float64 at a time, so that a large linear layer is never copied whole."""
 
 
-@dataclass(frozen=True, eq=False)
-class Connections:
-    """What features need of one conv or linear layer; computed once, used for every cut that is tried.
+class Features:
+    """The features of every channel of the given groups, read from the model once.
 
-    weight_OI: float64, the Frobenius norm over the kernel window, or a linear layer's signed weights.
-    bias_O: float64, or None for a layer without a bias.
-    is_linear: whether the weights are signed.
-    """
-
-    weight_OI: np.ndarray
-    bias_O: np.ndarray | None
-    is_linear: bool
-
-
-def connections(model: nn.Module, groups: Iterable[ChannelGroup]) -> dict[str, Connections]:
-    """Module name -> its connections, for every layer that writes or reads one of the groups.
+    g(W_in[i]), bias_i and g(W_out[:, i]) of channel i, over all layers that write or read the group: g is the
+    Frobenius norm over the kernel window, over a channel's block of columns behind a flatten, and over the filters
+    that a grouped convolution binds together; a linear layer that reads linear layers contributes its signed weights.
+    Grouped and depthwise convolutions count among the layers that write.
 
     Raises CupError naming the layer whose weights are not finite.
     """
-    places = {place.module for group in groups for place in (*group.producers, *group.consumers)}
-    return {name: _layer_connections(name, model.get_submodule(name)) for name in sorted(places)}
+
+    def __init__(
+        self, model: nn.Module, groups: Iterable[ChannelGroup], variant: FeatureVariant = "both", use_bias: bool = True
+    ) -> None:
+        weights = _Weights(model)
+        self._blocks = {group.name: list(_blocks(weights, group, variant, use_bias)) for group in groups}
+        self._known: dict[tuple[str, int], _Gram] = {}
+
+    def rows(self, group: ChannelGroup, masks: Masks | None = None) -> np.ndarray:
+        """float64 (C, F): all features of the group's channels.
+
+        masks: from `keep_masks`, the connections to channels that are already gone and count no more.
+        """
+        columns = [block.rows_CX[:, block.stays(masks)] for block in self._blocks[group.name]]
+        return np.concatenate([np.empty((group.width, 0)), *columns], axis=1, dtype=np.float64)
+
+    def gram(self, group: ChannelGroup, masks: Masks | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Products of the centred rows, float64 (C, C), and the squared norms of the rows as they are, (C,).
+
+        What was asked before with the same masks is remembered.
+        """
+        products_CC, squares_C = np.zeros((group.width, group.width)), np.zeros(group.width)
+        for index, block in enumerate(self._blocks[group.name]):
+            stays = block.stays(masks)
+            known = self._known.get((group.name, index))
+            if known is None or not np.array_equal(known.stays, stays):
+                known = self._known[group.name, index] = _gram(block.rows_CX, stays)
+            products_CC += known.products_CC
+            squares_C += known.squares_C
+        return products_CC, squares_C
 
 
-def group_features(
-    layers: dict[str, Connections],
-    group: ChannelGroup,
-    variant: FeatureVariant = "both",
-    use_bias: bool = True,
-    masks: Masks | None = None,
-) -> np.ndarray:
-    """float64 (C, F): [ g(W_in[i]), bias_i, g(W_out[:, i]) ] of every channel i, over all producers and consumers.
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """The features that one layer contributes: a row a channel, in the weights' own precision.
 
-    g is the Frobenius norm over the kernel window, and over a channel's block of columns behind a flatten; a linear
-    layer that reads a linear layer contributes its signed weights.
-    layers: from `connections`.
-    masks: from `keep_masks`, the connections to channels that are already gone and count no more.
+    layer, axis: the axis of the layer that the columns stand for; channels of another group that can go.
     """
-    masks = masks or {}
-    columns = [np.empty((group.width, 0))]
-    for place in group.producers:
+
+    rows_CX: np.ndarray
+    layer: str
+    axis: Literal["in", "out"]
+
+    def stays(self, masks: Masks | None) -> np.ndarray:
+        """bool (X,): the connections that are still there."""
+        everything = np.ones(self.rows_CX.shape[1], dtype=bool)
+        return everything if masks is None else masks.get((self.layer, self.axis), everything)
+
+
+@dataclass(frozen=True, eq=False)
+class _Gram:
+    stays: np.ndarray
+    products_CC: np.ndarray
+    squares_C: np.ndarray
+
+
+def _gram(rows_CX: np.ndarray, stays: np.ndarray) -> _Gram:
+    """The rows are centred, so that distances lose no digits as the difference of squares."""
+    count = len(rows_CX)
+    products_CC, squares_C = np.zeros((count, count)), np.zeros(count)
+    for start in range(0, len(stays), CHUNK):
+        chunk_CX, chunk_stays = rows_CX[:, start : start + CHUNK], stays[start : start + CHUNK]
+        chunk_CX = (chunk_CX if chunk_stays.all() else chunk_CX[:, chunk_stays]).astype(np.float64)
+        squares_C += np.einsum("cx,cx->c", chunk_CX, chunk_CX)
+        chunk_CX -= chunk_CX.mean(axis=0)
+        products_CC += chunk_CX @ chunk_CX.T
+    return _Gram(stays, products_CC, squares_C)
+
+
+def _blocks(weights: "_Weights", group: ChannelGroup, variant: FeatureVariant, use_bias: bool) -> Iterator[_Block]:
+    written_by = [*group.producers, *(place for place in group.followers if weights.is_conv(place.module))]
+    for place in written_by:
         if variant != "outgoing":
-            columns.append(_incoming(layers[place.module], place, masks))
-        bias_O = layers[place.module].bias_O
+            yield _Block(_by_channel(weights.connections(place.module), place, group.width), place.module, "in")
+        bias_O = weights.bias(place.module)
         if use_bias and bias_O is not None:
-            columns.append(bias_O[_rows(place)][:, None])
+            yield _Block(_by_channel(bias_O[:, None], place, group.width), "", "in")
     if variant != "incoming":
-        signed = all(layers[place.module].is_linear for place in group.producers)
-        columns.extend(_outgoing(layers[place.module], place, group.width, signed, masks) for place in group.consumers)
-    return np.concatenate(columns, axis=1)
+        signed = all(weights.is_linear(place.module) for place in group.producers)
+        for place in group.consumers:
+            columns_IO = weights.connections(place.module).T
+            rows_CX = _by_channel(columns_IO, place, group.width)
+            unsigned = weights.is_linear(place.module) and not signed
+            yield _Block(np.abs(rows_CX) if unsigned else rows_CX, place.module, "out")
 
 
-def _layer_connections(name: str, layer: nn.Module) -> Connections:
-    weight = layer.weight.detach().float()
-    weight_OI = weight if weight.dim() == 2 else torch.linalg.vector_norm(weight.flatten(2), dim=2, dtype=torch.float64)
-    found = Connections(
-        weight_OI=weight_OI.double().cpu().numpy(),
-        bias_O=None if layer.bias is None else layer.bias.detach().double().cpu().numpy(),
-        is_linear=isinstance(layer, nn.Linear),
-    )
-    if not np.isfinite(found.weight_OI).all() or (found.bias_O is not None and not np.isfinite(found.bias_O).all()):
-        raise CupError(f"the weights of {name} hold NaN or infinite values: no plan can be made from them")
-    return found
-
-
-def _incoming(layer: Connections, place: Place, masks: Masks) -> np.ndarray:
-    stays_I = masks.get((place.module, "in"), slice(None))
-    return layer.weight_OI[_rows(place)][:, stays_I]
-
-
-def _outgoing(layer: Connections, place: Place, width: int, signed: bool, masks: Masks) -> np.ndarray:
-    stays_O = masks.get((place.module, "out"), slice(None))
-    # Columns in the order of their channel; each channel owns equally many of them (1, or a block behind a flatten).
+def _by_channel(entries_RX: np.ndarray, place: Place, width: int) -> np.ndarray:
+    """(C, X): the entries of each channel's index on the place's axis, their norm where it has several."""
     mine = np.flatnonzero(place.channel_of_index >= 0)
     order = mine[np.argsort(place.channel_of_index[mine], kind="stable")]
-    weight_OI = layer.weight_OI[stays_O][:, order]
-    if signed and len(order) == width:
-        return weight_OI.T
-    return np.linalg.norm(weight_OI.reshape(len(weight_OI), width, -1), axis=2).T
+    if len(order) == width:
+        in_order = len(order) == len(entries_RX) and (order[1:] > order[:-1]).all()
+        return entries_RX if in_order else entries_RX[order]
+    starts = np.searchsorted(place.channel_of_index[order], np.arange(width))
+    rows_CX = np.empty((width, entries_RX.shape[1]))
+    for first in range(0, entries_RX.shape[1], CHUNK):
+        chunk_RX = entries_RX[order, first : first + CHUNK].astype(np.float64)
+        rows_CX[:, first : first + CHUNK] = np.sqrt(np.add.reduceat(chunk_RX**2, starts, axis=0))
+    return rows_CX
 
 
-def _rows(place: Place) -> np.ndarray:
-    """The producer's row of each channel, in channel order."""
-    return np.argsort(place.channel_of_index, kind="stable")
+class _Weights:
+    """Reads each layer once: kernel windows become their norms, linear weights stay as they are."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._connections: dict[str, np.ndarray] = {}
+
+    def is_conv(self, name: str) -> bool:
+        return isinstance(find_layer(self._model, name), CONVS)
+
+    def is_linear(self, name: str) -> bool:
+        return isinstance(find_layer(self._model, name), nn.Linear)
+
+    def connections(self, name: str) -> np.ndarray:
+        """(O, I) of one conv or linear layer."""
+        if name not in self._connections:
+            layer = find_layer(self._model, name)
+            weight = layer.weight.detach().movedim(weight_dim(layer, "out"), 0).cpu()
+            self._connections[name] = self._finite(name, _window_norms(weight))
+        return self._connections[name]
+
+    def bias(self, name: str) -> np.ndarray | None:
+        bias = find_layer(self._model, name).bias
+        return None if bias is None else self._finite(name, bias.detach().double().cpu().numpy())
+
+    def _finite(self, name: str, values: np.ndarray) -> np.ndarray:
+        if not np.isfinite(values).all():
+            raise CupError(f"the weights of {name} hold NaN or infinite values: no plan can be made from them")
+        return values
+
+
+def _window_norms(weight: torch.Tensor) -> np.ndarray:
+    """(O, I) from a weight (O, I, ...) on the CPU; float64 where a norm is taken."""
+    if weight.dtype != torch.float64:
+        weight = weight.float()
+    if weight.dim() == 2:
+        return weight.numpy()
+    if weight[0, 0].numel() == 1:
+        return weight.flatten(1).abs().numpy()
+    return weight.double().square_().sum(tuple(range(2, weight.dim()))).sqrt_().numpy()

@@ -5,14 +5,15 @@ Every index of every weight's axis knows its channel, and that is all that surge
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 from torch import nn
 
 from cup.errors import CupError
+from cup.layers import AxisName, find_layer, weight_dim, weight_of
 
-AxisName = Literal["in", "out"]
+Masks = dict[tuple[str, AxisName], np.ndarray]
+"""(module, axis) -> bool over the axis, False where the channel at that index goes; axes that lose none are absent."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,10 +48,10 @@ class Network:
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """One axis of one module that carries (some of) a group's channels.
+    """One axis of one layer that carries (some of) a group's channels.
 
-    module: dotted name in the model.
-    axis: "out" (rows of a conv or linear weight, the entries of a batch norm) or "in" (columns).
+    module: dotted name in the model, of a layer or of a free parameter (a layer scale).
+    axis: "out" (filters of a conv or linear layer, the entries of a norm) or "in" (what it reads).
     channel_of_index: int64 (axis length,): the group's channel that sits at each index, -1 where another group's does.
         Arange for a plain layer; each channel repeated for a linear layer behind a flatten; offset behind a concat.
     """
@@ -65,9 +66,10 @@ class ChannelGroup:
     """All the places that share one channel axis; they keep or lose a channel together.
 
     name: dotted name of the first producer in network order.
-    width: channels.
+    width: channels. Where a grouped convolution or group norm binds several filters together, they are one channel.
     producers: conv and linear layers that write these channels (axis "out").
-    followers: batch norms and depthwise convolutions, which have one entry for each channel (axis "out").
+    followers: norms, grouped and depthwise convolutions, PReLUs, layer scales: entries of their own for each channel
+        (axis "out").
     consumers: conv and linear layers that read these channels (axis "in").
     inner: no residual addition touches the group; the paper prunes inner groups only.
     frozen: why the group must keep its width, or "" where it may shrink.
@@ -94,10 +96,8 @@ def check_groups(model: nn.Module, groups: Sequence[ChannelGroup]) -> None:
     """Raise CupError unless the groups describe the model as it is now."""
     for group in groups:
         for place in group.producers:
-            try:
-                width = len(model.get_submodule(place.module).weight)
-            except AttributeError as error:
-                raise CupError(f"these groups are another network's: no layer {place.module}") from error
+            layer = find_layer(model, place.module)
+            width = weight_of(layer).shape[weight_dim(layer, "out")]
             if width != len(place.channel_of_index):
                 raise CupError(
                     f"these groups are out of date: {place.module} has {width} channels, they say "
@@ -105,20 +105,22 @@ def check_groups(model: nn.Module, groups: Sequence[ChannelGroup]) -> None:
                 )
 
 
-def keep_masks(kept: Iterable[tuple[ChannelGroup, Sequence[int]]]) -> dict[tuple[str, AxisName], np.ndarray]:
-    """(module, axis) -> bool mask over the axis, False where the channel at that index goes.
-
-    kept: groups with the channels that stay. Axes that no group of `kept` touches are absent.
-    """
-    masks: dict[tuple[str, AxisName], np.ndarray] = {}
+def keep_masks(kept: Iterable[tuple[ChannelGroup, Sequence[int]]]) -> Masks:
+    """The masks of all places of the given groups when only the given channels stay."""
+    masks: Masks = {}
     for group, channels in kept:
-        stays = np.zeros(group.width, dtype=bool)
-        stays[list(channels)] = True
-        for place in group.places:
-            mask = masks.setdefault((place.module, place.axis), np.ones(len(place.channel_of_index), dtype=bool))
-            mine = place.channel_of_index >= 0
-            mask[mine] &= stays[place.channel_of_index[mine]]
+        add_masks(masks, group, channels)
     return masks
+
+
+def add_masks(masks: Masks, group: ChannelGroup, channels: Sequence[int]) -> None:
+    """Take one more group into `masks`, in place; the arrays that were there stay as they are."""
+    stays = np.zeros(group.width, dtype=bool)
+    stays[list(channels)] = True
+    for place in group.places:
+        mine = np.where(place.channel_of_index >= 0, stays[place.channel_of_index], True)
+        key = (place.module, place.axis)
+        masks[key] = masks[key] & mine if key in masks else mine
 
 
 def narrow_groups(groups: Iterable[ChannelGroup], kept: Mapping[str, Sequence[int]]) -> list[ChannelGroup]:
@@ -144,9 +146,7 @@ def alive_after(groups: Sequence[ChannelGroup], kept: Mapping[str, Sequence[int]
     return alive
 
 
-def _narrow_group(
-    group: ChannelGroup, channels: Sequence[int], masks: dict[tuple[str, AxisName], np.ndarray], network: Network
-) -> ChannelGroup:
+def _narrow_group(group: ChannelGroup, channels: Sequence[int], masks: Masks, network: Network) -> ChannelGroup:
     new_channel = np.full(group.width + 1, -1, dtype=np.int64)  # the last entry maps -1 to -1
     new_channel[list(channels)] = np.arange(len(channels))
 

@@ -20,6 +20,9 @@ def meta_copy(model: nn.Module) -> nn.Module:
         memo[id(tensor)] = torch.empty_like(tensor, device="meta")
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+    for module in model.modules():  # what a hook computes from parameters: a mask's product, a normed weight
+        for tensor in filter(torch.is_tensor, vars(module).values()):
+            memo[id(tensor)] = torch.empty_like(tensor, device="meta")
     twin = copy.deepcopy(model, memo).float()
     for module in twin.modules():  # a user's hooks expect real activations, and should not see this pass
         for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
@@ -37,7 +40,7 @@ def find_input_shape(model: nn.Module) -> tuple[int, ...]:
     twin = meta_copy(model).eval()
     for shape in _candidate_shapes(model):
         try:
-            with torch.no_grad():
+            with torch.no_grad(), torch.device("meta"):
                 twin(meta_input(shape, batch=1))
         except (RuntimeError, ValueError):
             continue

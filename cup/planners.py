@@ -15,8 +15,8 @@ from torch import nn
 from cup.cluster import clusters_at, cut, representatives, ward_tree
 from cup.complexity import complexity, flops_after
 from cup.errors import CupError
-from cup.features import Connections, FeatureVariant, connections, group_features
-from cup.groups import ChannelGroup, check_groups, keep_masks
+from cup.features import Features, FeatureVariant
+from cup.groups import ChannelGroup, Masks, add_masks, check_groups
 from cup.meta import meta_input
 from cup.plan import PrunePlan
 
@@ -132,23 +132,26 @@ def cut_groups(
     groups: Sequence[ChannelGroup],
     clusters: Callable[[ChannelGroup, np.ndarray], int],
     options: PlanOptions,
-    layers: Mapping[str, Connections] | None = None,
+    features: Features | None = None,
 ) -> list[GroupCut]:
     """Cluster every group in scope, in network order; `clusters(group, tree)` says into how many.
 
-    The shared core of the planners; the model is only read. layers: from `connections`, computed here if not given.
+    The shared core of the planners; the model is only read. features: of the groups in scope, read here if not given.
     Raises CupError for weights that are not finite or groups that do not fit the model.
     """
     check_groups(model, groups)
     shrinkable = _some_prunable(groups, options.scope)
-    layers = connections(model, shrinkable) if layers is None else layers
+    if features is None:
+        features = Features(model, shrinkable, options.features, options.use_bias)
+    masks: Masks = {}
     cuts: list[GroupCut] = []
     for group in shrinkable:
-        masks = keep_masks((done.group, done.kept) for done in cuts) if options.sequential else {}
-        features_CF = group_features(layers, group, options.features, options.use_bias, masks)
-        tree = ward_tree(features_CF)
+        products_CC, squares_C = features.gram(group, masks)
+        tree = ward_tree(products_CC)
         labels_C = cut(tree, options.width(clusters(group, tree), group.width))
-        cuts.append(GroupCut(group, tree, labels_C, representatives(features_CF, labels_C)))
+        cuts.append(GroupCut(group, tree, labels_C, representatives(squares_C, labels_C)))
+        if options.sequential:
+            add_masks(masks, group, cuts[-1].kept)
     return cuts
 
 
@@ -186,7 +189,7 @@ class _Search:
         self.model, self.groups, self.options, self.target = model, groups, options, target
         self.shrinkable = _some_prunable(groups, options.scope)
         self.floor = {group.name: self.options.width(1, group.width) for group in self.shrinkable}
-        self.layers = connections(model, self.shrinkable)
+        self.features = Features(model, self.shrinkable, options.features, options.use_bias)
         self.now = complexity(model, meta_input(groups[0].network.input_shape, batch=1))
         self.dense_flops = dense_flops or self.now.flops
 
@@ -248,7 +251,7 @@ class _Search:
         return self._candidate(lambda group, tree: clusters_at(tree, t), t)
 
     def _candidate(self, clusters: Callable[[ChannelGroup, np.ndarray], int], t: float | None) -> _Candidate:
-        plan = _plan(cut_groups(self.model, self.groups, clusters, self.options, self.layers), t)
+        plan = _plan(cut_groups(self.model, self.groups, clusters, self.options, self.features), t)
         return _Candidate(plan, self.dense_flops / flops_after(self.model, self.groups, plan, self.now))
 
 

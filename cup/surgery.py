@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from cup.errors import CupError
-from cup.groups import AxisName, ChannelGroup, check_groups, keep_masks, narrow_groups
+from cup.groups import ChannelGroup, check_groups, keep_masks, narrow_groups
+from cup.layers import AxisName, find_layer, set_widths, weight_dim
 from cup.plan import PrunePlan
 from cup.trace import channel_groups
 
@@ -43,9 +44,9 @@ class Resized:
 def apply_plan(model: nn.Module, plan: PrunePlan, groups: Sequence[ChannelGroup] | None = None) -> Resized:
     """Remove the channels that `plan` does not keep, in place.
 
-    Parameters are replaced by narrower ones (dtype, device, memory format and requires_grad kept, gradients dropped),
-    batch-norm statistics are sliced, the layers' channel attributes follow. Take the model out of DDP first. Every
-    rank calls it with the same plan.
+    Parameters are replaced by narrower ones (dtype, device, memory format, requires_grad and hooks kept, gradients
+    dropped), batch-norm statistics are sliced, the layers' channel attributes follow. Take the model out of DDP first.
+    Every rank calls it with the same plan.
     groups: from `channel_groups(model)`; traced here if not given.
     Raises CupError, with the model left as it was, for a plan of another network, one that was applied already, and
     one that names frozen or unknown groups.
@@ -59,7 +60,7 @@ def apply_plan(model: nn.Module, plan: PrunePlan, groups: Sequence[ChannelGroup]
     for (module, axis), mask in keep_masks(shrinking).items():
         indices.setdefault(module, {})[axis] = torch.from_numpy(mask.nonzero()[0])
     for name, axes in indices.items():
-        changes.extend(_narrow_module(name, model.get_submodule(name), axes))
+        changes.extend(_narrow_layer(model, name, axes))
     return Resized(plan, tuple(changes), narrow_groups(groups_before, dict(plan.kept)), groups_before)
 
 
@@ -110,31 +111,33 @@ def _check_plan(plan: PrunePlan, groups: Sequence[ChannelGroup]) -> None:
             )
 
 
-def _narrow_module(name: str, module: nn.Module, axes: Mapping[AxisName, torch.Tensor]) -> list[ParameterChange]:
-    """Slice one layer along its "out" axis, its "in" axis or both, and set its channel attributes."""
-    weight_axes = {dim: axes[axis] for dim, axis in ((0, "out"), (1, "in")) if axis in axes}
-    vector_axes = {0: axes["out"]} if "out" in axes else {}
-    changes = [_replace(name, module, "weight", weight_axes)] if module.weight is not None else []
-    if vector_axes and module.bias is not None:
-        changes.append(_replace(name, module, "bias", vector_axes))
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        if module.running_mean is not None:
-            module.running_mean = select(module.running_mean, vector_axes)
-            module.running_var = select(module.running_var, vector_axes)
-        module.num_features = len(axes["out"])
-    elif isinstance(module, nn.Linear):
-        module.out_features, module.in_features = module.weight.shape
-    elif module.groups > 1:  # depthwise: one input channel for each filter bank
-        per_group = module.out_channels // module.groups
-        module.out_channels = len(module.weight)
-        module.in_channels = module.groups = module.out_channels // per_group
-    else:
-        module.out_channels, module.in_channels = module.weight.shape[:2]
+def _narrow_layer(model: nn.Module, name: str, axes: Mapping[AxisName, torch.Tensor]) -> list[ParameterChange]:
+    """Slice one layer, or free parameter, along its "out" axis, its "in" axis or both, and set its attributes."""
+    layer = find_layer(model, name)
+    weight_axes = {weight_dim(layer, axis): index for axis, index in axes.items()}
+    if isinstance(layer, nn.Parameter):
+        return [_replace(model, name, weight_axes)]
+    changes = [_replace(model, f"{name}.weight", weight_axes)] if layer.weight is not None else []
+    if "out" in axes:
+        if getattr(layer, "bias", None) is not None:
+            changes.append(_replace(model, f"{name}.bias", {0: axes["out"]}))
+        for statistic in ("running_mean", "running_var"):
+            if getattr(layer, statistic, None) is not None:
+                setattr(layer, statistic, select(getattr(layer, statistic), {0: axes["out"]}))
+    set_widths(layer, entries=len(axes["out"]) if "out" in axes else 0)
     return changes
 
 
-def _replace(name: str, module: nn.Module, attribute: str, axes: Mapping[int, torch.Tensor]) -> ParameterChange:
-    old = getattr(module, attribute)
+def _replace(model: nn.Module, name: str, axes: Mapping[int, torch.Tensor]) -> ParameterChange:
+    name = name.removeprefix(".")  # of a network that is one layer
+    owner, _, attribute = name.rpartition(".")
+    old = model.get_parameter(name)
     new = nn.Parameter(select(old, axes), requires_grad=old.requires_grad)
-    setattr(module, attribute, new)
-    return ParameterChange(f"{name}.{attribute}" if name else attribute, old, new, dict(axes))
+    # A hook on the tensor would be lost without a word with the old one.
+    if old.requires_grad:
+        for hook in (old._backward_hooks or {}).values():
+            new.register_hook(hook)
+        for hook in (old._post_accumulate_grad_hooks or {}).values():
+            new.register_post_accumulate_grad_hook(hook)
+    setattr(model.get_submodule(owner), attribute, new)
+    return ParameterChange(name, old, new, dict(axes))

@@ -118,16 +118,15 @@ def randomise(model: nn.Module) -> nn.Module:
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            if getattr(module, "running_mean", None) is not None:
                 module.running_mean.normal_(0, 0.2)
                 module.running_var.uniform_(0.5, 1.5)
-                if module.weight is not None:
-                    module.weight.uniform_(0.5, 1.5)
-                    module.bias.normal_(0, 0.2)
-            elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear):
+            if isinstance(module, nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight)
-                if module.bias is not None:
-                    module.bias.normal_(0, 0.2)
+            elif isinstance(getattr(module, "weight", None), nn.Parameter):
+                module.weight.uniform_(0.5, 1.5)
+            if isinstance(getattr(module, "bias", None), nn.Parameter):
+                module.bias.normal_(0, 0.2)
     return model
 
 
@@ -173,15 +172,41 @@ def groups_as_data(groups: Sequence[ChannelGroup]) -> list[tuple]:
 
 
 def silenced_copy(model: nn.Module, groups: Sequence[ChannelGroup], kept: Mapping[str, Sequence[int]]) -> nn.Module:
-    """A copy at full width in which no consumer hears the channels that go: their columns are zero."""
+    """A copy at full width in which no consumer hears the channels that go: their columns are zero.
+
+    A layer norm, which looks at all channels at once, does not see them either.
+    """
     twin = copy.deepcopy(model)
-    with torch.no_grad():
-        for group in groups:
-            stay = set(kept.get(group.name, range(group.width))) | {-1}
-            for place in group.consumers:
-                silent = [i for i, channel in enumerate(place.channel_of_index.tolist()) if channel not in stay]
-                twin.get_submodule(place.module).weight[:, silent] = 0
+    for group in groups:
+        stay = set(kept.get(group.name, range(group.width))) | {-1}
+        for place in (*group.followers, *group.consumers):
+            silent = torch.tensor([channel not in stay for channel in place.channel_of_index.tolist()])
+            owner, _, name = place.module.rpartition(".")
+            layer = getattr(twin.get_submodule(owner), name)
+            if place.axis == "in":
+                weight = layer.weight.data
+                (weight if isinstance(layer, nn.ConvTranspose2d) else weight.transpose(0, 1))[silent] = 0
+            elif isinstance(layer, nn.LayerNorm) or (isinstance(layer, nn.GroupNorm) and layer.num_groups == 1):
+                setattr(twin.get_submodule(owner), name, NormOfSome(layer, silent))
     return twin
+
+
+class NormOfSome(nn.Module):
+    """A layer norm, or a group norm of one group, whose statistics leave some channels out."""
+
+    def __init__(self, norm: nn.Module, silent_C: torch.Tensor) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+        self.last = isinstance(norm, nn.LayerNorm)
+        self.silent_C = silent_C
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x if self.last else x.movedim(1, -1)
+        heard = x[..., ~self.silent_C]
+        dims = -1 if self.last else tuple(range(1, x.dim()))
+        mean, var = heard.mean(dims, keepdim=True), heard.var(dims, keepdim=True, unbiased=False)
+        x = (x - mean) / torch.sqrt(var + self.eps) * self.weight + self.bias
+        return x if self.last else x.movedim(-1, 1)
 
 
 def narrowed(

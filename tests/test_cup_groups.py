@@ -6,6 +6,7 @@ import torch.nn.functional as F
 import torchvision
 from cup_twins import Untouched, assert_close, make_network, plan_of, randomise, silenced_copy
 from torch import nn
+from torch.nn.utils import prune
 
 import cup
 from train.models import build_model
@@ -172,7 +173,16 @@ class Parts(nn.Module):
         self.custom = Custom()
         self.scale = nn.Parameter(torch.rand(8, 1, 1) + 0.5)
         self.norm = nn.GroupNorm(2, 8)
+        self.norm_all = nn.GroupNorm(1, 8)
+        self.layer_norm = nn.LayerNorm(8)
+        self.instance_norm = nn.InstanceNorm2d(8, affine=True, track_running_stats=True)
         self.plain_norm = nn.BatchNorm2d(8, affine=False)
+        self.prelu = nn.PReLU(8)
+        self.prelu_one = nn.PReLU()
+        self.up = nn.ConvTranspose2d(8, 6, 2, stride=2)
+        self.down = nn.Conv2d(6, 8, 2, stride=2, padding_mode="reflect", padding=1, dilation=1)
+        self.own_conv = OwnConv(8, 8, 3, padding=1)
+        self.own_norm = OwnNorm(8)
         self.embed = nn.Linear(8, 8)
         self.mix = nn.Conv1d(8, 8, 1)
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
@@ -190,6 +200,19 @@ class Custom(nn.Module):
         return x.flip(1)
 
 
+class OwnConv(nn.Conv2d):
+    """A subclass, as timm has them: torch.fx looks inside and sees the function."""
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class OwnNorm(nn.BatchNorm2d):
+    def forward(self, x):
+        x = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.1, self.eps)
+        return F.relu(x)
+
+
 def net(forward):
     torch.manual_seed(0)
     made = type("Net", (Parts,), {"forward": lambda self, x: forward(self, x)})
@@ -202,7 +225,12 @@ def use_twice(s, x):
 
 
 def two_convs(s, x, join):
-    return s.head(s.c(join(s.a(x), s.b(x.repeat(1, 3, 1, 1)[:, :8]))))
+    return s.head(s.c(join(s.a(x), s.b(wide(x)))))
+
+
+def wide(x):
+    """Eight channels out of the three of the input."""
+    return x.repeat(1, 3, 1, 1)[:, :8]
 
 
 FROZEN = {
@@ -217,10 +245,14 @@ FROZEN = {
     "attention": (lambda s, x: s.fc(s.attention(*[s.embed(x.mean(1))] * 3)[0].mean(1)), "embed", ""),
     "used twice": (use_twice, "b", "more than once"),
     "feeds what is used twice": (use_twice, "a", "more than once"),
-    "grouped convolution": (lambda s, x: s.head(s.b(s.grouped(s.a(x)))), "a", "grouped"),
-    "is a grouped convolution": (lambda s, x: s.head(s.b(s.grouped(s.a(x)))), "grouped", "grouped"),
-    "group norm": (lambda s, x: s.head(s.b(s.norm(s.a(x)))), "a", "norm"),
-    "free parameter": (lambda s, x: s.head(s.b(s.a(x) * s.scale)), "a", "mul"),
+    "input of a grouped convolution": (lambda s, x: s.head(s.grouped(s.custom(s.a(x)))), "grouped", "grouped"),
+    "parameter read twice": (lambda s, x: s.head(s.b(s.a(x) * s.scale + s.scale)), "a", "scale"),
+    "parameter over pixels": (lambda s, x: s.head(s.b(s.a(x) * s.scale.squeeze())), "a", "mul"),
+    "layer norm over pixels": (lambda s, x: s.head(s.b(s.layer_norm(s.a(x)))), "a", "layer_norm"),
+    "width of another layer": (lambda s, x: s.fc(s.a(x).mean(3).view(-1, s.b(wide(x)).size(1))), "b", "view"),
+    "width as a factor": (lambda s, x: s.head(s.b((y := s.a(x)) * y.shape[1])), "a", "mul"),
+    "whole shape": (lambda s, x: s.head(s.b((y := s.a(x)) + torch.ones(y.shape))), "a", "add"),
+    "number of elements": (lambda s, x: s.head(s.b((y := s.a(x)) / y.numel())), "a", "truediv"),
     "softmax over channels": (lambda s, x: s.head(s.b(F.softmax(s.a(x), 1))), "a", "softmax"),
     "mean over channels": (lambda s, x: s.fc(s.a(x).mean(1).mean(1)), "a", "mean"),
     "channels unflattened": (lambda s, x: s.head(s.b(s.a(x).view(2, 2, 4, 8, 8).flatten(1, 2))), "a", "view"),
@@ -244,9 +276,43 @@ def tied_by_function(s, x):
     return s.fc(F.linear(F.relu(hidden), s.embed.weight.t()))
 
 
-SOUND = {
-    **{case: forward for case, (forward, _, _) in FROZEN.items() if case != "second output"},
+def tokens(s, x):
+    """(N, C, H, W) -> (N, HW, C), as a transformer or ConvNeXt wants it."""
+    return s.a(x).flatten(2).transpose(1, 2)
+
+
+FOLLOWED = {
+    "grouped convolution": lambda s, x: s.head(s.b(s.grouped(s.a(x)))),
+    "group norm": lambda s, x: s.head(s.b(s.norm(s.a(x)))),
+    "group norm of one group": lambda s, x: s.head(s.b(s.norm_all(s.a(x)))),
+    "layer norm": lambda s, x: s.fc(F.gelu(s.layer_norm(s.embed(tokens(s, x)))).mean(1)),
+    "layer norm behind a permute": lambda s, x: s.head(
+        s.b(s.layer_norm(s.a(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+    ),
+    "instance norm": lambda s, x: s.head(s.b(s.instance_norm(s.a(x)))),
+    "prelu": lambda s, x: s.head(s.b(s.prelu_one(s.prelu(s.a(x))))),
+    "transposed convolution": lambda s, x: s.head(s.down(F.relu(s.up(s.a(x))))),
+    "layer scale": lambda s, x: s.head(s.b(s.scale * s.a(x))),
+    "subclasses of layers": lambda s, x: s.head(s.b(s.own_norm(s.own_conv(s.a(x))))),
+    "tokens": lambda s, x: s.fc(s.embed(tokens(s, x))[:, 0]),
+    "squeezed": lambda s, x: s.fc(F.adaptive_avg_pool2d(s.a(x), 1).squeeze(-1).squeeze(-1)),
+    "new axes": lambda s, x: s.head(s.b(s.a(x).mean((2, 3))[:, :, None, None])),
+    "one pixel": lambda s, x: s.fc(s.a(x)[:, :, 3, 0]),
+    "mean that keeps its axes": lambda s, x: s.head(s.b((y := s.a(x)) - y.mean((2, 3), keepdim=True))),
+    "divided": lambda s, x: s.head(s.b(s.a(x) / 2)),
+    "sums over pixels": lambda s, x: s.fc(s.a(x).sum(3).amax(2)),
+    "channels from a size": lambda s, x: s.fc((y := s.a(x)).view(y.shape[0], y.shape[1], -1).mean(2)),
     "flatten by size": lambda s, x: s.flat2(s.flat1((y := s.a(x)).view(y.size(0), -1))),
+    "residual add": lambda s, x: two_convs(s, x, torch.add),
+    "broadcast gate": lambda s, x: two_convs(s, x, lambda p, q: p * torch.sigmoid(q.mean((2, 3), keepdim=True))),
+    "same channels twice": lambda s, x: s.head(s.twice(torch.cat([y := s.a(x), y], 1))),
+    "every second pixel": lambda s, x: s.head(s.b(s.a(x)[:, :, ::2, ::2])),
+    "number added": lambda s, x: s.head(s.b(2 * s.a(x) + 1)),
+    "size of the image": lambda s, x: s.head(s.b(F.interpolate(s.c(y := s.a(x)), size=y.shape[2:]))),
+}
+SOUND = {
+    **FOLLOWED,
+    **{case: forward for case, (forward, _, _) in FROZEN.items() if case != "second output"},
     "reshape to a fixed width": lambda s, x: s.fc(s.a(x).mean((2, 3)).reshape(-1, 8)),
     "view to a fixed shape": lambda s, x: s.head(s.b(s.a(x).view(-1, 8, 8, 8))),
     "chunks joined again": lambda s, x: s.head(s.b(torch.cat(s.a(x).chunk(2, 1), 1))),
@@ -263,15 +329,9 @@ SOUND = {
     "pooling across features": lambda s, x: s.fc(F.max_pool1d(s.embed(s.a(x).mean((2, 3))), 3, 1, 1)),
     "pooling module across features": lambda s, x: s.fc(s.pool(s.embed(s.a(x).mean((2, 3))))),
     "width as a number": lambda s, x: s.head(s.b((y := s.a(x)) * y.shape[1])),
-    "size of the image": lambda s, x: s.head(s.b(F.interpolate(s.c(y := s.a(x)), size=y.shape[2:]))),
-    "residual add": lambda s, x: two_convs(s, x, torch.add),
     "residual add in place": lambda s, x: two_convs(s, x, lambda p, q: p.add_(q)),
-    "broadcast gate": lambda s, x: two_convs(s, x, lambda p, q: p * torch.sigmoid(q.mean((2, 3), keepdim=True))),
     "added to itself": lambda s, x: s.head(s.b((y := s.a(x)) + y)),
-    "same channels twice": lambda s, x: s.head(s.twice(torch.cat([y := s.a(x), y], 1))),
-    "every second pixel": lambda s, x: s.head(s.b(s.a(x)[:, :, ::2, ::2])),
     "norm without weights, used twice": lambda s, x: s.head(s.c(s.plain_norm(s.b(s.plain_norm(s.a(x)))))),
-    "number added": lambda s, x: s.head(s.b(2 * s.a(x) + 1)),
 }
 
 
@@ -289,13 +349,37 @@ def test_what_may_shrink_by_the_trace_can_shrink(case):
         assert_close(model(images), twin(images))
 
 
-PRUNED = ["flatten by size", "residual add", "broadcast gate", "same channels twice", "every second pixel"]
-
-
-@pytest.mark.parametrize("case", [*PRUNED, "number added", "size of the image"])
+@pytest.mark.parametrize("case", list(FOLLOWED))
 def test_what_is_understood_may_shrink(case):
-    model, images = net(SOUND[case])
+    model, images = net(FOLLOWED[case])
     assert not by_name(cup.channel_groups(model, images))["a"].frozen
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.parametrizations.spectral_norm,
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    ],
+)
+def test_weights_that_are_computed_on_the_fly_freeze_their_layer_and_the_one_before(compute):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), compute(nn.Conv2d(4, 6, 1)), nn.Flatten(), nn.Linear(24, 2))
+    groups = by_name(cup.channel_groups(model, torch.empty(1, 3, 2, 2)))
+    assert groups["0"].frozen == groups["1"].frozen == "1 is not followed"
+
+
+def test_a_grouped_convolution_and_a_group_norm_go_by_whole_groups():
+    for case in ("grouped convolution", "group norm"):
+        model, images = net(FOLLOWED[case])
+        group = by_name(cup.channel_groups(model, images))["a"]
+        assert group.width == 2
+        assert group.producers[0].channel_of_index.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+        cup.apply_plan(model, cup.plan_by_counts(model, cup.channel_groups(model, images), {"a": 1}))
+        assert (model.a.out_channels, model.b.in_channels) == (4, 4)
+        layer = model.grouped if case == "grouped convolution" else model.norm
+        assert (layer.groups, layer.in_channels, layer.out_channels) == (1, 4, 4) if layer is model.grouped else True
+        assert (layer.num_groups, layer.num_channels) == (1, 4) if layer is model.norm else True
 
 
 # --- what cannot be traced ---

@@ -15,7 +15,7 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from torch import nn
 
 import cup
-from cup.features import connections, group_features
+from cup.features import Features
 from launch.benches.measure import machine, rounds_in_turn, summary, with_spread, write_result
 from train.models import build_model
 from train.optim import OptimConfig, build_optimizer
@@ -127,9 +127,9 @@ class _Bench:
         return self._timed(lambda: self._prune_by_oracle(model))
 
     def _plan_like_reference(self) -> None:
-        layers = connections(self.model, cup.prunable_groups(self.groups))
+        features = Features(self.model, cup.prunable_groups(self.groups))
         for group in cup.prunable_groups(self.groups):
-            rows = group_features(layers, group)
+            rows = features.rows(group)
             labels = fcluster(linkage(rows, "ward"), self.plan.threshold, "distance")
             norms = np.linalg.norm(rows, axis=1)
             [max(np.flatnonzero(labels == label), key=lambda i: norms[i]) for label in np.unique(labels)]

@@ -1,0 +1,61 @@
+"""Layers as surgery sees them: which dimension of a weight carries which channels, and which attributes say so."""
+
+from typing import Literal
+
+import torch
+from torch import nn
+
+from cup.errors import CupError
+
+AxisName = Literal["in", "out"]
+
+TRANSPOSED_CONVS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED_CONVS)
+
+
+def find_layer(model: nn.Module, name: str) -> nn.Module | nn.Parameter:
+    """The module, or the free parameter, with this dotted name. CupError where the model has none."""
+    owner, _, attribute = name.rpartition(".")
+    try:
+        return getattr(model.get_submodule(owner), attribute) if name else model
+    except AttributeError as error:
+        raise CupError(f"these groups are another network's: no layer {name}") from error
+
+
+def weight_of(layer: nn.Module | nn.Parameter) -> torch.Tensor | None:
+    """The tensor with the layer's channels; None for a norm without weights."""
+    return layer if isinstance(layer, nn.Parameter) else layer.weight
+
+
+def weight_dim(layer: nn.Module | nn.Parameter, axis: AxisName) -> int:
+    """The dimension of the weight that carries the channels written ("out") or read ("in")."""
+    if isinstance(layer, nn.Parameter):
+        return max(range(layer.dim()), key=lambda dim: layer.shape[dim])  # its other dimensions have length one
+    if isinstance(layer, TRANSPOSED_CONVS):
+        return {"in": 0, "out": 1}[axis]
+    return {"out": 0, "in": 1}[axis]
+
+
+def set_widths(layer: nn.Module, entries: int) -> None:
+    """Bring a layer's attributes in line with its tensors after surgery.
+
+    entries: of the "out" axis of a norm, grouped convolution or PReLU; other layers' weights say it all.
+    """
+    if isinstance(layer, nn.Linear):
+        layer.out_features, layer.in_features = layer.weight.shape
+    elif isinstance(layer, TRANSPOSED_CONVS):
+        layer.in_channels, layer.out_channels = layer.weight.shape[:2]
+    elif isinstance(layer, CONVS) and layer.groups == 1:
+        layer.out_channels, layer.in_channels = layer.weight.shape[:2]
+    elif isinstance(layer, CONVS):
+        layer.groups = entries * layer.groups // layer.out_channels
+        layer.out_channels, layer.in_channels = entries, layer.groups * layer.weight.shape[1]
+    elif isinstance(layer, nn.GroupNorm):
+        layer.num_groups = max(1, entries * layer.num_groups // layer.num_channels)
+        layer.num_channels = entries
+    elif isinstance(layer, nn.LayerNorm):
+        layer.normalized_shape = (entries,)
+    elif isinstance(layer, nn.PReLU):
+        layer.num_parameters = entries
+    else:
+        layer.num_features = entries
