@@ -93,6 +93,16 @@ def test_a_cut_network_is_cut_again_and_measured_against_the_full_one(tmp_path: 
     assert f"{reductions[0]:.3f} x  {reductions[1]:.3f} x" in capsys.readouterr().out
 
 
+def test_the_reduction_asked_of_a_cut_network_is_one_of_the_full_network(tmp_path: Path):
+    full = write_network(tmp_path / "full.pt", "resnet20_cifar")
+    assert prune.main([str(tmp_path / "full.pt"), "--t", "0.6", "--out", str(tmp_path / "once.pt")]) == 0
+    assert prune.main([str(tmp_path / "once.pt"), "--reduction", "2", "--out", str(tmp_path / "twice.pt")]) == 0
+    once, twice = (load_network(tmp_path / f"{name}.pt") for name in ("once", "twice"))
+    flops = [cup.complexity(n.model, n.architecture.example_input()).flops for n in (once, twice)]
+    assert 1.1 < full.dense.flops / flops[0] < 1.9
+    assert 2 <= full.dense.flops / flops[1] <= 2.02
+
+
 def test_evaluate_reads_a_cut_run_with_the_data_that_it_was_trained_on(dense: Path, tmp_path: Path, capsys):
     assert prune.main([str(dense), "--t", "0.2", "--out", str(tmp_path / "cut.pt")]) == 0
     capsys.readouterr()

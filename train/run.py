@@ -245,8 +245,7 @@ def _start_from(trainer: Trainer, source: dict[str, Any], config: RunConfig) -> 
         )
     state, resizer, target = trainer.state, trainer.resizer, config.cup.target_reduction
     resizer.replay(state, stored_plans(source))
-    for model in (state.model,) if state.ema is None else (state.model, state.ema.module):
-        load_weights(model, stored_weights(source))
+    load_weights(state.model, stored_weights(source))  # a moving average begins as a copy, at the first step
     trainer.progress.gpu_hours_before = source["gpu_hours"]
     notes = [f"starts from {config.model.from_}: {architecture.name} at FR {resizer.reduction:.2f}"]
     if config.cup.enabled and target is not None and has_reached(resizer.reduction, target, REDUCTION_TOLERANCE):
