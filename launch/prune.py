@@ -14,7 +14,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import cup
-from cup import ChannelGroup, PrunePlan
+from cup import ChannelGroup, GroupCut, PrunePlan
 from launch.dendrogram import draw_dendrograms
 from train.checkpoint import StoredNetwork, load_network, save_network
 from train.cli import Parser, exit_code_of, positive_int
@@ -38,14 +38,11 @@ def _prune(argv: list[str]) -> None:
         raise TrainError(
             f"this cut removes no channel of {options.source}{why}; nothing was written, ask for a deeper one"
         )
-    if options.dendrogram is not None:
-        counts, how = plan.new_widths, cup.PlanOptions(**clustering)
-        cuts = cup.cut_groups(network.model, groups, lambda group, tree: counts[group.name], how)
-        draw_dendrograms(cuts, plan.threshold, options.dendrogram)
+    trees = _trees(network, groups, plan, clustering) if options.dendrogram else []  # read before the model is cut
     cut = cut_network(network, plan, groups)
-    out = options.out or _default_out(options, cut)
-    if out.exists() and not options.force:
-        raise ConfigError(f"{out} is there already: give another --out, or --force to overwrite it")
+    out = _free_out(options, cut)
+    if options.dendrogram:
+        draw_dendrograms(trees, plan.threshold, options.dendrogram)
     save_network(out, cut.network, cut.widths)
     print(_report(plan, cut))
     print(f"written: {out}")
@@ -111,13 +108,26 @@ def _plan(
     )
 
 
-def _default_out(options: Namespace, cut: Cut) -> Path:
-    """Beside a checkpoint, or for a network by name in the working folder."""
+def _trees(
+    network: StoredNetwork, groups: list[ChannelGroup], plan: PrunePlan, clustering: dict[str, Any]
+) -> list[GroupCut]:
+    """The dendrograms that the plan was cut from."""
+    counts = plan.new_widths
+    return cup.cut_groups(network.model, groups, lambda group, tree: counts[group.name], cup.PlanOptions(**clustering))
+
+
+def _free_out(options: Namespace, cut: Cut) -> Path:
+    """Where to write: by default beside a checkpoint, and for a network by name in the working folder."""
     suffix = f"_fr{cut.reduction_after:.2f}.pt"
-    if options.weights is not None:
-        return Path(options.source.replace(":", "_") + suffix)
-    path = Path(options.source)
-    return path.with_name(path.stem + suffix)
+    if options.out is not None:
+        out = options.out
+    elif options.weights is not None:
+        out = Path(options.source.replace(":", "_") + suffix)
+    else:
+        out = Path(options.source).with_name(Path(options.source).stem + suffix)
+    if out.exists() and not options.force:
+        raise ConfigError(f"{out} is there already: give another --out, or --force to overwrite it")
+    return out
 
 
 def _report(plan: PrunePlan, cut: Cut) -> str:

@@ -79,7 +79,8 @@ def read_run(directory: Path) -> Run:
     by_kind = {kind: [e for e in events if e["event"] == kind] for kind in ("run", "epoch", "done")}
     if not by_kind["done"]:
         raise TrainError(f"the run in {directory} is not finished: start it again with the same command, it will go on")
-    return Run(directory.name, by_kind["run"][0], by_kind["epoch"], by_kind["done"][-1])
+    first = {"from": None, "gpu_hours_before": 0.0} | by_kind["run"][0]  # older logs know of no such start
+    return Run(directory.name, first, by_kind["epoch"], by_kind["done"][-1])
 
 
 # A saving is a difference of hours, so everything else that decides hours must be the same.

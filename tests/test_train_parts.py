@@ -290,7 +290,6 @@ def write_run(directory: Path, cup: bool, hours: float, reduction: float, epochs
     done = {"flops_reduction": reduction, "top1": 70.0, "top5": 90.0, "gpu_hours": hours, "device": "cuda"}
     setting = {"epochs": epochs, "batch_size": 256, "train_images": 1281167, "precision": "bf16", "loader": "dali"}
     setting |= {"world_size": 8, "devices": ["NVIDIA H100"] * 8}
-    start = {"from": None, "gpu_hours_before": 0.0} | start
     lines = [
         {"event": "run", "model": "resnet50", "cup": cup, **setting, **start},
         {"event": "epoch", **epoch},

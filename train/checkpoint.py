@@ -7,17 +7,19 @@ launch/prune.py writes is a network alone: no optimizer, and no configuration wh
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 import cup
 from cup import Complexity, CupError, PrunePlan
-from train.errors import ConfigError, TrainError
+from train.errors import TrainError
 from train.models import Architecture, build_model
 
 FORMAT = 2
@@ -114,7 +116,7 @@ def stored_plans(content: dict[str, Any]) -> list[PrunePlan]:
     return [PrunePlan.from_json(text) for text in json.loads(content["plans"])]
 
 
-def plans_to_store(plans: list[PrunePlan] | tuple[PrunePlan, ...]) -> str:
+def plans_to_store(plans: Sequence[PrunePlan]) -> str:
     return json.dumps([plan.to_json() for plan in plans])
 
 
@@ -148,7 +150,7 @@ def read_weights_file(path: Path) -> Weights:
     """Weights as torchvision and timm publish them: name -> tensor, a .safetensors file or one of torch.save.
 
     One level of wrapping ("state_dict" or "model") and DDP's prefix "module." are taken off. Raises CheckpointError
-    for anything else, ConfigError where safetensors is not installed.
+    for anything else.
     """
     content = _load_safetensors(path) if path.suffix == ".safetensors" else _load(path, "is no file of weights")
     if isinstance(content, dict) and "format" in content and "plans" in content:
@@ -172,11 +174,6 @@ def _load(path: Path, otherwise: str) -> Any:
 
 
 def _load_safetensors(path: Path) -> Weights:
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise ConfigError(f"{path}: needs safetensors, which is not installed: pip install safetensors") from error
     try:
         return load_file(path)
     except FileNotFoundError as error:
