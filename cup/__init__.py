@@ -4,7 +4,7 @@ Tensors and plain data in, plain data out: nothing here knows of ranks, files, l
 """
 
 from cup.carry import carry_ema, carry_optimizer
-from cup.complexity import Complexity, LayerCost, complexity, flops_after
+from cup.complexity import Complexity, LayerCost, complexity, complexity_after, flops_after
 from cup.describe import describe
 from cup.errors import CupError
 from cup.groups import ChannelGroup, Place
@@ -40,6 +40,7 @@ __all__ = [
     "carry_optimizer",
     "channel_groups",
     "complexity",
+    "complexity_after",
     "cut_groups",
     "describe",
     "flops_after",

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from cup.groups import Call, ChannelGroup, alive_after
-from cup.layers import CONVS, TRANSPOSED_CONVS
+from cup.groups import Call, ChannelGroup, alive_after, keep_masks
+from cup.layers import CONVS, TRANSPOSED_CONVS, find_layer, weight_of
 from cup.meta import meta_copy, meta_input
 from cup.plan import PrunePlan
 
@@ -61,15 +61,58 @@ def flops_after(model: nn.Module, groups: Sequence[ChannelGroup], plan: PrunePla
 
     now: `complexity` of the model as it is, at the input shape of the groups' trace. Nothing is run or changed.
     """
+    return now.flops + sum(flops for flops, _ in _changes(model, groups, plan, now).values())
+
+
+def complexity_after(model: nn.Module, groups: Sequence[ChannelGroup], plan: PrunePlan, now: Complexity) -> Complexity:
+    """What `complexity` will count once `plan` is applied; the arguments are those of `flops_after`."""
+    changes = _changes(model, groups, plan, now)
+    removed = _removed_parameters(model, groups, plan)
+    layers = []
+    for layer in now.layers:
+        flops, macs = changes.get(layer.name, (0, 0))
+        params = layer.params - removed.get(layer.name, 0)
+        layers.append(LayerCost(layer.name, layer.kind, layer.flops + flops, layer.macs + macs, params))
+    return Complexity(
+        layers=tuple(layers),
+        flops=sum(layer.flops for layer in layers),
+        macs=sum(layer.macs for layer in layers),
+        params=now.params - sum(removed.values()),
+    )
+
+
+def _changes(
+    model: nn.Module, groups: Sequence[ChannelGroup], plan: PrunePlan, now: Complexity
+) -> dict[str, tuple[int, int]]:
+    """Layer -> by how much its FLOPs and MACs change, for the layers that the plan touches."""
     network = groups[0].network
     alive = alive_after(groups, plan.kept)
     counted = {layer.name for layer in now.layers}  # auxiliary heads are traced, but not part of inference
-    change = 0
+    changes: dict[str, tuple[int, int]] = {}
     for call in network.calls:
-        if call.module in counted:
-            module = model.get_submodule(call.module)
-            change += _cost(module, *_shapes(call, alive))[0] - _cost(module, *_shapes(call, network.alive))[0]
-    return now.flops + change
+        before, after = _shapes(call, network.alive), _shapes(call, alive)
+        if call.module in counted and before != after:
+            layer, (flops, macs) = model.get_submodule(call.module), changes.get(call.module, (0, 0))
+            old, new = _cost(layer, *before), _cost(layer, *after)
+            changes[call.module] = (flops + new[0] - old[0], macs + new[1] - old[1])
+    return changes
+
+
+def _removed_parameters(model: nn.Module, groups: Sequence[ChannelGroup], plan: PrunePlan) -> dict[str, int]:
+    """Layer, or free parameter, -> how many of its parameters the plan removes."""
+    masks = keep_masks((group, plan.kept[group.name]) for group in groups if group.name in plan.removed)
+    removed = {}
+    for name in {name for name, _ in masks}:
+        layer = find_layer(model, name)
+        stays = {axis: masks[name, axis] for axis in ("in", "out") if (name, axis) in masks}
+        weight = weight_of(layer)
+        before = after = 0 if weight is None else weight.numel()
+        for mask in stays.values():
+            after = after // len(mask) * int(mask.sum())
+        if "out" in stays and getattr(layer, "bias", None) is not None:
+            before, after = before + len(stays["out"]), after + int(stays["out"].sum())
+        removed[name] = before - after
+    return removed
 
 
 def _shapes(call: Call, alive: np.ndarray) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from cup.cluster import ward_tree
 from cup.errors import CupError
 from cup.groups import ChannelGroup, Masks, Place
 from cup.layers import CONVS, find_layer, weight_dim
@@ -37,7 +38,8 @@ class Features:
     ) -> None:
         weights = _Weights(model)
         self._blocks = {group.name: list(_blocks(weights, group, variant, use_bias)) for group in groups}
-        self._known: dict[tuple[str, int], _Gram] = {}
+        self._grams: dict[tuple[str, int], _Gram] = {}
+        self._dendrograms: dict[str, Dendrogram] = {}
 
     def rows(self, group: ChannelGroup, masks: Masks | None = None) -> np.ndarray:
         """float64 (C, F): all features of the group's channels.
@@ -47,20 +49,31 @@ class Features:
         columns = [block.rows_CX[:, block.stays(masks)] for block in self._blocks[group.name]]
         return np.concatenate([np.empty((group.width, 0)), *columns], axis=1, dtype=np.float64)
 
-    def gram(self, group: ChannelGroup, masks: Masks | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Products of the centred rows, float64 (C, C), and the squared norms of the rows as they are, (C,).
+    def dendrogram(self, group: ChannelGroup, masks: Masks | None = None) -> "Dendrogram":
+        """Ward's tree over the group's channels. What a change of masks leaves as it was is not computed again."""
+        changed = [self._update(group, index, block, masks) for index, block in enumerate(self._blocks[group.name])]
+        if any(changed) or group.name not in self._dendrograms:
+            grams = [self._grams[group.name, index] for index in range(len(changed))]
+            products_CC = sum((gram.products_CC for gram in grams), np.zeros((group.width, group.width)))
+            squares_C = sum((gram.squares_C for gram in grams), np.zeros(group.width))
+            self._dendrograms[group.name] = Dendrogram(ward_tree(products_CC), squares_C)
+        return self._dendrograms[group.name]
 
-        What was asked before with the same masks is remembered.
-        """
-        products_CC, squares_C = np.zeros((group.width, group.width)), np.zeros(group.width)
-        for index, block in enumerate(self._blocks[group.name]):
-            stays = block.stays(masks)
-            known = self._known.get((group.name, index))
-            if known is None or not np.array_equal(known.stays, stays):
-                known = self._known[group.name, index] = _gram(block.rows_CX, stays)
-            products_CC += known.products_CC
-            squares_C += known.squares_C
-        return products_CC, squares_C
+    def _update(self, group: ChannelGroup, index: int, block: "_Block", masks: Masks | None) -> bool:
+        """Bring one block's products in line with the masks; returns whether they had to change."""
+        stays, known = block.stays(masks), self._grams.get((group.name, index))
+        if known is not None and np.array_equal(known.stays, stays):
+            return False
+        self._grams[group.name, index] = _gram(block.rows_CX, stays)
+        return True
+
+
+@dataclass(frozen=True, eq=False)
+class Dendrogram:
+    """A group's tree (SciPy's linkage matrix) and the squared norms of its channels' features, float64 (C,)."""
+
+    tree: np.ndarray
+    squares_C: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +95,8 @@ class _Block:
 
 @dataclass(frozen=True, eq=False)
 class _Gram:
+    """Of one block: inner products of the centred rows, and squared norms of the rows as they are."""
+
     stays: np.ndarray
     products_CC: np.ndarray
     squares_C: np.ndarray

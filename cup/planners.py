@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from torch import nn
 
-from cup.cluster import clusters_at, cut, representatives, ward_tree
+from cup.cluster import clusters_at, cut, representatives
 from cup.complexity import complexity, flops_after
 from cup.errors import CupError
 from cup.features import Features, FeatureVariant
@@ -146,10 +146,9 @@ def cut_groups(
     masks: Masks = {}
     cuts: list[GroupCut] = []
     for group in shrinkable:
-        products_CC, squares_C = features.gram(group, masks)
-        tree = ward_tree(products_CC)
-        labels_C = cut(tree, options.width(clusters(group, tree), group.width))
-        cuts.append(GroupCut(group, tree, labels_C, representatives(squares_C, labels_C)))
+        found = features.dendrogram(group, masks)
+        labels_C = cut(found.tree, options.width(clusters(group, found.tree), group.width))
+        cuts.append(GroupCut(group, found.tree, labels_C, representatives(found.squares_C, labels_C)))
         if options.sequential:
             add_masks(masks, group, cuts[-1].kept)
     return cuts

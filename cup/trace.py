@@ -43,6 +43,9 @@ def channel_groups(model: nn.Module, example_input: torch.Tensor | None = None) 
     return _Walk(graph, twin).groups(shape)
 
 
+_IS_OUTPUT = "it is an output of the network"
+
+
 class _Walk:
     """Visits every node once, in order; `channels` holds what is known of each value's channel axis."""
 
@@ -68,11 +71,12 @@ class _Walk:
         inputs = [self.channels[n] for n in node.all_input_nodes if self.channels[n] is not None]
         layer = self.layer_of[node]
         if node.op == "output":
-            self.labels.freeze(inputs, "it is an output of the network")
+            self.labels.freeze(inputs, _IS_OUTPUT)
             return None
         if shape_of(node) is None or node.op in ("placeholder", "get_attr"):
-            if node.meta.get("unknown"):  # several tensors in one value: a chunk, a split, attention
-                self.labels.freeze(inputs, f"{_title(node)} is not followed")
+            if node.meta.get("unknown"):  # several tensors in one value: a chunk, a split, attention, several heads
+                is_output = all(user.op == "output" for user in node.users)
+                self.labels.freeze(inputs, _IS_OUTPUT if is_output else f"{_title(node)} is not followed")
             return None  # the network's input, a free parameter, a size: no channels that could go
         if layer in self.shared:
             reason = f"{layer} is used more than once or shares a parameter"

@@ -10,10 +10,10 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.benches import resize
+from launch.benches import models, resize
 from train.cli import Parser, exit_code_of
 
-BENCHES = {"resize": resize}
+BENCHES = {"models": models, "resize": resize}
 
 
 def main(argv: list[str]) -> int:

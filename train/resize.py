@@ -101,7 +101,6 @@ class Resizer:
         """model: at full width. example_input: (1, channels, side, side); only its shape counts."""
         self.config = config
         self.last_epoch = min(config.last_epoch or epochs, epochs)
-        self.example_input = example_input
         self.groups = _groups(config, model, example_input)
         self.dense = self.now = cup.complexity(model, example_input)
         self.plans: list[PrunePlan] = []
@@ -177,6 +176,7 @@ class Resizer:
         return state_digest(state)
 
     def _apply(self, state: TrainState, plan: PrunePlan) -> None:
+        self.now = cup.complexity_after(state.model, self.groups, plan, self.now)
         resized = cup.apply_plan(state.model, plan, self.groups)
         cup.carry_optimizer(state.optimizer, resized)
         if self.config.momentum == "reset":
@@ -185,7 +185,6 @@ class Resizer:
             cup.carry_ema(state.ema, resized)
         self.groups = resized.groups
         self.plans.append(plan)
-        self.now = cup.complexity(state.model, self.example_input)
 
 
 def _groups(config: CupConfig, model: torch.nn.Module, example_input: torch.Tensor) -> list[cup.ChannelGroup]:

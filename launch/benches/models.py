@@ -1,0 +1,240 @@
+"""Many networks through all of cup: trace, plan to an FR, resize with momentum, masked twin, one training step."""
+
+import argparse
+import copy
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+import cup
+from cup.layers import find_layer, weight_dim
+from launch.benches.measure import machine, write_result
+from train.errors import TrainError
+from train.models import check_model_name
+
+TWIN_TOLERANCE = 1e-4
+"""Largest difference of the outputs to the masked twin's, relative to the largest output."""
+
+TIMM = tuple(
+    f"timm:{name}"
+    for name in (
+        *("resnet26d", "resnetv2_50", "seresnet50", "skresnet18", "res2net50_26w_4s", "resnest14d", "dla34", "dpn68"),
+        *(
+            "vovnet39a",
+            "ese_vovnet19b_dw",
+            "hrnet_w18_small",
+            "cspresnet50",
+            "cspdarknet53",
+            "densenet121",
+            "regnety_008",
+        ),
+        *("efficientnet_b0", "mobilenetv3_large_100", "repvgg_a2", "convnext_atto", "mixer_s32_224"),
+    )
+)
+"""Twenty convolutional networks of different families."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=["torchvision"],
+        metavar="NAME",
+        help="as in model.name; torchvision = all its classification models, timm = twenty of timm's families",
+    )
+    parser.add_argument("--reduction", type=float, default=2.0, metavar="FR", help="prune to this FR (default: 2)")
+    parser.add_argument("--scope", choices=("inner", "all"), default="inner", help="groups to prune (default: inner)")
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Run every network, print a row each and the table at the end, write the result."""
+    sets = {"torchvision": torchvision.models.list_models(module=torchvision.models), "timm": list(TIMM)}
+    names = [name for given in options.models for name in sets.get(given, [given])]
+    for name in names:
+        check_model_name(name)
+    rows = []
+    for name in names:
+        rows.append(run_model(name, options.reduction, options.scope))
+        print(f"{name}: {rows[-1].verdict}", flush=True)
+    _print_table(rows, options.reduction)
+    if options.out:
+        what = {"benchmark": "models", "reduction": options.reduction, "scope": options.scope}
+        machine_now = machine("torchvision", "timm", "scipy", "numpy")
+        write_result(options.out, {**what, "machine": machine_now, "rows": [asdict(row) for row in rows]})
+
+
+@dataclass
+class Row:
+    """What became of one network.
+
+    groups, prunable: channel groups in all, and those in scope. frozen: reason -> groups. side: of the input, pixels.
+    limit, reached: FR with one channel left of every prunable group, and FR of the plan. params: before and after.
+    twin_difference: of the outputs to the masked twin's, relative to the largest.
+    seconds: for trace, plan, and resize (apply and carry of momentum).
+    failure: what went wrong, or "".
+    """
+
+    name: str
+    side: int = 0
+    groups: int = 0
+    prunable: int = 0
+    frozen: dict[str, int] = field(default_factory=dict)
+    limit: float = 1.0
+    reached: float = 1.0
+    params: tuple[int, int] = (0, 0)
+    twin_difference: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)
+    failure: str = ""
+
+    @property
+    def verdict(self) -> str:
+        if self.failure:
+            return f"failed: {self.failure}"
+        return f"FR {self.reached:.2f} of at most {self.limit:.1f}, {sum(self.seconds.values()):.1f} s"
+
+
+def run_model(name: str, reduction: float, scope: str) -> Row:
+    """One network from its name to a training step after the resize. What fails is noted in the row."""
+    row = Row(name)
+    try:
+        _run(row, reduction, scope)
+    except Exception as error:  # whatever it is, the other networks' turn comes
+        row.failure = row.failure or f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return row
+
+
+def _run(row: Row, reduction: float, scope: str) -> None:
+    torch.manual_seed(0)
+    model, row.side = _build(row.name)
+    images = torch.randn(2, 3, row.side, row.side)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    _train_step(model, optimizer, images)  # fills the momentum and
+    clock = _Clock()
+    groups = cup.channel_groups(model, images)
+    clock.stop("trace")
+    row.groups, row.prunable = len(groups), len(cup.prunable_groups(groups, scope))
+    row.frozen = dict(Counter(group.frozen for group in groups if group.frozen))
+    cup.describe(model, images)
+    before = cup.complexity(model, images)
+    row.limit = before.flops / cup.flops_after(model, groups, _deepest(groups, scope), before)
+    clock.start()
+    plan = cup.plan_by_reduction(model, groups, reduction, scope=scope)
+    clock.stop("plan")
+    twin = _masked_twin(model, groups, plan)
+    clock.start()
+    resized = cup.apply_plan(model, plan, groups)
+    cup.carry_optimizer(optimizer, resized)
+    clock.stop("resize")
+    row.seconds = clock.seconds
+    after = cup.complexity(model, images)
+    row.reached, row.params = before.flops / after.flops, (before.params, after.params)
+    row.twin_difference = _difference(model, twin, images)
+    del twin
+    if not row.twin_difference <= TWIN_TOLERANCE:
+        row.failure = f"differs from its masked twin by {row.twin_difference:.1e}"
+    _train_step(model, optimizer, images)
+
+
+def _build(name: str) -> tuple[nn.Module, int]:
+    """A network with all its heads and random weights, and the smallest side that it was published with."""
+    if name.startswith("timm:"):
+        import timm
+
+        model = timm.create_model(name.removeprefix("timm:"))
+        return _without_chance(model), model.pretrained_cfg["input_size"][-1]
+    options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    published = torchvision.models.get_model_weights(name)
+    side = min((weights.transforms().crop_size[0] for weights in published), default=224)
+    return _without_chance(torchvision.models.get_model(name, **options)), side
+
+
+def _without_chance(model: nn.Module) -> nn.Module:
+    """Dropout and stochastic depth off, and norms whose entries differ, so that a wrong index shows."""
+    for module in model.modules():
+        if hasattr(module, "p") and isinstance(module.p, float):
+            module.p = 0.0
+        if (
+            isinstance(module, nn.modules.batchnorm._BatchNorm | nn.LayerNorm | nn.GroupNorm)
+            and module.weight is not None
+        ):
+            nn.init.uniform_(module.weight, 0.8, 1.2)
+            nn.init.uniform_(module.bias, -0.1, 0.1)
+    return model
+
+
+_NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
+
+
+def _deepest(groups: Sequence[cup.ChannelGroup], scope: str) -> cup.PrunePlan:
+    prunable = cup.prunable_groups(groups, scope)
+    return cup.PrunePlan({group.name: (0,) for group in prunable}, {group.name: group.width for group in prunable})
+
+
+def _masked_twin(model: nn.Module, groups: Sequence[cup.ChannelGroup], plan: cup.PrunePlan) -> nn.Module:
+    """The network at full width in which no layer hears the channels that go."""
+    twin = copy.deepcopy(model)
+    for group in groups:
+        gone = set(range(group.width)) - set(plan.kept.get(group.name, range(group.width)))
+        for place in group.consumers:
+            layer = find_layer(twin, place.module)
+            silent = [index for index, channel in enumerate(place.channel_of_index.tolist()) if channel in gone]
+            layer.weight.data.index_fill_(weight_dim(layer, "in"), torch.tensor(silent, dtype=torch.int64), 0.0)
+    return twin
+
+
+@torch.no_grad()
+def _difference(model: nn.Module, twin: nn.Module, images: torch.Tensor) -> float:
+    """In training mode, where batch norm keeps the signal alive after a deep cut, and in float64, so that only mistakes
+    count; the model comes back as float32.
+    """
+    found, wanted = (_heads(network.double().train()(images.double()))[0] for network in (model, twin))
+    model.float()
+    return float((found - wanted).abs().max() / wanted.abs().max())
+
+
+def _train_step(model: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor) -> None:
+    """One step on all heads; TrainError if it leaves a parameter that is not finite."""
+    labels = torch.zeros(len(images), dtype=torch.int64)
+    sum(F.cross_entropy(head, labels) for head in _heads(model.train()(images))).backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise TrainError("a training step left parameters that are not finite")
+
+
+def _heads(outputs: Any) -> list[torch.Tensor]:
+    """The logits, and those of auxiliary heads behind them."""
+    return [outputs] if isinstance(outputs, torch.Tensor) else [head for head in outputs if head is not None]
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.start()
+
+    def start(self) -> None:
+        self._started = time.perf_counter()
+
+    def stop(self, name: str) -> None:
+        self.seconds[name] = time.perf_counter() - self._started
+
+
+def _print_table(rows: Sequence[Row], reduction: float) -> None:
+    whole = [row for row in rows if not row.failure]
+    reached = sum(row.reached >= reduction for row in whole)
+    print("| model | input | groups | may shrink | limit | FR | parameters (M) | s | frozen, and why |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---|")
+    for row in rows:
+        print(
+            f"| {row.name} | {row.side} | {row.groups} | {row.prunable} | {row.limit:.1f} | {row.reached:.2f} |", end=""
+        )
+        print(f" {row.params[0] / 1e6:.1f} to {row.params[1] / 1e6:.1f} | {sum(row.seconds.values()):.1f} |", end="")
+        print(f" {row.failure or '; '.join(f'{count} {reason}' for reason, count in row.frozen.items())} |")
+    print(f"{len(whole)} of {len(rows)} pass, {reached} reach FR {reduction:g}")
