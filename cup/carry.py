@@ -11,13 +11,15 @@ def carry_optimizer(optimizer: torch.optim.Optimizer, resized: Resized) -> None:
     """Point the optimizer at the new parameters and slice its state along with them, in place.
 
     Every state tensor shaped like its parameter (momentum, Adam's moments) keeps the entries of the channels that
-    stay; numbers and tensors without dimensions (step counts) move over unchanged. The order of the parameter groups
-    and of the parameters in them stays. Parameters that the optimizer does not hold are passed over.
-    Raises CupError, with the optimizer left as it was, for state that is shaped otherwise.
+    stay; numbers and tensors of one element (step counts, trust ratios) move over unchanged. The order of the
+    parameter groups and of the parameters in them stays. Parameters that the optimizer does not hold are passed over.
+    Raises CupError, with the optimizer left as it was, for any other state: factored moments (Adafactor), histories
+    of the whole network (L-BFGS).
     """
+    _refuse_histories(optimizer)
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     changes = [change for change in resized.changes if id(change.old) in held]
-    carried = {id(change.old): _carried_state(optimizer.state.get(change.old, {}), change) for change in changes}
+    carried = {id(change.old): _carried_state(optimizer, change) for change in changes}
     new_parameter = {id(change.old): change.new for change in changes}
     for group in optimizer.param_groups:
         group["params"] = [new_parameter.get(id(parameter), parameter) for parameter in group["params"]]
@@ -36,16 +38,28 @@ def carry_ema(ema: nn.Module, resized: Resized) -> None:
     apply_plan(module, resized.plan, resized.groups_before)
 
 
-def _carried_state(state: dict, change: ParameterChange) -> dict:
+def _refuse_histories(optimizer: torch.optim.Optimizer) -> None:
+    """Lists of tensors in the state are about the network as a whole, whichever parameter they are stored under."""
+    for state in optimizer.state.values():
+        for key, value in state.items():
+            if isinstance(value, list | tuple | dict):
+                raise CupError(
+                    f"{type(optimizer).__name__} keeps a {type(value).__name__} in its state ({key!r}): only tensors "
+                    "and numbers of each parameter can be carried through a resize"
+                )
+
+
+def _carried_state(optimizer: torch.optim.Optimizer, change: ParameterChange) -> dict:
     carried = {}
-    for key, value in state.items():
-        if not isinstance(value, torch.Tensor) or value.dim() == 0:
+    for key, value in optimizer.state.get(change.old, {}).items():
+        if not isinstance(value, torch.Tensor) or value.numel() == 1:
             carried[key] = value
         elif value.shape == change.old.shape:
             carried[key] = select(value, change.axes)
         else:
             raise CupError(
-                f"optimizer state {key!r} of {change.name} has shape {tuple(value.shape)}, its parameter "
-                f"{tuple(change.old.shape)}: only state shaped like its parameter can be carried through a resize"
+                f"{type(optimizer).__name__} state {key!r} of {change.name} has shape {tuple(value.shape)}, its "
+                f"parameter {tuple(change.old.shape)}: only state shaped like its parameter can be carried through a "
+                "resize"
             )
     return carried

@@ -145,11 +145,11 @@ class _Walk:
         ]
 
     def _network(self, input_shape: tuple[int, ...], channel_of: np.ndarray) -> Network:
-        def axis(value: Channels | None) -> tuple[np.ndarray | None, int]:
-            return (None, 1) if value is None else (channel_of[value.labels_C], value.dim)
+        def numbers(value: Channels | None) -> np.ndarray | None:
+            return None if value is None else channel_of[value.labels_C]
 
         calls = tuple(
-            Call(layer, (1, *shape_of(read)[1:]), (1, *shape_of(written)[1:]), *axis(value), *axis(result))
+            Call(layer, (1, *shape_of(read)[1:]), (1, *shape_of(written)[1:]), numbers(value), numbers(result))
             for layer, read, value, written, result in self.calls
         )
         return Network(input_shape, calls, np.ones(channel_of.max(initial=-1) + 1, dtype=bool))

@@ -90,7 +90,16 @@ def _vgg16_bn() -> nn.Module:
     return model
 
 
+def _published(name: str) -> Callable[[], nn.Module]:
+    options = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}
+    return lambda: torchvision.models.get_model(name, num_classes=10, **options)
+
+
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    **{
+        name: (_published(name), (3, 64, 64)) for name in ("mobilenet_v2", "squeezenet1_1", "densenet121", "mnasnet0_5")
+    },
+    **{name: (_published(name), (3, 64, 64)) for name in ("efficientnet_b0", "regnet_y_400mf", "convnext_tiny")},
     "resnet18": (lambda: torchvision.models.resnet18(num_classes=10), (3, 32, 32)),
     "resnet50": (lambda: torchvision.models.resnet50(num_classes=10), (3, 32, 32)),
     "vgg16_bn": (_vgg16_bn, (3, 32, 32)),
