@@ -18,9 +18,10 @@ from scipy.sparse import csr_array
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from cup.errors import CupError
 from cup.groups import Call, ChannelGroup, alive_after, keep_masks
 from cup.layers import CONVS, TRANSPOSED_CONVS, find_layer, weight_of
-from cup.meta import meta_copy, meta_input
+from cup.meta import does_not_take, meta_copy, meta_input
 from cup.plan import PrunePlan
 
 OUTSIDE = "(products outside of layers)"
@@ -54,6 +55,7 @@ def complexity(model: nn.Module, example_input: torch.Tensor) -> Complexity:
     """Count `model` on one sample shaped like example_input (N, ...); the model is neither run nor changed.
 
     Layers stand in the order of their first call; products outside of layers are one more, named OUTSIDE, at the end.
+    Raises CupError if the model does not take such inputs.
     """
     return _count(meta_copy(model), meta_input(example_input.shape[1:], batch=1))
 
@@ -179,8 +181,11 @@ def _count(twin: nn.Module, sample: torch.Tensor) -> Complexity:
             module.register_forward_hook(count)
         if type(module) in _BATCH_NORMS:
             module.forward = lambda value: value  # shapes pass unchanged; torch's own meta kernel is slow Python
-    with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as products:
-        twin.eval()(sample)
+    try:
+        with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as products:
+            twin.eval()(sample)
+    except Exception as error:  # whatever a network's own code raises for a wrong shape
+        raise CupError(does_not_take(twin, sample.shape[1:], error)) from error
     outside = products.get_total_flops() // 2 - sum(cost.macs for cost in costs.values())
     if outside > 0:
         costs[OUTSIDE] = LayerCost(OUTSIDE, "products", 2 * outside, outside, 0)

@@ -111,6 +111,12 @@ def test_counting_neither_runs_nor_changes_the_model():
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_an_input_that_does_not_fit_is_an_error_of_one_line():
+    with pytest.raises(cup.CupError, match=r"LeNet does not take inputs of shape \(1, 40, 40\)") as caught:
+        cup.complexity(make_network("lenet")[0], torch.empty(1, 1, 40, 40))
+    assert "\n" not in str(caught.value)
+
+
 def test_a_shared_parameter_counts_once():
     model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
     model[1].weight = model[0].weight

@@ -222,6 +222,13 @@ class _Clock:
         self.seconds[name] = time.process_time() - self._started
 
 
+def _why_frozen(frozen: dict[str, int]) -> str:
+    """The three most frequent reasons with the groups that they freeze, and how many there are for other reasons."""
+    reasons = sorted(frozen, key=frozen.get, reverse=True)
+    others = sum(frozen[reason] for reason in reasons[3:])
+    return "; ".join([f"{frozen[reason]}: {reason}" for reason in reasons[:3]] + [f"{others} more"] * (others > 0))
+
+
 def _print_table(rows: Sequence[Row], reduction: float) -> None:
     whole = [row for row in rows if not row.failure]
     reached = sum(row.reached >= reduction for row in whole)
