@@ -17,7 +17,7 @@ import cup
 from cup.layers import find_layer, weight_dim
 from launch.benches.measure import machine, write_result
 from train.errors import TrainError
-from train.models import check_model_name
+from train.models import build_model, check_model_name, native_input_shape
 
 TWIN_TOLERANCE = 1e-4
 """Largest difference of the outputs to the masked twin's, relative to the largest output."""
@@ -104,8 +104,8 @@ def run_model(name: str, reduction: float, scope: str) -> Row:
 
 def _run(row: Row, reduction: float, scope: str) -> None:
     torch.manual_seed(0)
-    model, row.side = _build(row.name)
-    images = torch.randn(2, 3, row.side, row.side)
+    model, shape = _build(row.name)
+    row.side, images = shape[-1], torch.randn(2, *shape)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     _train_step(model, optimizer, images)  # fills the momentum and
     clock = _Clock()
@@ -136,17 +136,14 @@ def _run(row: Row, reduction: float, scope: str) -> None:
     _train_step(model, optimizer, images)
 
 
-def _build(name: str) -> tuple[nn.Module, int]:
-    """A network with all its heads and random weights, and the smallest side that it was published with."""
-    if name.startswith("timm:"):
-        import timm
-
-        model = timm.create_model(name.removeprefix("timm:"))
-        return _without_chance(model), model.pretrained_cfg["input_size"][-1]
+def _build(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
+    """A network with all its heads and random weights, and the smallest images that it was published for."""
+    if name not in torchvision.models.list_models(module=torchvision.models):
+        return _without_chance(build_model(name, num_classes=10)), native_input_shape(name)
     options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
     published = torchvision.models.get_model_weights(name)
     side = min((weights.transforms().crop_size[0] for weights in published), default=224)
-    return _without_chance(torchvision.models.get_model(name, **options)), side
+    return _without_chance(torchvision.models.get_model(name, **options)), (3, side, side)
 
 
 def _without_chance(model: nn.Module) -> nn.Module:
