@@ -152,6 +152,7 @@ def test_describe_prints_a_line_for_each_group_and_says_why():
         assert line.split()[:2] == [group.name, str(group.width)]
         assert group.frozen in line
         assert ("no: " in line) == bool(group.frozen)
+    assert "layer1.0.conv1  32 x 4 " in cup.describe(torchvision.models.resnext50_32x4d(), IMAGES)
     residual = cup.describe(torchvision.models.resnet18(), IMAGES)
     assert 'with scope "all" (residual)' in residual
 
