@@ -3,7 +3,7 @@
 Tensors and plain data in, plain data out: nothing here knows of ranks, files, logging or the clock.
 """
 
-from cup.carry import carry_ema, carry_optimizer
+from cup.carry import carry_ema, carry_optimizer, check_optimizer
 from cup.complexity import Complexity, LayerCost, complexity, complexity_after, flops_after
 from cup.describe import describe
 from cup.errors import CupError
@@ -39,6 +39,7 @@ __all__ = [
     "carry_ema",
     "carry_optimizer",
     "channel_groups",
+    "check_optimizer",
     "complexity",
     "complexity_after",
     "cut_groups",

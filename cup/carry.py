@@ -1,5 +1,7 @@
 """Carry what belongs to the parameters, optimizer state and moving averages, through a resize."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -11,19 +13,42 @@ def carry_optimizer(optimizer: torch.optim.Optimizer, resized: Resized) -> None:
     """Point the optimizer at the new parameters and slice its state along with them, in place.
 
     Every state tensor shaped like its parameter (momentum, Adam's moments) keeps the entries of the channels that
-    stay; numbers and tensors without dimensions (step counts) move over unchanged. The order of the parameter groups
-    and of the parameters in them stays. Parameters that the optimizer does not hold are passed over.
-    Raises CupError, with the optimizer left as it was, for state that is shaped otherwise.
+    stay; numbers and tensors of one element (step counts, trust ratios) move over unchanged. The order of the
+    parameter groups and of the parameters in them stays. Parameters that the optimizer does not hold are passed over.
+    Raises CupError, with the optimizer left as it was, where `check_optimizer` does.
     """
+    check_optimizer(optimizer)
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     changes = [change for change in resized.changes if id(change.old) in held]
-    carried = {id(change.old): _carried_state(optimizer.state.get(change.old, {}), change) for change in changes}
     new_parameter = {id(change.old): change.new for change in changes}
     for group in optimizer.param_groups:
         group["params"] = [new_parameter.get(id(parameter), parameter) for parameter in group["params"]]
     for change in changes:
-        if optimizer.state.pop(change.old, None) is not None:
-            optimizer.state[change.new] = carried[id(change.old)]
+        state = optimizer.state.pop(change.old, None)
+        if state is not None:
+            optimizer.state[change.new] = {key: _carried(value, change) for key, value in state.items()}
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Raise CupError if the optimizer keeps state that cannot go through a resize; to ask before the model is changed.
+
+    That is any tensor shaped unlike its parameter (Adafactor's factored moments), and any list of tensors (L-BFGS's
+    history of the whole network).
+    """
+    kind = type(optimizer).__name__
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, list | tuple | dict):
+                raise CupError(
+                    f"{kind} keeps a {type(value).__name__} in its state ({key!r}): only numbers and tensors shaped "
+                    "like their parameter can be carried through a resize"
+                )
+            if isinstance(value, torch.Tensor) and value.numel() != 1 and value.shape != parameter.shape:
+                raise CupError(
+                    f"{kind} keeps {key!r} of shape {tuple(value.shape)} for a parameter of shape "
+                    f"{tuple(parameter.shape)}: only numbers and tensors shaped like their parameter can be carried "
+                    "through a resize"
+                )
 
 
 def carry_ema(ema: nn.Module, resized: Resized) -> None:
@@ -36,16 +61,6 @@ def carry_ema(ema: nn.Module, resized: Resized) -> None:
     apply_plan(module, resized.plan, resized.groups_before)
 
 
-def _carried_state(state: dict, change: ParameterChange) -> dict:
-    carried = {}
-    for key, value in state.items():
-        if not isinstance(value, torch.Tensor) or value.dim() == 0:
-            carried[key] = value
-        elif value.shape == change.old.shape:
-            carried[key] = select(value, change.axes)
-        else:
-            raise CupError(
-                f"optimizer state {key!r} of {change.name} has shape {tuple(value.shape)}, its parameter "
-                f"{tuple(change.old.shape)}: only state shaped like its parameter can be carried through a resize"
-            )
-    return carried
+def _carried(value: Any, change: ParameterChange) -> Any:
+    shaped_alike = isinstance(value, torch.Tensor) and value.shape == change.old.shape
+    return select(value, change.axes) if shaped_alike else value

@@ -17,7 +17,9 @@ def ward_tree(products_CC: np.ndarray) -> np.ndarray:
     if len(products_CC) < 2:
         return np.empty((0, 4))
     squares_C = np.diag(products_CC)
-    squared_CC = squares_C[:, None] + squares_C[None, :] - 2 * products_CC
+    squared_CC = -2 * products_CC  # in place from here: a wide layer's matrices are large
+    squared_CC += squares_C[:, None]
+    squared_CC += squares_C
     squared = squareform(squared_CC, checks=False)
     return linkage(np.sqrt(np.maximum(squared, 0, out=squared), out=squared), "ward")
 

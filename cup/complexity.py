@@ -8,17 +8,20 @@ attention of a transformer), which the reference does not speak of, are counted 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from scipy.sparse import csr_array
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from cup.errors import CupError
 from cup.groups import Call, ChannelGroup, alive_after, keep_masks
 from cup.layers import CONVS, TRANSPOSED_CONVS, find_layer, weight_of
-from cup.meta import meta_copy, meta_input
+from cup.meta import does_not_take, meta_copy, meta_input
 from cup.plan import PrunePlan
 
 OUTSIDE = "(products outside of layers)"
@@ -52,6 +55,7 @@ def complexity(model: nn.Module, example_input: torch.Tensor) -> Complexity:
     """Count `model` on one sample shaped like example_input (N, ...); the model is neither run nor changed.
 
     Layers stand in the order of their first call; products outside of layers are one more, named OUTSIDE, at the end.
+    Raises CupError if the model does not take such inputs.
     """
     return _count(meta_copy(model), meta_input(example_input.shape[1:], batch=1))
 
@@ -61,12 +65,12 @@ def flops_after(model: nn.Module, groups: Sequence[ChannelGroup], plan: PrunePla
 
     now: `complexity` of the model as it is, at the input shape of the groups' trace. Nothing is run or changed.
     """
-    return now.flops + sum(flops for flops, _ in _changes(model, groups, plan, now).values())
+    return FlopsByWidths(model, groups, now).after(plan.kept)
 
 
 def complexity_after(model: nn.Module, groups: Sequence[ChannelGroup], plan: PrunePlan, now: Complexity) -> Complexity:
     """What `complexity` will count once `plan` is applied; the arguments are those of `flops_after`."""
-    changes = _changes(model, groups, plan, now)
+    changes = FlopsByWidths(model, groups, now).changes(plan.kept)
     removed = _removed_parameters(model, groups, plan)
     layers = []
     for layer in now.layers:
@@ -81,21 +85,66 @@ def complexity_after(model: nn.Module, groups: Sequence[ChannelGroup], plan: Pru
     )
 
 
-def _changes(
-    model: nn.Module, groups: Sequence[ChannelGroup], plan: PrunePlan, now: Complexity
-) -> dict[str, tuple[int, int]]:
-    """Layer -> by how much its FLOPs and MACs change, for the layers that the plan touches."""
-    network = groups[0].network
-    alive = alive_after(groups, plan.kept)
-    counted = {layer.name for layer in now.layers}  # auxiliary heads are traced, but not part of inference
-    changes: dict[str, tuple[int, int]] = {}
-    for call in network.calls:
-        before, after = _shapes(call, network.alive), _shapes(call, alive)
-        if call.module in counted and before != after:
-            layer, (flops, macs) = model.get_submodule(call.module), changes.get(call.module, (0, 0))
-            old, new = _cost(layer, *before), _cost(layer, *after)
-            changes[call.module] = (flops + new[0] - old[0], macs + new[1] - old[1])
-    return changes
+class FlopsByWidths:
+    """What the network would cost at other widths: each call's cost as a product of the channels it reads and writes.
+
+    Arguments as of `flops_after`. Built once for many plans; one evaluation is two sparse products.
+    """
+
+    def __init__(self, model: nn.Module, groups: Sequence[ChannelGroup], now: Complexity) -> None:
+        self._groups, self._now = groups, now
+        network = groups[0].network
+        counted = {layer.name for layer in now.layers}  # auxiliary heads are traced, but not part of inference
+        calls = [call for call in network.calls if call.module in counted]
+        self._names = [call.module for call in calls]
+        channels = len(network.alive)
+        self._reads, self._fixed_reads = _counting([call.reads for call in calls], channels)
+        self._writes, self._fixed_writes = _counting([call.writes for call in calls], channels)
+        self._rates = np.array([_rates(model.get_submodule(call.module), call) for call in calls], dtype=np.int64)
+        self._flops, self._macs = self._costs(network.alive)
+
+    def after(self, kept: Mapping[str, Sequence[int]]) -> int:
+        """FLOPs when of each named group only these channels are left."""
+        flops, _ = self._costs(alive_after(self._groups, kept))
+        return self._now.flops + int((flops - self._flops).sum())
+
+    def changes(self, kept: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, int]]:
+        """Layer -> by how much its FLOPs and its MACs change."""
+        flops, macs = self._costs(alive_after(self._groups, kept))
+        changes: dict[str, tuple[int, int]] = {}
+        for name, more_flops, more_macs in zip(self._names, flops - self._flops, macs - self._macs, strict=True):
+            before = changes.get(name, (0, 0))
+            changes[name] = (before[0] + int(more_flops), before[1] + int(more_macs))
+        return changes
+
+    def _costs(self, alive: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(flops, macs) of every call, int64."""
+        reads, writes = self._reads @ alive + self._fixed_reads, self._writes @ alive + self._fixed_writes
+        per_pair, per_written, beside = self._rates.T
+        macs = per_pair * reads * writes + per_written * writes
+        return 2 * macs + beside * writes, macs
+
+
+def _counting(axes: Sequence[np.ndarray | None], channels: int) -> tuple[csr_array, np.ndarray]:
+    """A matrix that counts each axis's living channels, and 1 for the axes where no channel can go."""
+    nothing = np.empty(0, dtype=np.int64)
+    columns = np.concatenate([nothing, *(axis for axis in axes if axis is not None)])
+    rows = np.repeat(np.arange(len(axes)), [0 if axis is None else len(axis) for axis in axes])
+    counts = csr_array((np.ones(len(rows), np.int64), (rows, columns)), shape=(len(axes), channels))
+    return counts, np.array([axis is None for axis in axes], dtype=np.int64)
+
+
+def _rates(layer: nn.Module, call: Call) -> tuple[int, int, int]:
+    """MACs for each pair of a read and a written channel, MACs and other FLOPs for each written channel.
+
+    An axis where no channel can go counts as one channel.
+    """
+    flops, macs = _cost(layer, call.input_shape, call.output_shape)
+    reads = 1 if call.reads is None else len(call.reads)
+    writes = 1 if call.writes is None else len(call.writes)
+    mixes = isinstance(layer, nn.Linear) or (isinstance(layer, CONVS) and layer.groups == 1)
+    beside = (flops - 2 * macs) // writes
+    return (macs // (reads * writes), 0, beside) if mixes else (0, macs // writes, beside)
 
 
 def _removed_parameters(model: nn.Module, groups: Sequence[ChannelGroup], plan: PrunePlan) -> dict[str, int]:
@@ -115,26 +164,15 @@ def _removed_parameters(model: nn.Module, groups: Sequence[ChannelGroup], plan: 
     return removed
 
 
-def _shapes(call: Call, alive: np.ndarray) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Input and output shape of the call when only the `alive` channels are left."""
-
-    def narrowed(shape: tuple[int, ...], channels: np.ndarray | None, dim: int) -> tuple[int, ...]:
-        return shape if channels is None else (*shape[:dim], int(alive[channels].sum()), *shape[dim + 1 :])
-
-    return (
-        narrowed(call.input_shape, call.reads, call.read_dim),
-        narrowed(call.output_shape, call.writes, call.write_dim),
-    )
-
-
 def _count(twin: nn.Module, sample: torch.Tensor) -> Complexity:
     """Run a meta twin once and add up what its modules see; the twin is used up."""
     names = {module: name for name, module in twin.named_modules()}
     costs: dict[str, LayerCost] = {}
 
-    def count(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    def count(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         name = names[module]
-        flops, macs = _cost(module, tuple(inputs[0].shape), tuple(output.shape))
+        counted = isinstance(module, _COUNTED)
+        flops, macs = _cost(module, tuple(inputs[0].shape), tuple(output.shape)) if counted else (0, 0)
         before = costs.get(name, LayerCost(name, type(module).__name__, 0, 0, _own_parameters(module)))
         costs[name] = LayerCost(name, before.kind, before.flops + flops, before.macs + macs, before.params)
 
@@ -143,8 +181,11 @@ def _count(twin: nn.Module, sample: torch.Tensor) -> Complexity:
             module.register_forward_hook(count)
         if type(module) in _BATCH_NORMS:
             module.forward = lambda value: value  # shapes pass unchanged; torch's own meta kernel is slow Python
-    with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as products:
-        twin.eval()(sample)
+    try:
+        with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as products:
+            twin.eval()(sample)
+    except Exception as error:  # whatever a network's own code raises for a wrong shape
+        raise CupError(does_not_take(twin, sample.shape[1:], error)) from error
     outside = products.get_total_flops() // 2 - sum(cost.macs for cost in costs.values())
     if outside > 0:
         costs[OUTSIDE] = LayerCost(OUTSIDE, "products", 2 * outside, outside, 0)

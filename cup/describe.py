@@ -8,7 +8,10 @@ from cup.trace import channel_groups
 
 
 def describe(model: nn.Module, example_input: torch.Tensor | None = None) -> str:
-    """One line a channel group: name, width, its layers, and whether and why it may shrink."""
+    """One line a channel group: name, width, its layers, and whether and why it may shrink.
+
+    A width of 32 x 4 means 32 channels of four filters each, bound together by a grouped convolution or group norm.
+    """
     rows = [("group", "width", "written by", "read by", "may shrink")]
     rows += [_row(group) for group in channel_groups(model, example_input)]
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
@@ -19,7 +22,9 @@ def describe(model: nn.Module, example_input: torch.Tensor | None = None) -> str
 
 def _row(group: ChannelGroup) -> tuple[str, str, str, str, str]:
     verdict = f"no: {group.frozen}" if group.frozen else "yes" if group.inner else 'with scope "all" (residual)'
-    return group.name, str(group.width), _names(group.producers), _names(group.consumers), verdict
+    filters = len(group.producers[0].channel_of_index) // group.width
+    width = str(group.width) if filters == 1 else f"{group.width} x {filters}"
+    return group.name, width, _names(group.producers), _names(group.consumers), verdict
 
 
 def _names(places: tuple[Place, ...]) -> str:

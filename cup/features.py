@@ -54,8 +54,10 @@ class Features:
         changed = [self._update(group, index, block, masks) for index, block in enumerate(self._blocks[group.name])]
         if any(changed) or group.name not in self._dendrograms:
             grams = [self._grams[group.name, index] for index in range(len(changed))]
-            products_CC = sum((gram.products_CC for gram in grams), np.zeros((group.width, group.width)))
-            squares_C = sum((gram.squares_C for gram in grams), np.zeros(group.width))
+            products_CC, squares_C = np.zeros((group.width, group.width)), np.zeros(group.width)
+            for gram in grams:
+                products_CC += gram.products_CC
+                squares_C += gram.squares_C
             self._dendrograms[group.name] = Dendrogram(ward_tree(products_CC), squares_C)
         return self._dendrograms[group.name]
 

@@ -22,16 +22,14 @@ class Call:
 
     input_shape, output_shape: of one sample with its batch dimension, (1, ...), at the widths of the trace.
     reads, writes: int64, the trace's number of the channel at each index of the input's and the output's channel
-        axis, which is dimension `read_dim` and `write_dim`; None where no channel can go.
+        axis; None where no channel can go.
     """
 
     module: str
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
     reads: np.ndarray | None
-    read_dim: int
     writes: np.ndarray | None
-    write_dim: int
 
 
 @dataclass(frozen=True, eq=False)

@@ -35,6 +35,15 @@ def meta_input(shape: Sequence[int], batch: int) -> torch.Tensor:
     return torch.empty((batch, *shape), device="meta")
 
 
+def does_not_take(model: nn.Module, shape: Sequence[int], error: Exception) -> str:
+    """The one line about a forward pass that failed on samples of this shape."""
+    return f"{type(model).__name__} does not take inputs of shape {tuple(shape)}: {first_line(error)}"
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
 def find_input_shape(model: nn.Module) -> tuple[int, ...]:
     """The shape of one sample that this network takes, by trying common ones. CupError if none fits."""
     twin = meta_copy(model).eval()

@@ -4,6 +4,7 @@ A planner never touches the model. It treats the groups in network order, one af
 computed from weights whose inputs the groups before it have already lost (paper, step 4).
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ import numpy as np
 from torch import nn
 
 from cup.cluster import clusters_at, cut, representatives
-from cup.complexity import complexity, flops_after
+from cup.complexity import FlopsByWidths, complexity
 from cup.errors import CupError
 from cup.features import Features, FeatureVariant
 from cup.groups import ChannelGroup, Masks, add_masks, check_groups
@@ -119,7 +120,7 @@ def plan_by_reduction(
     shallow, deep = search.bracket()
     if deep.reduction < target:
         return replace(deep.plan, note=f"FR {target:g} is out of reach: the deepest cut gives {deep.reduction:.3f}")
-    return deep.plan if search.is_near(deep) else search.between(shallow, deep)
+    return deep.plan if search.is_near(deep.reduction) else search.between(shallow, deep)
 
 
 def prunable_groups(groups: Iterable[ChannelGroup], scope: str = "inner") -> list[ChannelGroup]:
@@ -168,9 +169,10 @@ def _plan(cuts: Sequence[GroupCut], threshold: float | None = None) -> PrunePlan
 
 @dataclass(frozen=True, eq=False)
 class _Candidate:
-    """A plan and the FLOPs reduction that it leads to."""
+    """A plan, the cuts that it comes from, and the FLOPs reduction that it leads to."""
 
     plan: PrunePlan
+    cuts: list[GroupCut]
     reduction: float
 
 
@@ -189,69 +191,94 @@ class _Search:
         self.shrinkable = _some_prunable(groups, options.scope)
         self.floor = {group.name: self.options.width(1, group.width) for group in self.shrinkable}
         self.features = Features(model, self.shrinkable, options.features, options.use_bias)
-        self.now = complexity(model, meta_input(groups[0].network.input_shape, batch=1))
-        self.dense_flops = dense_flops or self.now.flops
+        now = complexity(model, meta_input(groups[0].network.input_shape, batch=1))
+        self.flops = FlopsByWidths(model, groups, now)
+        self.dense_flops = dense_flops or now.flops
 
-    def is_near(self, candidate: _Candidate) -> bool:
+    def is_near(self, reduction: float) -> bool:
         """At the target or above it by no more than the tolerance."""
-        return self.target <= candidate.reduction <= self.target * (1 + REDUCTION_TOLERANCE)
+        return self.target <= reduction <= self.target * (1 + REDUCTION_TOLERANCE)
 
     def bracket(self) -> tuple[_Candidate, _Candidate]:
         """Two cuts around the target, shallow below it and deep at or above it, near it or few channels apart.
 
-        deep falls short of the target only where the smallest widths there are do.
+        The trees of one trial, cut at other heights, tell about where the next trial should be. deep falls short of
+        the target only where the smallest widths there are do.
         """
-        low, high = 0.0, 1.0
-        shallow, deep = self._at_height(low), self._at_height(high)
-        while deep.reduction < self.target and deep.plan.new_widths != self.floor:
-            low, high, shallow, deep = high, 2 * high, deep, self._at_height(2 * high)
-        while not self.is_near(deep) and high - low > 1e-6 * high and _distance(shallow, deep) > self.options.round_to:
-            middle = (low + high) / 2
-            candidate = self._at_height(middle)
-            if candidate.reduction < self.target:
-                low, shallow = middle, candidate
+        low, shallow = 0.0, self._at_height(0.0)
+        high = 2 * max(done.tree[:, 2].max(initial=1.0) for done in shallow.cuts)
+        last, deep = shallow, self._at_height(high)
+        if deep.reduction < self.target:
+            return shallow, deep
+        for trial in itertools.count(1):
+            if (
+                self.is_near(deep.reduction)
+                or high - low <= 1e-6 * high
+                or _distance(shallow, deep) <= self.options.round_to
+            ):
+                return shallow, deep
+            halve = trial % 3 == 0  # so that the bracket closes even where the guesses creep up on the target
+            t = (low + high) / 2 if halve else self._guess(last.cuts, low, high)
+            last = self._at_height(t)
+            if last.reduction < self.target:
+                low, shallow = t, last
             else:
-                high, deep = middle, candidate
-        return shallow, deep
+                high, deep = t, last
+
+    def _guess(self, cuts: Sequence[GroupCut], low: float, high: float) -> float:
+        """The height between low and high at which these trees, as they are, would land inside the tolerance."""
+        inside = self.target * (1 + REDUCTION_TOLERANCE / 2)
+        first, last = low, high
+        for _ in range(20):
+            middle = (first + last) / 2
+            widths = {d.group.name: self.options.width(clusters_at(d.tree, middle), d.group.width) for d in cuts}
+            first, last = (middle, last) if self._reduction(widths) < inside else (first, middle)
+        margin = 0.01 * (high - low)  # the ends are known already
+        return min(max((first + last) / 2, low + margin), high - margin)
 
     def between(self, shallow: _Candidate, deep: _Candidate) -> PrunePlan:
-        """Walk from the shallow cut towards the deep one, one group a step, to the first plan near the target.
+        """Walk from the shallow cut's widths to the deep one's, one group a step, until they are near the target.
 
         Where one channel of a group is more than the tolerance, the walk goes on from below with the groups whose
-        channels cost less. If that does not land either, the nearest plan on the way is taken, with a note.
+        channels cost less. If that does not land either, the nearest widths on the way are taken, with a note.
         """
-        passed = [shallow]
+        passed = [shallow.plan.new_widths]
         for name, goal in deep.plan.new_widths.items():
-            while passed[-1].plan.new_widths[name] > goal and passed[-1].reduction < self.target:
+            while passed[-1][name] > goal and self._reduction(passed[-1]) < self.target:
                 passed.append(self._narrower(passed[-1], name, goal))
-        below = [candidate for candidate in passed if candidate.reduction < self.target][-1:]
-        while below and not self.is_near(passed[-1]):
+        below = [widths for widths in passed if self._reduction(widths) < self.target][-1:]
+        while below and not self.is_near(self._reduction(passed[-1])):
             steps = [self._narrower(below[0], name, self.floor[name]) for name in self.floor]
-            allowed = self.target * (1 + REDUCTION_TOLERANCE)
-            below = [step for step in steps if below[0].reduction < step.reduction <= allowed]
-            below = [max(below, key=lambda step: step.reduction)] if below else []
+            least, allowed = self._reduction(below[0]), self.target * (1 + REDUCTION_TOLERANCE)
+            below = [widths for widths in steps if least < self._reduction(widths) <= allowed]
+            below = [max(below, key=self._reduction)] if below else []
             passed += below
-        if self.is_near(passed[-1]):
-            return passed[-1].plan
-        nearest = min(passed, key=lambda candidate: abs(candidate.reduction - self.target))
-        if abs(nearest.reduction - self.target) <= self.target * REDUCTION_TOLERANCE:
-            return nearest.plan
-        return replace(nearest.plan, note=f"FR {nearest.reduction:.3f} is as near to {self.target:g} as widths allow")
+        nearest = passed[-1]
+        if not self.is_near(self._reduction(nearest)):
+            nearest = min(passed, key=lambda widths: abs(self._reduction(widths) - self.target))
+        return self._with_widths(nearest, shallow.plan.threshold)
 
-    def _narrower(self, candidate: _Candidate, name: str, floor: int) -> _Candidate:
-        """The candidate with one step less in one group, where it is not at its floor yet."""
-        counts = candidate.plan.new_widths
-        counts[name] = max(floor, counts[name] - self.options.round_to)
-        if counts == candidate.plan.new_widths:
-            return candidate
-        return self._candidate(lambda group, tree: counts[group.name], candidate.plan.threshold)
+    def _with_widths(self, widths: Mapping[str, int], t: float | None) -> PrunePlan:
+        found = self._candidate(lambda group, tree: widths[group.name], t)
+        if abs(found.reduction - self.target) <= self.target * REDUCTION_TOLERANCE:
+            return found.plan
+        return replace(found.plan, note=f"FR {found.reduction:.3f} is as near to {self.target:g} as widths allow")
+
+    def _narrower(self, widths: Mapping[str, int], name: str, floor: int) -> dict[str, int]:
+        """The widths with one step less in one group, where it is not at its floor yet."""
+        return {**widths, name: max(floor, widths[name] - self.options.round_to)}
+
+    def _reduction(self, widths: Mapping[str, int]) -> float:
+        """FR at these widths, whichever channels they are."""
+        return self.dense_flops / self.flops.after({name: range(width) for name, width in widths.items()})
 
     def _at_height(self, t: float) -> _Candidate:
         return self._candidate(lambda group, tree: clusters_at(tree, t), t)
 
     def _candidate(self, clusters: Callable[[ChannelGroup, np.ndarray], int], t: float | None) -> _Candidate:
-        plan = _plan(cut_groups(self.model, self.groups, clusters, self.options, self.features), t)
-        return _Candidate(plan, self.dense_flops / flops_after(self.model, self.groups, plan, self.now))
+        cuts = cut_groups(self.model, self.groups, clusters, self.options, self.features)
+        plan = _plan(cuts, t)
+        return _Candidate(plan, cuts, self.dense_flops / self.flops.after(plan.kept))
 
 
 def _distance(one: _Candidate, other: _Candidate) -> int:

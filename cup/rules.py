@@ -287,7 +287,7 @@ def _add(op: Operation, labels: Labels) -> Channels | None:
     """Addition and subtraction: of two tensors it is a residual, of a parameter or a number it is not."""
     value = _elementwise(op, labels)
     operands = [n for n in op.node.args[:2] if shape_of(n) is not None]
-    if len(operands) > 1 and all(n.op != "get_attr" for n in operands):
+    if len(operands) > 1 and not any(map(_parameter_read, operands)):
         labels.residual.extend(op.channels[n].labels_C for n in operands if op.channels[n] is not None)
     return value
 
@@ -300,7 +300,7 @@ def _elementwise(op: Operation, labels: Labels) -> Channels | None:
         return values[0]
     first, second = values
     for value, other in ((first, operands[1]), (second, operands[0])):
-        if value is not None and other.op == "get_attr":
+        if value is not None and _parameter_read(other) is not None:
             return _with_parameter(op, labels, value, other)
     same_axis = (
         first is not None
@@ -318,17 +318,25 @@ def _elementwise(op: Operation, labels: Labels) -> Channels | None:
 
 def _with_parameter(op: Operation, labels: Labels, value: Channels, operand: fx.Node) -> Channels | None:
     """A free parameter with an entry for each channel (a layer scale) goes along; a single number changes nothing."""
-    tensor, name = operator.attrgetter(operand.target)(op.model), operand.target
+    name = _parameter_read(operand).target
+    tensor, shape = operator.attrgetter(name)(op.model), shape_of(operand)
     if tensor.numel() == 1:
         return value
-    dim = value.dim - (len(op.output_shape) - tensor.dim())  # shapes are aligned at their ends
-    one_axis = dim >= 0 and tensor.shape[dim] == tensor.numel() == len(value.labels_C)
+    dim = value.dim - (len(op.output_shape) - len(shape))  # shapes are aligned at their ends
+    one_axis = dim >= 0 and shape[dim] == max(tensor.shape) == tensor.numel() == len(value.labels_C)
     readers = [n for n in op.node.graph.nodes if name in (m.target for m in n.all_input_nodes)]
     if not one_axis or not isinstance(tensor, nn.Parameter) or len(readers) > 1:
         labels.freeze([value], f"{op.name} combines it with {name}, which is not followed")
         return None
     labels.followers.append((name, value.labels_C))
     return value
+
+
+def _parameter_read(node: fx.Node) -> fx.Node | None:
+    """The node that reads a free parameter, or buffer: this one, or one that it views as (1, -1, 1, 1) or the like."""
+    if node.op == "call_method" and node.target in ("view", "reshape") and -1 in _view_sizes(node):
+        return _parameter_read(node.args[0])
+    return node if node.op == "get_attr" else None
 
 
 def _cat(op: Operation, labels: Labels) -> Channels | None:

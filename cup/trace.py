@@ -17,7 +17,7 @@ from torch import fx, nn
 from cup.errors import CupError
 from cup.groups import AxisName, Call, ChannelGroup, Network, Place
 from cup.labels import Channels, Labels
-from cup.meta import find_input_shape, meta_copy, meta_input
+from cup.meta import does_not_take, find_input_shape, first_line, meta_copy, meta_input
 from cup.rules import LAYER_FUNCTIONS, Operation, find_rule, freeze_what_is_counted, is_known, shape_of
 
 
@@ -34,12 +34,12 @@ def channel_groups(model: nn.Module, example_input: torch.Tensor | None = None) 
     try:
         graph = fx.GraphModule(twin, _Tracer().trace(twin))
     except Exception as error:  # torch.fx raises many types for what it cannot follow
-        raise CupError(f"torch.fx cannot trace {type(model).__name__}: {_first_line(error)}") from error
+        raise CupError(f"torch.fx cannot trace {type(model).__name__}: {first_line(error)}") from error
     try:
         with torch.no_grad(), torch.device("meta"):
             _Shapes(graph).run(meta_input(shape, batch=2))
     except Exception as error:
-        raise CupError(f"{type(model).__name__} does not take inputs of shape {shape}: {_first_line(error)}") from error
+        raise CupError(does_not_take(model, shape, error)) from error
     return _Walk(graph, twin).groups(shape)
 
 
@@ -145,11 +145,11 @@ class _Walk:
         ]
 
     def _network(self, input_shape: tuple[int, ...], channel_of: np.ndarray) -> Network:
-        def axis(value: Channels | None) -> tuple[np.ndarray | None, int]:
-            return (None, 1) if value is None else (channel_of[value.labels_C], value.dim)
+        def numbers(value: Channels | None) -> np.ndarray | None:
+            return None if value is None else channel_of[value.labels_C]
 
         calls = tuple(
-            Call(layer, (1, *shape_of(read)[1:]), (1, *shape_of(written)[1:]), *axis(value), *axis(result))
+            Call(layer, (1, *shape_of(read)[1:]), (1, *shape_of(written)[1:]), numbers(value), numbers(result))
             for layer, read, value, written, result in self.calls
         )
         return Network(input_shape, calls, np.ones(channel_of.max(initial=-1) + 1, dtype=bool))
@@ -239,7 +239,3 @@ def _title(node: fx.Node) -> str:
     if node.op == "call_module":
         return node.target
     return getattr(node.target, "__name__", str(node.target))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

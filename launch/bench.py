@@ -27,7 +27,6 @@ def _bench(argv: list[str]) -> None:
     measurements = parser.add_subparsers(dest="measurement", required=True, metavar="MEASUREMENT")
     for name, bench in BENCHES.items():
         own = measurements.add_parser(name, help=bench.__doc__.splitlines()[0])
-        own.add_argument("--rounds", type=int, default=10, metavar="N", help="measured rounds after one of warm-up")
         own.add_argument("--out", type=Path, metavar="FILE", help="write the numbers as JSON, with the machine's name")
         own.add_argument("--debug", action="store_true", help="show the traceback of an error")
         bench.add_arguments(own)

@@ -22,7 +22,7 @@ def main(argv: list[str]) -> int:
 
 def _evaluate(argv: list[str]) -> None:
     parser = Parser(prog="launch/evaluate.py", description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", type=Path, help="last.pt or best.pt of a run directory")
+    parser.add_argument("checkpoint", type=Path, help="of a run (last.pt, best.pt) or of launch/prune.py")
     parser.add_argument("--data", metavar="FOLDER", help="image folder (train/, val/) in place of the run's own")
     parser.add_argument("--batch-size", type=int, metavar="N", help="images a step in place of the run's own")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto = GPU if any")

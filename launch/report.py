@@ -30,7 +30,10 @@ from train.rundir import RunDir, read_log
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the savings table. hours: GPU hours (ranks x wall time on a CPU run)."""
+    """One line of the savings table.
+
+    hours: GPU hours (ranks x wall time on a CPU run), those of the training that a run started from included.
+    """
 
     name: str
     reduction: float
@@ -76,7 +79,8 @@ def read_run(directory: Path) -> Run:
     by_kind = {kind: [e for e in events if e["event"] == kind] for kind in ("run", "epoch", "done")}
     if not by_kind["done"]:
         raise TrainError(f"the run in {directory} is not finished: start it again with the same command, it will go on")
-    return Run(directory.name, by_kind["run"][0], by_kind["epoch"], by_kind["done"][-1])
+    first = {"from": None, "gpu_hours_before": 0.0} | by_kind["run"][0]  # older logs know of no such start
+    return Run(directory.name, first, by_kind["epoch"], by_kind["done"][-1])
 
 
 # A saving is a difference of hours, so everything else that decides hours must be the same.
@@ -87,12 +91,31 @@ def savings(runs: list[Run]) -> list[Row]:
     """One row a run. The saving is against the mean of the dense runs that are comparable, where there are any."""
     rows = []
     for run in runs:
-        dense = [r.done["gpu_hours"] for r in runs if not r.first["cup"] and _setting(r) == _setting(run)]
-        done, hours = run.done, run.done["gpu_hours"]
-        saving = 100 * (1 - hours / (sum(dense) / len(dense))) if dense and run.first["cup"] else None
-        name = f"{run.name}: {run.first['model']}, {'CUP-SS' if run.first['cup'] else 'dense'}"
+        dense = [r.done["gpu_hours"] for r in runs if _kind(r) == "dense" and _setting(r) == _setting(run)]
+        done, before, kind = run.done, run.first["gpu_hours_before"], _kind(run)
+        hours = done["gpu_hours"] + (before or 0.0)
+        known = dense and kind != "dense" and before is not None
+        saving = 100 * (1 - hours / (sum(dense) / len(dense))) if known else None
+        name = f"{run.name}: {run.first['model']}, {kind}"
         rows.append(Row(name, done["flops_reduction"], done["top1"], done["top5"], hours, saving, done["device"]))
     return rows
+
+
+def _kind(run: Run) -> str:
+    kind = "CUP-SS" if run.first["cup"] else "dense"
+    if run.first["from"] is None:
+        return kind
+    return "retrained" if kind == "dense" else f"{kind} on a cut network"
+
+
+def hours_note(run: Run) -> str:
+    """What the hours of a run that started from a checkpoint are made of; "" for any other."""
+    if run.first["from"] is None:
+        return ""
+    own, before = run.done["gpu_hours"], run.first["gpu_hours_before"]
+    if before is None:
+        return f"{run.name}: GPU hours of its own alone; nobody knows those of the weights in {run.first['from']}"
+    return f"{run.name}: {before:.4f} GPU hours went into {run.first['from']}, {own:.4f} into retraining it"
 
 
 def _setting(run: Run) -> list[Any]:
@@ -166,7 +189,9 @@ def _report(argv: list[str]) -> None:
         raise TrainError(f"cannot write the report to {options.out}: {error.strerror}") from error
     print(markdown(rows), end="")
     for run, row in zip(runs, ours, strict=True):
-        if run.first["cup"] and row.saving is None:
+        if note := hours_note(run):
+            print(note)
+        if _kind(run) != "dense" and row.saving is None and run.first["gpu_hours_before"] is not None:
             print(f"{run.name}: no saving, for no dense run among these has equal {', '.join(COMPARABLE)}")
     print(f"written: {', '.join(str(options.out / name) for name in ('savings.md', 'savings.csv', 'epochs.png'))}")
 

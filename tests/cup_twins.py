@@ -81,6 +81,33 @@ class SqueezeExcite(nn.Module):
         return self.fc(self.conv2(gate * x).mean((2, 3)))
 
 
+class ManyLayers(nn.Module):
+    """Layers that go by whole groups (group norm, grouped convolution), and some that are seldom seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 12, 3, padding=1, padding_mode="circular")
+        self.group_norm = nn.GroupNorm(4, 12)
+        self.prelu = nn.PReLU(12)
+        self.grouped = nn.Conv2d(12, 24, 3, padding=2, dilation=2, groups=4)
+        self.bn = nn.BatchNorm2d(24)
+        self.reduce = nn.Conv2d(24, 10, 2, stride=2)
+        self.up = nn.ConvTranspose2d(10, 8, 2, stride=2)
+        self.instance_norm = nn.InstanceNorm2d(8, affine=True, track_running_stats=True)
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, 8).view(8, 1, 1))
+        self.mix = nn.Conv1d(8, 9, 3, padding=1)
+        self.layer_norm = nn.LayerNorm(9)
+        self.widen = nn.Linear(9, 14)
+        self.narrow = nn.Linear(14, 6)
+        self.fc = nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.grouped(self.prelu(self.group_norm(self.stem(x))))
+        x = self.up(self.reduce(F.relu(self.bn(x))))
+        x = self.mix((self.instance_norm(x) * self.scale).flatten(2)).transpose(1, 2)
+        return self.fc(F.relu(self.narrow(F.gelu(self.widen(self.layer_norm(x))))).mean(1))
+
+
 def _vgg16_bn() -> nn.Module:
     """torchvision's VGG-16 with batch norm; its two hidden layers of 4096 are 48 wide here, to be quick."""
     model = torchvision.models.vgg16_bn(num_classes=10)
@@ -90,7 +117,18 @@ def _vgg16_bn() -> nn.Module:
     return model
 
 
+def _published(name: str) -> Callable[[], nn.Module]:
+    options = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}
+    return lambda: torchvision.models.get_model(name, num_classes=10, **options)
+
+
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    **{
+        name: (_published(name), (3, 64, 64)) for name in ("mobilenet_v2", "squeezenet1_1", "densenet121", "mnasnet0_5")
+    },
+    **{name: (_published(name), (3, 64, 64)) for name in ("mobilenet_v2", "mnasnet0_5", "efficientnet_b0")},
+    **{name: (_published(name), (3, 64, 64)) for name in ("squeezenet1_1", "googlenet", "resnext50_32x4d")},
+    **{name: (_published(name), (3, 64, 64)) for name in ("regnet_y_400mf", "convnext_tiny")},
     "resnet18": (lambda: torchvision.models.resnet18(num_classes=10), (3, 32, 32)),
     "resnet50": (lambda: torchvision.models.resnet50(num_classes=10), (3, 32, 32)),
     "vgg16_bn": (_vgg16_bn, (3, 32, 32)),
@@ -102,6 +140,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "mobile_like": (MobileLike, (3, 8, 8)),
     "dense_like": (DenseLike, (3, 8, 8)),
     "squeeze_excite": (SqueezeExcite, (3, 8, 8)),
+    "many_layers": (ManyLayers, (3, 8, 8)),
 }
 
 
@@ -213,17 +252,18 @@ def narrowed(
     name: str, tensor: torch.Tensor, groups: Sequence[ChannelGroup], kept: Mapping[str, Sequence[int]]
 ) -> torch.Tensor:
     """A parameter or buffer (or anything shaped like it) without the rows and columns of the channels that go."""
-    module = name.rpartition(".")[0]
+    owner = name.rpartition(".")[0]
     gone: dict[str, set[int]] = {"out": set(), "in": set()}
     for group in groups:
         for place in group.places:
-            if place.module == module and group.name in kept:
+            if place.module in (owner, name) and group.name in kept:
                 stay = {*kept[group.name], -1}
                 gone[place.axis] |= {i for i, c in enumerate(place.channel_of_index.tolist()) if c not in stay}
-    if tensor.dim() > 0 and gone["out"]:
-        tensor = tensor[[i for i in range(len(tensor)) if i not in gone["out"]]]
-    if tensor.dim() > 1 and gone["in"]:
-        tensor = tensor[:, [i for i in range(tensor.shape[1]) if i not in gone["in"]]]
+    rows, columns = ("in", "out") if name == "up.weight" else ("out", "in")  # of the one transposed convolution
+    if tensor.dim() > 0 and gone[rows]:
+        tensor = tensor[[i for i in range(len(tensor)) if i not in gone[rows]]]
+    if tensor.dim() > 1 and gone[columns]:
+        tensor = tensor[:, [i for i in range(tensor.shape[1]) if i not in gone[columns]]]
     return tensor
 
 

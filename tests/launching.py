@@ -1,4 +1,4 @@
-"""Start real runs of launch/*.py, on one process or under torchrun, and read what they left."""
+"""Start real runs, in this process or as launch/*.py, alone or under torchrun, and read what they left."""
 
 import os
 import signal
@@ -7,12 +7,34 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+
+import cup
+from train.checkpoint import StoredNetwork, save_network
+from train.config import parse_config
+from train.ledger import Ledger
+from train.models import Architecture, build_model, native_input_shape
+from train.run import run
+from train.rundir import read_log
+from train.world import World
 
 ROOT = Path(__file__).resolve().parents[1]
 SEEN_BY_RANKS = {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
 TINY = ROOT / "tests" / "tiny.yaml"
+ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
+
+
+def train(root: Path, **changes: object) -> list[dict]:
+    """Run tests/tiny.yaml with overrides in this process and return its log; __ in their names stands for the dot."""
+    overrides = options(**changes)[2:]
+    done = run(parse_config([*overrides, "--run.root", str(root)], "train.py", str(TINY)), ALONE, Ledger())
+    return read_log(Path(done["directory"]) / "log.jsonl")
+
+
+def events(log: list[dict], kind: str) -> list[dict]:
+    return [event for event in log if event["event"] == kind]
 
 
 def options(**changes: object) -> list[str]:
@@ -63,3 +85,14 @@ def write_image_folder(root: Path, classes: int = 3, train: int = 16, val: int =
                 pixels = generator.integers(0, 60, (side, side, 3)) + 60 * label
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.jpg", quality=95)
     return root
+
+
+def write_network(path: Path, name: str = "lenet", num_classes: int = 10, seed: int = 0) -> StoredNetwork:
+    """A checkpoint of an untrained network, as launch/prune.py writes one, and what is in it."""
+    torch.manual_seed(seed)
+    model = build_model(name, num_classes)
+    architecture = Architecture(name=name, num_classes=num_classes, input_shape=native_input_shape(name))
+    dense = cup.complexity(model, architecture.example_input())
+    network = StoredNetwork(architecture, dense, model, plans=(), config=None, gpu_hours=2.0)
+    save_network(path, network, widths={})
+    return network

@@ -9,6 +9,25 @@ from cup_twins import assert_close, make_network, narrowed, plan_of, random_kept
 
 import cup
 
+
+class Lamb(torch.optim.Optimizer):
+    """Adam whose step is scaled by a trust ratio of each parameter, which it keeps as a tensor of one element."""
+
+    def __init__(self, params, foreach=False):
+        super().__init__(params, {"lr": 1e-3})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if not state:
+                    state |= {"step": 0, "exp_avg": torch.zeros_like(parameter), "trust_ratio": torch.ones(1)}
+                state["step"] += 1
+                state["exp_avg"].lerp_(parameter.grad, 0.1)
+                parameter.sub_(state["exp_avg"] * state["trust_ratio"].to(parameter), alpha=group["lr"])
+
+
 MAKERS = {
     "SGD": lambda p, **k: torch.optim.SGD(p, lr=0.01, momentum=0.9, weight_decay=1e-4, **k),
     "SGD nesterov": lambda p, **k: torch.optim.SGD(p, lr=0.01, momentum=0.9, nesterov=True, **k),
@@ -17,6 +36,8 @@ MAKERS = {
     "RMSprop": lambda p, **k: torch.optim.RMSprop(p, lr=1e-3, momentum=0.9, **k),
     "NAdam": lambda p, **k: torch.optim.NAdam(p, lr=1e-3, **k),
     "Adagrad": lambda p, **k: torch.optim.Adagrad(p, lr=1e-3, **k),
+    "Adadelta": lambda p, **k: torch.optim.Adadelta(p, lr=1e-3, **k),
+    "LAMB-like": lambda p, **k: Lamb(p, **k),
 }
 WAYS = {"plain": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
 FUSED = ("SGD", "SGD nesterov", "Adam", "AdamW", "Adagrad")
@@ -80,7 +101,7 @@ def test_state_is_sliced_like_its_parameter_and_the_next_step_equals_the_masked_
             assert found.keys() == expected.keys()
             for key, value in expected.items():
                 if isinstance(value, torch.Tensor):
-                    assert_close(found[key], narrowed(name, value, groups, kept) if value.dim() else value)
+                    assert_close(found[key], narrowed(name, value, groups, kept) if value.numel() > 1 else value)
                 else:
                     assert found[key] == value
 
@@ -176,12 +197,33 @@ def test_a_scheduler_on_the_optimizer_goes_on_working():
 def test_state_that_cannot_be_mapped_is_an_error_and_leaves_the_optimizer_alone(steps):
     """Adafactor keeps row and column sums, which are shaped unlike their parameter."""
     model, groups, optimizer, _ = trained("dense_like", lambda m: torch.optim.Adafactor(m.parameters()), steps)
-    resized = cup.apply_plan(model, plan_of(groups, random_kept(groups)), groups)
     before = snapshot(optimizer)
+    with pytest.raises(cup.CupError, match="row_var"):
+        cup.check_optimizer(optimizer)  # before the model is changed
+    resized = cup.apply_plan(model, plan_of(groups, random_kept(groups)), groups)
     with pytest.raises(cup.CupError, match="row_var") as caught:
         cup.carry_optimizer(optimizer, resized)
     assert "\n" not in str(caught.value)
     assert_same_snapshot(snapshot(optimizer), before)
+
+
+def test_a_history_of_the_whole_network_cannot_be_mapped():
+    """L-BFGS keeps it under its first parameter, which the resize may not even touch."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3)
+
+    def loss():
+        optimizer.zero_grad()
+        value = model(torch.eye(3)).square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    resized = cup.apply_plan(model, cup.plan_by_counts(model, cup.channel_groups(model), {"1": 2}))
+    with pytest.raises(cup.CupError, match="LBFGS keeps a list in its state"):
+        cup.carry_optimizer(optimizer, resized)
+    assert optimizer.param_groups[0]["params"][2] is resized.changes[0].old
 
 
 def test_one_bad_entry_at_the_end_leaves_the_optimizer_alone():

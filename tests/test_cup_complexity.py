@@ -45,6 +45,7 @@ HAND_COUNTED = {
     "conv without bias": (nn.Conv2d(3, 4, 3, padding=1, bias=False), (3, 8, 8), 2 * CONV_MACS, CONV_MACS, 3 * 4 * 9),
     "strided conv": (nn.Conv2d(3, 4, 3, 2, 1, bias=False), (3, 8, 8), CONV_MACS // 2, CONV_MACS // 4, 3 * 4 * 9),
     "depthwise": (nn.Conv2d(4, 4, 3, padding=1, groups=4, bias=False), (4, 8, 8), 2 * 9 * 4 * 64, 9 * 4 * 64, 36),
+    "transposed conv": (nn.ConvTranspose2d(4, 3, 2, 2), (4, 8, 8), 2 * 4 * 3 * 4 * 64 + 3 * 256, 4 * 3 * 4 * 64, 51),
     "linear": (nn.Linear(7, 5), (7,), 2 * 35 + 5, 35, 40),
     "linear on tokens": (nn.Linear(7, 5, bias=False), (6, 7), 2 * 6 * 35, 6 * 35, 35),
     "batch norm": (nn.BatchNorm2d(4), (4, 8, 8), 2 * 4 * 64, 0, 8),
@@ -57,6 +58,27 @@ HAND_COUNTED = {
         *(2 * (2 * 81 * 64 + 3 * 64) + 2 * 6 + 2, 2 * 81 * 64 + 6, 81 + 3 + 6 + 2),
     ),
 }
+
+
+class Attention(nn.Module):
+    """Products outside of layers: q k^T, its product with v, and a linear layer called as a function."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(6, 18)
+        self.project = nn.Parameter(torch.zeros(6, 6))
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return F.linear(torch.softmax(q @ k.transpose(1, 2), -1) @ v, self.project)
+
+
+def test_products_outside_of_layers_count():
+    cost = cup.complexity(Attention(), torch.empty(1, 5, 6))
+    outside = 5 * 5 * 6 * 2 + 5 * 6 * 6
+    assert cost.macs == 5 * 6 * 18 + outside
+    assert cost.flops == 2 * cost.macs + 5 * 18
+    assert cost.layers[-1].macs == outside
 
 
 @pytest.mark.parametrize("case", list(HAND_COUNTED))
@@ -89,6 +111,12 @@ def test_counting_neither_runs_nor_changes_the_model():
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_an_input_that_does_not_fit_is_an_error_of_one_line():
+    with pytest.raises(cup.CupError, match=r"LeNet does not take inputs of shape \(1, 40, 40\)") as caught:
+        cup.complexity(make_network("lenet")[0], torch.empty(1, 1, 40, 40))
+    assert "\n" not in str(caught.value)
+
+
 def test_a_shared_parameter_counts_once():
     model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
     model[1].weight = model[0].weight
@@ -100,6 +128,7 @@ def test_a_shared_parameter_counts_once():
     [
         *(("lenet", "inner"), ("mlp", "inner"), ("resnet20_cifar", "inner"), ("vgg16_cifar", "inner")),
         *(("resnet18", "all"), ("mobile_like", "all"), ("dense_like", "all"), ("squeeze_excite", "all")),
+        *(("many_layers", "all"), ("resnext50_32x4d", "inner"), ("efficientnet_b0", "all"), ("convnext_tiny", "all")),
     ],
 )
 def test_costs_after_a_plan_are_what_the_resized_network_counts(name, scope):

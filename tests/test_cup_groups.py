@@ -152,6 +152,7 @@ def test_describe_prints_a_line_for_each_group_and_says_why():
         assert line.split()[:2] == [group.name, str(group.width)]
         assert group.frozen in line
         assert ("no: " in line) == bool(group.frozen)
+    assert "layer1.0.conv1  32 x 4 " in cup.describe(torchvision.models.resnext50_32x4d(), IMAGES)
     residual = cup.describe(torchvision.models.resnet18(), IMAGES)
     assert 'with scope "all" (residual)' in residual
 
@@ -247,6 +248,7 @@ FROZEN = {
     "feeds what is used twice": (use_twice, "a", "more than once"),
     "input of a grouped convolution": (lambda s, x: s.head(s.grouped(s.custom(s.a(x)))), "grouped", "grouped"),
     "parameter read twice": (lambda s, x: s.head(s.b(s.a(x) * s.scale + s.scale)), "a", "scale"),
+    "parameter in a fixed view": (lambda s, x: s.head(s.b(s.a(x) * s.scale.view(1, 8, 1, 1))), "a", "mul"),
     "parameter over pixels": (lambda s, x: s.head(s.b(s.a(x) * s.scale.squeeze())), "a", "mul"),
     "layer norm over pixels": (lambda s, x: s.head(s.b(s.layer_norm(s.a(x)))), "a", "layer_norm"),
     "width of another layer": (lambda s, x: s.fc(s.a(x).mean(3).view(-1, s.b(wide(x)).size(1))), "b", "view"),
@@ -293,6 +295,7 @@ FOLLOWED = {
     "prelu": lambda s, x: s.head(s.b(s.prelu_one(s.prelu(s.a(x))))),
     "transposed convolution": lambda s, x: s.head(s.down(F.relu(s.up(s.a(x))))),
     "layer scale": lambda s, x: s.head(s.b(s.scale * s.a(x))),
+    "layer scale in a view": lambda s, x: s.head(s.b(s.a(x).mul(s.scale.reshape(1, -1, 1, 1)))),
     "subclasses of layers": lambda s, x: s.head(s.b(s.own_norm(s.own_conv(s.a(x))))),
     "tokens": lambda s, x: s.fc(s.embed(tokens(s, x))[:, 0]),
     "squeezed": lambda s, x: s.fc(F.adaptive_avg_pool2d(s.a(x), 1).squeeze(-1).squeeze(-1)),

@@ -22,10 +22,13 @@ def prune_by_oracle(model, images, groups, kept):
         graph.get_pruning_group(layer, prune, idxs=gone).prune()
 
 
+@pytest.mark.filterwarnings("ignore:Unwrapped parameters detected")
 @pytest.mark.parametrize(
     ("name", "scope"),
     [
-        *(("resnet18", "inner"), ("resnet18", "all"), ("vgg16_bn", "inner")),
+        *(("resnet18", "inner"), ("resnet18", "all"), ("resnet50", "all"), ("vgg16_bn", "inner")),
+        *(("mobilenet_v2", "all"), ("squeezenet1_1", "inner"), ("googlenet", "inner"), ("mnasnet0_5", "all")),
+        *(("efficientnet_b0", "inner"), ("convnext_tiny", "inner")),
         *(("vgg16_cifar", "inner"), ("resnet20_cifar", "inner"), ("lenet", "inner"), ("mlp", "inner")),
         ("dense_like", "all"),
     ],

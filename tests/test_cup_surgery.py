@@ -24,8 +24,9 @@ import cup
 CUTS = [
     *(("resnet18", "inner"), ("resnet18", "all"), ("resnet50", "inner"), ("resnet50", "all"), ("vgg16_bn", "inner")),
     *(("vgg16_cifar", "inner"), ("resnet20_cifar", "inner"), ("lenet", "inner"), ("mlp", "inner")),
-    *(("mobile_like", "all"), ("dense_like", "all"), ("squeeze_excite", "all")),
+    *(("mobile_like", "all"), ("dense_like", "all"), ("squeeze_excite", "all"), ("many_layers", "all")),
 ]
+QUICK = [cut for cut in CUTS if cut[0] not in ("vgg16_bn", "vgg16_cifar", "resnet50")]
 
 
 def traced(name, seed=0, precise=True):
@@ -42,7 +43,7 @@ def assert_same_outputs(model, twin, images):
             assert_close(model.train(train)(images), twin.train(train)(images))
 
 
-@pytest.mark.parametrize(("name", "scope"), CUTS)
+@pytest.mark.parametrize(("name", "scope"), [*CUTS, ("regnet_y_400mf", "all")])
 def test_random_cuts_equal_the_masked_twin_in_eval_and_in_train_mode(name, scope):
     model, images, groups = traced(name)
     kept = random_kept(groups, seed=3, scope=scope)
@@ -74,10 +75,7 @@ def test_single_precision_is_as_good_as_single_precision_gets():
         assert_close(model(images), twin(images))
 
 
-STEPPED = [cut for cut in CUTS if cut[0] not in ("vgg16_bn", "vgg16_cifar", "resnet50")]
-
-
-@pytest.mark.parametrize(("name", "scope"), CUTS)
+@pytest.mark.parametrize(("name", "scope"), QUICK)
 def test_one_sgd_step_after_a_resize_equals_the_narrowed_step_of_the_masked_twin(name, scope):
     model, images, groups = traced(name)
     labels = torch.tensor([0, 3, 1, 2])
@@ -112,7 +110,7 @@ def test_one_sgd_step_after_a_resize_equals_the_narrowed_step_of_the_masked_twin
 # --- groups after surgery ---
 
 
-@pytest.mark.parametrize(("name", "scope"), STEPPED)
+@pytest.mark.parametrize(("name", "scope"), QUICK)
 def test_groups_after_each_of_three_resizes_equal_a_fresh_trace(name, scope):
     model, images, groups = traced(name, precise=False)
     for seed in range(3):
@@ -192,6 +190,18 @@ def test_dtype_memory_format_and_requires_grad_are_kept(dtype, layout):
         assert buffer.dtype == (torch.int64 if "num_batches" in name else dtype)
 
 
+def test_hooks_are_kept():
+    """Of the modules, and of the tensors that are replaced."""
+    model, images, groups = traced("lenet", precise=False)
+    seen = []
+    model.conv1.register_forward_hook(lambda module, inputs, output: seen.append("module"))
+    model.conv1.weight.register_hook(lambda gradient: seen.append(("gradient", len(gradient))))
+    model.conv1.weight.register_post_accumulate_grad_hook(lambda weight: seen.append(("accumulated", len(weight))))
+    cup.apply_plan(model, cup.plan_by_counts(model, groups, {"conv1": 4}), groups)
+    model(images).sum().backward()
+    assert seen == ["module", ("gradient", 4), ("accumulated", 4)]
+
+
 def test_layers_say_their_new_widths():
     model, _, groups = traced("mobile_like", precise=False)
     cup.apply_plan(model, plan_of(groups, {"stem": (0,), "expand": (1, 2, 11), "project": (4, 7)}), groups)
@@ -218,7 +228,7 @@ def test_batch_norm_without_weights_or_statistics_is_resized():
 # --- shrink_to ---
 
 
-@pytest.mark.parametrize(("name", "scope"), STEPPED)
+@pytest.mark.parametrize(("name", "scope"), QUICK)
 def test_shrink_to_gives_the_plans_shapes_and_the_stored_weights_load(name, scope):
     model, images, groups = traced(name, precise=False)
     plan = plan_of(groups, random_kept(groups, scope=scope))

@@ -6,16 +6,25 @@ import pytest
 import torch
 from launching import ROOT
 
+import cup
+
 README = (ROOT / "README.md").read_text()
+LIBRARY = (ROOT / "cup" / "README.md").read_text()
 
 
 def test_the_example_of_pruning_in_a_training_loop_runs(capsys: pytest.CaptureFixture):
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (example,) = re.findall(r"```python\n(.*?)```", LIBRARY, re.DOTALL)
     torch.manual_seed(0)
     names: dict = {}
     exec(example, names)
     dense = names["cup"].complexity(names["torchvision"].models.resnet18(num_classes=10), names["images"]).flops
     assert dense / int(capsys.readouterr().out) == pytest.approx(1.25**2, rel=0.02)
+
+
+def test_every_public_name_of_the_library_is_explained():
+    functions = [name for name in cup.__all__ if callable(getattr(cup, name))]
+    results = {"ParameterChange", "LayerCost", "Place", "GroupCut", "Complexity"}  # of functions that are explained
+    assert [name for name in functions if name not in LIBRARY and name not in results] == []
 
 
 def test_the_files_that_it_names_exist():

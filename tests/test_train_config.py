@@ -41,6 +41,8 @@ def test_a_recipe_replaces_the_default_one(tmp_path: Path):
         (["--cup.target_reduction", "null"], ["cup.target_reduction", "None", "ramp: reduction needs it"]),
         (["--cup.target_reduction", "much"], ["cup.target_reduction", "'much'", "a number or null"]),
         (["--model.name", "resnet51"], ["model.name", "'resnet51'", "resnet50"]),
+        (["--model.from", ""], ["model.from", "''", "a checkpoint file"]),
+        (["--model.from_", "cut.pt"], ["model.from_", "unknown key", "did you mean model.from?"]),
         (["--data.path", ""], ["data.path", "''", "a folder"]),
         (["--cup.last_epoch", "7"], ["cup.last_epoch", "7", "up to train.epochs (3)"]),
         (["--cup.enabled", "perhaps"], ["cup.enabled", "'perhaps'", "true or false"]),
@@ -114,6 +116,25 @@ def test_a_setting_without_effect_is_named():
 def test_plain_form_and_back():
     config = parse()
     assert config_from_dict(yaml.safe_load(yaml.safe_dump(config.to_dict()))) == config
+
+
+def test_model_from_is_called_so_wherever_a_user_meets_it(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """`from` is a keyword of Python; nobody should notice."""
+    config = parse("--model.from", "cut.pt", "--model.name", "null")
+    assert (config.model.name, config.model.from_) == (None, "cut.pt")
+    assert config.to_dict()["model"] == {"name": None, "from": "cut.pt"}
+    assert config_from_dict(config.to_dict()) == config
+    (tmp_path / "mine.yaml").write_text("model:\n  from: cut.pt\n")
+    assert parse("--config", str(tmp_path / "mine.yaml")).model == config.model
+    for option in ("--help", "--print_config"):
+        with pytest.raises(SystemExit):
+            parse("--model.from", "cut.pt", option)
+        printed = capsys.readouterr().out
+        assert "from_" not in printed and ("--model.from FROM" in printed or "\n  from: cut.pt\n" in printed)
+
+
+def test_without_a_name_and_a_file_the_network_is_resnet50():
+    assert parse("--model.name", "null").model.name == "resnet50"
 
 
 def test_differing_keys_are_named_with_both_values():

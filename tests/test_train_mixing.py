@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train_run import numbers, train
+from launching import train
+from test_train_run import numbers
 
 from train.mixing import build_mixing
 from train.resize import Resizer

@@ -18,7 +18,7 @@ from train.ledger import Ledger
 from train.models import build_model
 from train.optim import OptimConfig, build_optimizer, learning_rate, zero_momentum
 from train.precision import Precision
-from train.rundir import choose_run_dir, read_log
+from train.rundir import RunDir, create_run_dir, find_run_dir, read_log
 from train.sinks import JsonLines
 from train.world import World
 
@@ -183,6 +183,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, 
         save_checkpoint(path, {"epoch": 2})
     monkeypatch.undo()
     assert load_checkpoint(path)["epoch"] == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
 
 
 class Payload:
@@ -211,6 +212,13 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path, damage):
 def config_in(root: Path, **changes: str) -> RunConfig:
     overrides = [text for key, value in changes.items() for text in (f"--{key.replace('__', '.')}", value)]
     return parse_config([*overrides, "--run.root", str(root)], "train.py", str(TINY))
+
+
+def choose_run_dir(config: RunConfig) -> RunDir:
+    """What a run does at its start."""
+    run_dir = find_run_dir(config)
+    create_run_dir(run_dir, config)
+    return run_dir
 
 
 def finish(path: Path) -> None:
@@ -274,8 +282,8 @@ def test_two_processes_cannot_write_one_log(tmp_path: Path):
     assert read_log(tmp_path / "log.jsonl") == []
 
 
-def write_run(directory: Path, cup: bool, hours: float, reduction: float, epochs: int = 1) -> Path:
-    """A finished run of one epoch, as its log tells it."""
+def write_run(directory: Path, cup: bool, hours: float, reduction: float, epochs: int = 1, **start: object) -> Path:
+    """A finished run of one epoch, as its log tells it. start: the checkpoint that it started from, and its hours."""
     directory.mkdir(parents=True)
     epoch = {"epoch": 1, "threshold": None, "flops_reduction": reduction, "top1": 70.0}
     epoch["seconds"] = dict.fromkeys(("data_wait", "step", "resize", "resize_warmup"), 1.0)
@@ -283,7 +291,7 @@ def write_run(directory: Path, cup: bool, hours: float, reduction: float, epochs
     setting = {"epochs": epochs, "batch_size": 256, "train_images": 1281167, "precision": "bf16", "loader": "dali"}
     setting |= {"world_size": 8, "devices": ["NVIDIA H100"] * 8}
     lines = [
-        {"event": "run", "model": "resnet50", "cup": cup, **setting},
+        {"event": "run", "model": "resnet50", "cup": cup, **setting, **start},
         {"event": "epoch", **epoch},
         {"event": "done", **done},
     ]
@@ -310,6 +318,27 @@ def test_the_report_gives_no_saving_against_a_run_of_another_length(tmp_path: Pa
     assert report.main([str(dense), str(shrunk), "--out", str(tmp_path / "out")]) == 0
     assert "| shrunk: resnet50, CUP-SS | 2.20 | 70.00 | 90.00 | 54.48 |  |" in (tmp_path / "out/savings.md").read_text()
     assert "shrunk: no saving" in capsys.readouterr().out
+
+
+def test_the_report_adds_retraining_to_the_training_before_it(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """A retrained run never shrinks, yet it is no dense run to measure savings against."""
+    dense = write_run(tmp_path / "dense", cup=False, hours=60.0, reduction=1.0)
+    start = {"from": "cut.pt", "gpu_hours_before": 60.0}
+    retrained = write_run(tmp_path / "retrained", cup=False, hours=30.0, reduction=2.2, **start)
+    again = write_run(tmp_path / "again", cup=True, hours=30.0, reduction=2.2, **start)
+    foreign = write_run(
+        tmp_path / "foreign", cup=False, hours=30.0, reduction=2.2, **start | {"gpu_hours_before": None}
+    )
+    runs = [str(run) for run in (dense, retrained, again, foreign)]
+    assert report.main([*runs, "--out", str(tmp_path / "out")]) == 0
+    table = (tmp_path / "out/savings.md").read_text()
+    assert "| dense: resnet50, dense | 1.00 | 70.00 | 90.00 | 60.00 |  |" in table
+    assert "| retrained: resnet50, retrained | 2.20 | 70.00 | 90.00 | 90.00 | -50.0 |" in table
+    assert "| again: resnet50, CUP-SS on a cut network | 2.20 | 70.00 | 90.00 | 90.00 | -50.0 |" in table
+    assert "| foreign: resnet50, retrained | 2.20 | 70.00 | 90.00 | 30.00 |  |" in table
+    out = capsys.readouterr().out
+    assert "retrained: 60.0000 GPU hours went into cut.pt, 30.0000 into retraining it" in out
+    assert "foreign: GPU hours of its own alone" in out
 
 
 def test_the_report_refuses_what_is_no_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -6,31 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import TINY, write_image_folder
+from launching import ALONE, TINY, events, train, write_image_folder
 from torch import nn
 
 from cup import CupError
 from train.config import parse_config
 from train.errors import TrainError
-from train.ledger import Ledger
 from train.optim import learning_rate
 from train.resize import Resizer
-from train.run import evaluate_checkpoint, run
+from train.run import evaluate_checkpoint
 from train.rundir import read_log
-from train.world import World
-
-ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
-
-
-def train(root: Path, **changes: object) -> list[dict]:
-    """Run tests/tiny.yaml with overrides and return its log."""
-    overrides = [text for key, value in changes.items() for text in (f"--{key.replace('__', '.')}", str(value))]
-    done = run(parse_config([*overrides, "--run.root", str(root)], "train.py", str(TINY)), ALONE, Ledger())
-    return read_log(Path(done["directory"]) / "log.jsonl")
-
-
-def events(log: list[dict], kind: str) -> list[dict]:
-    return [event for event in log if event["event"] == kind]
 
 
 def numbers(log: list[dict]) -> list[tuple]:

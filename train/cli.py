@@ -41,6 +41,17 @@ def exit_code_of(action: Callable[[], None], debug: bool) -> int:
     return 0
 
 
+def positive_int(text: str) -> int:
+    """The `type` of an option that counts something."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}, allowed: a whole number from 1")
+    return value
+
+
 def _ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 

@@ -6,7 +6,9 @@ line that names the key, the value found and what is allowed.
 
 import dataclasses
 import difflib
+import keyword
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -58,12 +60,25 @@ class RunOptions:
 class ModelConfig:
     """The network."""
 
-    name: str = "resnet50"
-    """A classification model of torchvision, timm:NAME, lenet, mlp, vgg16_cifar, or resnet20_cifar (32, 44, 56)."""
+    name: str | None = None
+    """A classification model of torchvision, timm:NAME, lenet, mlp, vgg16_cifar, or resnet20_cifar (32, 44, 56).
+    null = the network in model.from; resnet50 without."""
+    from_: str | None = field(
+        default=None,
+        metadata={
+            "help": "Checkpoint to start from, usually one that launch/prune.py wrote: its network at its widths, with "
+            "its weights; everything else begins anew. null = the full network, freshly initialised."
+        },
+    )
 
     def __post_init__(self) -> None:
-        """Raises ConfigError for a name that nobody knows."""
-        check_model_name(self.name)
+        """Raises ConfigError for a name that nobody knows, ValueError for an empty file name."""
+        if self.from_ == "":
+            raise ValueError("from: found '', allowed: a checkpoint file, or null")
+        if self.name is None and self.from_ is None:
+            object.__setattr__(self, "name", "resnet50")
+        if self.name is not None:
+            check_model_name(self.name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +131,7 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain data, as YAML and JSON hold it."""
-        return _plain(dataclasses.asdict(self))
+        return {section: _renamed(_plain(values), _key) for section, values in dataclasses.asdict(self).items()}
 
 
 def build_parser(prog: str, default_config: str) -> ArgumentParser:
@@ -131,7 +146,8 @@ def build_parser(prog: str, default_config: str) -> ArgumentParser:
     )
     parser.add_argument("--config", action="config", help="Recipe, a YAML file; launch/configs/ holds some.")
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error that has one line else.")
-    parser.add_class_arguments(RunConfig, None)
+    for section in dataclasses.fields(RunConfig):
+        _add_section(parser, section)
     return parser
 
 
@@ -153,7 +169,8 @@ def config_from_dict(values: dict[str, dict[str, Any]]) -> RunConfig:
     sections = {}
     for section in dataclasses.fields(RunConfig):
         try:
-            sections[section.name] = section.default_factory().__class__(**_tuples(values[section.name]))
+            named = _renamed(_tuples(values[section.name]), _field_name)
+            sections[section.name] = section.default_factory(**named)
         except ValueError as error:
             raise ConfigError(f"{section.name}.{error}") from error
         except (KeyError, TypeError) as error:
@@ -174,6 +191,29 @@ def differing_keys(one: dict[str, Any], other: dict[str, Any], prefix: str = "")
         elif ours != theirs:
             different.append(f"{name} ({theirs!r} there, {ours!r} now)")
     return different
+
+
+def _add_section(parser: ArgumentParser, section: dataclasses.Field) -> None:
+    """The options of one owner's dataclass. jsonargparse cannot rename a field, so renamed ones are added by hand."""
+    renamed = [f for f in _fields(section) if _key(f.name) != f.name]
+    parser.add_class_arguments(section.default_factory, section.name, skip={f.name for f in renamed})
+    for f in renamed:
+        parser.groups[section.name].add_argument(
+            f"--{section.name}.{_key(f.name)}", type=f.type, default=f.default, help=f.metadata["help"]
+        )
+
+
+def _key(field_name: str) -> str:
+    """What the user calls a field: `from` is a keyword of Python, so the field is `from_`."""
+    return field_name.removesuffix("_")
+
+
+def _field_name(key: str) -> str:
+    return f"{key}_" if keyword.iskeyword(key) else key
+
+
+def _renamed(values: dict[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
+    return {rename(key): value for key, value in values.items()}
 
 
 def _plain(value: Any) -> Any:
@@ -202,7 +242,7 @@ def _one_line(message: str, argv: list[str]) -> str:
 
 
 def _unknown_key(key: str) -> str:
-    known = [f"{section.name}.{f.name}" for section in dataclasses.fields(RunConfig) for f in _fields(section)]
+    known = [f"{section.name}.{_key(f.name)}" for section in dataclasses.fields(RunConfig) for f in _fields(section)]
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     group = [name for name in known if name.split(".")[0] == key.split(".")[0]]
     allowed = ", ".join(group) if group else ", ".join(section.name + ".*" for section in dataclasses.fields(RunConfig))
@@ -217,7 +257,7 @@ def _fields(section: dataclasses.Field) -> tuple[dataclasses.Field, ...]:
 def _allowed(section: str, name: str) -> str:
     """The type of a setting in words."""
     owner = next(f.default_factory for f in dataclasses.fields(RunConfig) if f.name == section)
-    return _in_words(get_type_hints(owner)[name])
+    return _in_words(get_type_hints(owner)[_field_name(name)])
 
 
 def _in_words(kind: Any) -> str:

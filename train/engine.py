@@ -91,6 +91,8 @@ class Progress:
     step: int = 0
     """Optimizer steps made."""
     resizes: int = 0
+    gpu_hours_before: float | None = 0.0
+    """Spent on the weights before this run started from them; None where nobody knows."""
     best_top1: float = -1.0
     best_top5: float = -1.0
     last_line: dict[str, Any] = field(default_factory=dict)

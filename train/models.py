@@ -1,5 +1,6 @@
 """Networks by name: torchvision's, timm's, and the paper's small ones."""
 
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
@@ -8,6 +9,22 @@ import torchvision
 from torch import nn
 
 from train.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """Which network, before any channel is gone: enough to build it again.
+
+    input_shape: one image as the network takes it, (channels, height, width).
+    """
+
+    name: str
+    num_classes: int
+    input_shape: tuple[int, int, int]
+
+    def example_input(self) -> torch.Tensor:
+        """A zero image, (1, channels, height, width)."""
+        return torch.zeros(1, *self.input_shape)
 
 
 def build_model(name: str, num_classes: int) -> nn.Module:
@@ -37,6 +54,18 @@ def check_model_name(name: str) -> None:
             f"model.name: found {name!r}, allowed: {', '.join(_OWN)}, timm:NAME, or a classification model of "
             "torchvision such as resnet18, resnet34, resnet50, vgg16_bn"
         )
+
+
+def native_input_shape(name: str) -> tuple[int, int, int]:
+    """The images that the network called `name` was made for: (channels, height, width)."""
+    check_model_name(name)
+    if name in ("lenet", "mlp"):
+        return 1, 28, 28
+    if name in _OWN:
+        return 3, 32, 32
+    if name.startswith("timm:"):
+        return tuple(_timm().get_pretrained_cfg(name.removeprefix("timm:")).input_size)
+    return (3, 299, 299) if name == "inception_v3" else (3, 224, 224)
 
 
 class CifarResNet(nn.Module):

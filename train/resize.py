@@ -176,6 +176,7 @@ class Resizer:
         return state_digest(state)
 
     def _apply(self, state: TrainState, plan: PrunePlan) -> None:
+        cup.check_optimizer(state.optimizer)
         self.now = cup.complexity_after(state.model, self.groups, plan, self.now)
         resized = cup.apply_plan(state.model, plan, self.groups)
         cup.carry_optimizer(state.optimizer, resized)

@@ -12,27 +12,31 @@ from typing import Any
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from cup import Complexity, channel_groups, complexity
-from data import DataError, Loader, build_loaders, prepare_data, train_size
+from cup import REDUCTION_TOLERANCE, Complexity, complexity, has_reached
+from data import DataConfig, DataError, Loader, build_loaders, prepare_data, train_size
 from data.images import exclude_file
 from train.checkpoint import (
     CheckpointError,
+    StoredNetwork,
     load_checkpoint,
     load_network,
+    load_weights,
     plans_to_store,
     save_checkpoint,
+    stored_architecture,
     stored_plans,
+    stored_weights,
 )
 from train.config import RunConfig, config_from_dict
 from train.engine import Evaluation, Progress, Trainer, evaluate, fit
-from train.errors import TrainError
+from train.errors import ConfigError, TrainError
 from train.ledger import Ledger
 from train.mixing import build_mixing
-from train.models import build_model
+from train.models import Architecture, build_model
 from train.optim import build_optimizer
 from train.precision import Precision
 from train.resize import Resizer
-from train.rundir import RunDir, choose_run_dir
+from train.rundir import RunDir, create_run_dir, find_run_dir
 from train.sinks import ConsoleSink, JsonLines, Sinks, TensorBoard
 from train.state import MEMORY_FORMAT, TrainState, state_digest
 from train.world import World
@@ -40,15 +44,20 @@ from train.world import World
 
 def run(config: RunConfig, world: World, ledger: Ledger) -> dict[str, Any]:
     """Train as `config` says; returns the closing event. All ranks call it. Raises train/world.py's USER_ERRORS."""
+    run_dir = RunDir(Path(world.on_rank_zero(lambda: str(find_run_dir(config).path))))
+    stored = _load_stored(run_dir, world)
+    source = _load_source(config, world) if stored is None else None
+    config = _with_model_name(config, stored or source)
     world.on_rank_zero(lambda: prepare_data(config.data))
     trainer = world.together(lambda: _build_trainer(config, world, ledger))
-    # Only now, so that a run that cannot start leaves no directory that the corrected one would stumble over.
-    run_dir = RunDir(Path(world.on_rank_zero(lambda: str(choose_run_dir(config).path))))
-    trainer.save = lambda trainer, is_best: _save(config, trainer, run_dir, is_best)
-    stored = _load_stored(run_dir, world)
     notes = config.without_effect() + _excluded(config, trainer)
     if stored is not None:
         notes += world.together(lambda: _restore(trainer, stored))
+    elif source is not None:
+        notes += world.together(lambda: _start_from(trainer, source, config))
+    # Only now, so that a run that cannot start leaves no directory that the corrected one would stumble over.
+    world.on_rank_zero(lambda: create_run_dir(run_dir, config))
+    trainer.save = lambda trainer, is_best: _save(config, trainer, run_dir, is_best)
     _check_equal(trainer.state, world)
     trainer.state.parallel = world.wrap(trainer.state.model)
     trainer.sinks = world.together(lambda: _open_sinks(run_dir, world, trainer.progress, stored))
@@ -71,37 +80,64 @@ def evaluate_checkpoint(
 ) -> tuple[Evaluation, Complexity]:
     """Exact accuracy of the stored network at its stored widths, and its cost. All ranks call it.
 
-    data_path, batch_size: in place of the stored ones. Raises train/world.py's USER_ERRORS.
+    data_path, batch_size: in place of the run's own. Raises train/world.py's USER_ERRORS.
     """
-    stored = world.together(lambda: load_checkpoint(path))
-    config = config_from_dict(stored["config"])
-    changes = {"path": data_path, "batch_size": batch_size}
-    data = dataclasses.replace(config.data, **{key: value for key, value in changes.items() if value is not None})
-    config = dataclasses.replace(config, data=data)
-    model = build_model(config.model.name, stored["num_classes"])
-    world.together(lambda: load_network(model, stored, example_input(config)))
+    stored = world.together(lambda: load_network(path))
+    architecture, model = stored.architecture, stored.model
+    config = _evaluation_config(path, stored, {"path": data_path, "batch_size": batch_size})
     _, val_loader = world.together(lambda: _loaders(config, world))
-    if val_loader.num_classes != stored["num_classes"]:
-        raise TrainError(f"{data.path} has {val_loader.num_classes} classes, the network {stored['num_classes']}")
+    if val_loader.num_classes != architecture.num_classes:
+        raise TrainError(
+            f"{config.data.path} has {val_loader.num_classes} classes, the network {architecture.num_classes}"
+        )
     if val_loader.num_excluded and world.is_main:
         warnings.warn(
-            f"{data.path}: {val_loader.num_excluded} validation images are excluded and not counted", stacklevel=2
+            f"{config.data.path}: {val_loader.num_excluded} validation images are excluded and not counted",
+            stacklevel=2,
         )
     model.to(world.device, memory_format=MEMORY_FORMAT)
     try:
         result = evaluate(model, val_loader, Precision(config.train.precision, world.device), world)
     finally:
         val_loader.close()
-    return result, complexity(model, example_input(config))
+    return result, complexity(model, architecture.example_input())
 
 
-def example_input(config: RunConfig, size: int | None = None) -> torch.Tensor:
-    """A zero image of the shape that the loaders deliver, (1, channels, size, size); only its shape is used.
+def _evaluation_config(path: Path, stored: StoredNetwork, data_changes: dict[str, Any]) -> RunConfig:
+    """What decides an evaluation: the run's own settings, or the usual ones where no run trained the weights."""
+    changes = {key: value for key, value in data_changes.items() if value is not None}
+    if stored.config is not None:
+        config = config_from_dict(stored.config)
+    elif "path" in changes:
+        channels, side, _ = stored.architecture.input_shape
+        # ImageNet's custom: the centre 224 of 256 pixels; small images have no margin to spare.
+        margin = side // 7 if side >= 224 else 0
+        config = RunConfig(data=DataConfig(channels=channels, image_size=side, resize_size=side + margin))
+    else:
+        raise ConfigError(
+            f"{path} was made from published weights, and no run says on which images: give --data FOLDER"
+        )
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **changes))
 
-    size: side in pixels, that of validation if not given.
-    """
-    size = size or config.data.image_size
-    return torch.zeros(1, config.data.channels, size, size)
+
+def _load_source(config: RunConfig, world: World) -> dict[str, Any] | None:
+    """The checkpoint that a new run starts from, on every rank; None for one from scratch."""
+    if config.model.from_ is None:
+        return None
+    return world.together(lambda: load_checkpoint(Path(config.model.from_)))
+
+
+def _with_model_name(config: RunConfig, begun: dict[str, Any] | None) -> RunConfig:
+    """The configuration with the name of the network that a checkpoint holds, where there is one to go on from."""
+    if begun is None:
+        return config
+    name = stored_architecture(begun).name
+    if config.model.name not in (None, name):
+        raise ConfigError(
+            f"model.name: found {config.model.name}, but {config.model.from_} holds {name}; allowed: {name}, or "
+            "null, which takes what the file holds"
+        )
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, name=name))
 
 
 def _build_trainer(config: RunConfig, world: World, ledger: Ledger) -> Trainer:
@@ -109,10 +145,13 @@ def _build_trainer(config: RunConfig, world: World, ledger: Ledger) -> Trainer:
     train_loader, val_loader = _loaders(config, world)
     torch.manual_seed(config.run.seed)  # the same initial weights on every rank
     on_gpu = world.device.type == "cuda"
-    model = build_model(config.model.name, train_loader.num_classes)
-    resizer = Resizer(config.cup, model, example_input(config), config.train.epochs)
+    architecture = _architecture(config, train_loader.num_classes)
+    model = build_model(architecture.name, architecture.num_classes)
+    resizer = Resizer(config.cup, model, architecture.example_input(), config.train.epochs)
     if config.data.start_size:  # says so if the network does not take the smallest images
-        channel_groups(model, example_input(config, train_size(config.data, 0)))
+        start = train_size(config.data, 0)
+        smallest = dataclasses.replace(architecture, input_shape=(config.data.channels, start, start))
+        complexity(model, smallest.example_input())
     model.to(world.device, memory_format=MEMORY_FORMAT)
     torch.manual_seed(config.run.seed + world.rank)  # dropout differs between ranks
     torch.backends.cudnn.benchmark = on_gpu
@@ -135,6 +174,11 @@ def _build_trainer(config: RunConfig, world: World, ledger: Ledger) -> Trainer:
         sinks=Sinks([]),
         progress=Progress(),
     )
+
+
+def _architecture(config: RunConfig, num_classes: int) -> Architecture:
+    side = config.data.image_size
+    return Architecture(name=config.model.name, num_classes=num_classes, input_shape=(config.data.channels, side, side))
 
 
 def _loaders(config: RunConfig, world: World) -> tuple[Loader, Loader]:
@@ -164,7 +208,7 @@ def _check_equal(state: TrainState, world: World) -> None:
 
 def _save(config: RunConfig, trainer: Trainer, run_dir: RunDir, is_best: bool) -> None:
     """Write `last`, and `best` where it is. All ranks call it: each gives its own random state and loader position."""
-    world, state = trainer.world, trainer.state
+    world, state, before = trainer.world, trainer.state, trainer.progress.gpu_hours_before
     ranks = world.gather(
         {
             "rng": torch.get_rng_state(),
@@ -177,11 +221,12 @@ def _save(config: RunConfig, trainer: Trainer, run_dir: RunDir, is_best: bool) -
 
     def write() -> None:
         content = {
+            "architecture": dataclasses.asdict(_architecture(config, trainer.train_loader.num_classes)),
             "config": config.to_dict(),
-            "num_classes": trainer.train_loader.num_classes,
             "plans": plans_to_store(trainer.resizer.plans),
             "widths": trainer.resizer.widths,
             "progress": vars(trainer.progress),
+            "gpu_hours": None if before is None else before + trainer.ledger.gpu_hours(trainer.ledger.total_s),
             "log_bytes": trainer.sinks.log_bytes,
             "model": state.model.state_dict(),
             "ema": None if state.ema is None else state.ema.state_dict(),
@@ -204,6 +249,28 @@ def _load_stored(run_dir: RunDir, world: World) -> dict[str, Any] | None:
         return world.together(lambda: load_checkpoint(run_dir.last))
     except CheckpointError as error:
         raise CheckpointError(f"{error}; delete it to start this run over, or take --run.resume never") from error
+
+
+def _start_from(trainer: Trainer, source: dict[str, Any], config: RunConfig) -> list[str]:
+    """Bring a fresh trainer to the widths and weights of a checkpoint; everything else begins anew.
+
+    FR stays measured against the full network, for the cuts that led to the widths are replayed. Returns words for the
+    user.
+    """
+    architecture, classes = stored_architecture(source), trainer.train_loader.num_classes
+    if architecture.num_classes != classes:
+        raise ConfigError(
+            f"model.from: {config.model.from_} tells {architecture.num_classes} classes apart, the data set has "
+            f"{classes}; allowed: equal numbers, for the classifier is trained further"
+        )
+    state, resizer, target = trainer.state, trainer.resizer, config.cup.target_reduction
+    resizer.replay(state, stored_plans(source))
+    load_weights(state.model, stored_weights(source))  # a moving average begins as a copy, at the first step
+    trainer.progress.gpu_hours_before = source["gpu_hours"]
+    notes = [f"starts from {config.model.from_}: {architecture.name} at FR {resizer.reduction:.2f}"]
+    if config.cup.enabled and target is not None and has_reached(resizer.reduction, target, REDUCTION_TOLERANCE):
+        notes.append(f"cup.target_reduction {target:g} is reached already: nothing more will be cut")
+    return notes
 
 
 def _restore(trainer: Trainer, stored: dict[str, Any]) -> list[str]:
@@ -258,6 +325,8 @@ def _first_line(config: RunConfig, trainer: Trainer, run_dir: RunDir) -> dict[st
         "directory": str(run_dir.path),
         "config_digest": hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest(),
         "model": config.model.name,
+        "from": config.model.from_,
+        "gpu_hours_before": trainer.progress.gpu_hours_before,
         "cup": config.cup.enabled,
         "epochs": config.train.epochs,
         "first_epoch": trainer.progress.epoch + 1,

@@ -49,19 +49,17 @@ class RunDir:
         return any(event.get("event") == "done" for event in read_log(self.log)) if self.log.exists() else False
 
 
-def choose_run_dir(config: RunConfig) -> RunDir:
-    """Find or make this run's directory and write config.yaml; rank 0 only.
+def find_run_dir(config: RunConfig) -> RunDir:
+    """The directory that this run gets, there already or not; creates nothing. Rank 0 only.
 
     An unfinished run of the same configuration goes on; a finished one is kept and the next free number taken. Raises
-    ConfigError for an unfinished run of another configuration, TrainError where the directory cannot be written or
-    holds something else.
+    ConfigError for an unfinished run of another configuration, TrainError where the directory holds something else.
     """
     number = 1
     while True:
         name = config.run.name if number == 1 else f"{config.run.name}-{number}"
         run_dir = RunDir(Path(config.run.root) / name)
         if not run_dir.path.exists() or (run_dir.path.is_dir() and not any(run_dir.path.iterdir())):
-            _create(run_dir, config)
             return run_dir
         if not run_dir.config.exists():
             raise TrainError(f"{run_dir.path} is there and is no run directory; choose another --run.name")
@@ -69,6 +67,24 @@ def choose_run_dir(config: RunConfig) -> RunDir:
             _check_same(run_dir, config)
             return run_dir
         number += 1
+
+
+def create_run_dir(run_dir: RunDir, config: RunConfig) -> None:
+    """Make the directory, with config.yaml in it, unless a run is in it already. Rank 0 only.
+
+    Raises TrainError where it cannot be written.
+    """
+    if run_dir.config.exists():
+        return
+    temporary = run_dir.config.with_name("config.yaml.part")
+    try:
+        run_dir.path.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
+        temporary.replace(run_dir.config)
+    except OSError as error:
+        raise TrainError(
+            f"cannot write the run directory {run_dir.path}: {error.strerror}; choose another --run.root or --run.name"
+        ) from error
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -88,18 +104,6 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return events
 
 
-def _create(run_dir: RunDir, config: RunConfig) -> None:
-    temporary = run_dir.config.with_name("config.yaml.part")
-    try:
-        run_dir.path.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
-        temporary.replace(run_dir.config)
-    except OSError as error:
-        raise TrainError(
-            f"cannot write the run directory {run_dir.path}: {error.strerror}; choose another --run.root or --run.name"
-        ) from error
-
-
 def _check_same(run_dir: RunDir, config: RunConfig) -> None:
     try:
         stored = yaml.safe_load(run_dir.config.read_text(encoding="utf-8"))
@@ -114,5 +118,10 @@ def _check_same(run_dir: RunDir, config: RunConfig) -> None:
 
 
 def _computed(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings that decide what a run computes: where it lies and how it is resumed do not."""
-    return config | {"run": {key: v for key, v in config.get("run", {}).items() if key not in ("root", "resume")}}
+    """The settings that decide what a run computes: where it lies and how it is resumed do not.
+
+    Nor does a network's name beside the file that it starts from, which names it; it may be asked for or left out.
+    """
+    run = {key: value for key, value in config.get("run", {}).items() if key not in ("root", "resume")}
+    model = config.get("model", {})
+    return config | {"run": run, "model": {**model, "name": None} if model.get("from") else model}

@@ -17,7 +17,7 @@ import cup
 from cup.layers import find_layer, weight_dim
 from launch.benches.measure import machine, write_result
 from train.errors import TrainError
-from train.models import check_model_name
+from train.models import build_model, check_model_name, native_input_shape
 
 TWIN_TOLERANCE = 1e-4
 """Largest difference of the outputs to the masked twin's, relative to the largest output."""
@@ -25,17 +25,9 @@ TWIN_TOLERANCE = 1e-4
 TIMM = tuple(
     f"timm:{name}"
     for name in (
-        *("resnet26d", "resnetv2_50", "seresnet50", "skresnet18", "res2net50_26w_4s", "resnest14d", "dla34", "dpn68"),
-        *(
-            "vovnet39a",
-            "ese_vovnet19b_dw",
-            "hrnet_w18_small",
-            "cspresnet50",
-            "cspdarknet53",
-            "densenet121",
-            "regnety_008",
-        ),
-        *("efficientnet_b0", "mobilenetv3_large_100", "repvgg_a2", "convnext_atto", "mixer_s32_224"),
+        *("resnet26d", "resnetv2_50", "seresnet50", "skresnet18", "res2net50_26w_4s", "dla34", "dpn68", "vovnet39a"),
+        *("hrnet_w18_small", "cspresnet50", "densenet121", "regnety_008", "efficientnet_b0", "mobilenetv3_large_100"),
+        *("mobilenetv4_conv_small", "repvgg_a2", "xception41", "inception_v4", "convnext_atto", "selecsls42b"),
     )
 )
 """Twenty convolutional networks of different families."""
@@ -77,7 +69,7 @@ class Row:
     groups, prunable: channel groups in all, and those in scope. frozen: reason -> groups. side: of the input, pixels.
     limit, reached: FR with one channel left of every prunable group, and FR of the plan. params: before and after.
     twin_difference: of the outputs to the masked twin's, relative to the largest.
-    seconds: for trace, plan, and resize (apply and carry of momentum).
+    seconds: of the processor, for trace, plan, and resize (apply and carry of momentum).
     failure: what went wrong, or "".
     """
 
@@ -97,7 +89,7 @@ class Row:
     def verdict(self) -> str:
         if self.failure:
             return f"failed: {self.failure}"
-        return f"FR {self.reached:.2f} of at most {self.limit:.1f}, {sum(self.seconds.values()):.1f} s"
+        return f"FR {self.reached:.2f} of at most {self.limit:.4g}, {sum(self.seconds.values()):.1f} s"
 
 
 def run_model(name: str, reduction: float, scope: str) -> Row:
@@ -112,8 +104,8 @@ def run_model(name: str, reduction: float, scope: str) -> Row:
 
 def _run(row: Row, reduction: float, scope: str) -> None:
     torch.manual_seed(0)
-    model, row.side = _build(row.name)
-    images = torch.randn(2, 3, row.side, row.side)
+    model, shape = _build(row.name)
+    row.side, images = shape[-1], torch.randn(2, *shape)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     _train_step(model, optimizer, images)  # fills the momentum and
     clock = _Clock()
@@ -123,6 +115,9 @@ def _run(row: Row, reduction: float, scope: str) -> None:
     row.frozen = dict(Counter(group.frozen for group in groups if group.frozen))
     cup.describe(model, images)
     before = cup.complexity(model, images)
+    row.seconds, row.params = clock.seconds, (before.params, before.params)
+    if row.prunable == 0:
+        return
     row.limit = before.flops / cup.flops_after(model, groups, _deepest(groups, scope), before)
     clock.start()
     plan = cup.plan_by_reduction(model, groups, reduction, scope=scope)
@@ -132,7 +127,6 @@ def _run(row: Row, reduction: float, scope: str) -> None:
     resized = cup.apply_plan(model, plan, groups)
     cup.carry_optimizer(optimizer, resized)
     clock.stop("resize")
-    row.seconds = clock.seconds
     after = cup.complexity(model, images)
     row.reached, row.params = before.flops / after.flops, (before.params, after.params)
     row.twin_difference = _difference(model, twin, images)
@@ -142,17 +136,14 @@ def _run(row: Row, reduction: float, scope: str) -> None:
     _train_step(model, optimizer, images)
 
 
-def _build(name: str) -> tuple[nn.Module, int]:
-    """A network with all its heads and random weights, and the smallest side that it was published with."""
-    if name.startswith("timm:"):
-        import timm
-
-        model = timm.create_model(name.removeprefix("timm:"))
-        return _without_chance(model), model.pretrained_cfg["input_size"][-1]
+def _build(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
+    """A network with all its heads and random weights, and the smallest images that it was published for."""
+    if name not in torchvision.models.list_models(module=torchvision.models):
+        return _without_chance(build_model(name, num_classes=10)), native_input_shape(name)
     options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
     published = torchvision.models.get_model_weights(name)
     side = min((weights.transforms().crop_size[0] for weights in published), default=224)
-    return _without_chance(torchvision.models.get_model(name, **options)), side
+    return _without_chance(torchvision.models.get_model(name, **options)), (3, side, side)
 
 
 def _without_chance(model: nn.Module) -> nn.Module:
@@ -215,21 +206,30 @@ def _heads(outputs: Any) -> list[torch.Tensor]:
 
 
 class _Clock:
+    """Seconds of the processor, which a busy machine does not stretch as it does those of the wall."""
+
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.start()
 
     def start(self) -> None:
-        self._started = time.perf_counter()
+        self._started = time.process_time()
 
     def stop(self, name: str) -> None:
-        self.seconds[name] = time.perf_counter() - self._started
+        self.seconds[name] = time.process_time() - self._started
+
+
+def _why_frozen(frozen: dict[str, int]) -> str:
+    """The three most frequent reasons with the groups that they freeze, and how many there are for other reasons."""
+    reasons = sorted(frozen, key=frozen.get, reverse=True)
+    others = sum(frozen[reason] for reason in reasons[3:])
+    return "; ".join([f"{frozen[reason]}: {reason}" for reason in reasons[:3]] + [f"{others} more"] * (others > 0))
 
 
 def _print_table(rows: Sequence[Row], reduction: float) -> None:
     whole = [row for row in rows if not row.failure]
     reached = sum(row.reached >= reduction for row in whole)
-    print("| model | input | groups | may shrink | limit | FR | parameters (M) | s | frozen, and why |")
+    print("| model | input | groups | may shrink | limit | FR | parameters (M) | CPU s | frozen, and why |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|---|")
     for row in rows:
         print(

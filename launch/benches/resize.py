@@ -17,7 +17,8 @@ from torch import nn
 import cup
 from cup.features import Features
 from launch.benches.measure import machine, rounds_in_turn, summary, with_spread, write_result
-from train.models import build_model
+from train.cli import positive_int
+from train.models import build_model, native_input_shape
 from train.optim import OptimConfig, build_optimizer
 from train.precision import Precision
 from train.resize import CupConfig, Resizer
@@ -28,6 +29,9 @@ from train.world import World, open_world
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="resnet50", metavar="NAME", help="as in model.name (default: resnet50)")
     parser.add_argument("--reduction", type=float, default=2.2, metavar="FR", help="depth of the cut (default: 2.2)")
+    parser.add_argument(
+        "--rounds", type=positive_int, default=10, metavar="N", help="after one of warm-up (default: 10)"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto = GPU if any")
 
 
@@ -69,7 +73,7 @@ class _Bench:
     def __init__(self, name: str, reduction: float, world: World) -> None:
         torch.manual_seed(0)
         self.world = world
-        self.images = torch.zeros(1, 3, 224, 224)
+        self.images = torch.zeros(1, *native_input_shape(name))
         self.model = build_model(name, 1000).to(world.device, memory_format=MEMORY_FORMAT)
         self.groups = cup.channel_groups(self.model, self.images)
         self.reduction = reduction

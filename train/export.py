@@ -1,0 +1,157 @@
+"""A network in a form that runs without this program: ONNX, or PyTorch's exported program.
+
+Nothing is believed unseen: what was written is read back, run, and compared with the network that it came from.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import nn
+from torch.export import Dim, ExportedProgram
+
+from train.errors import ConfigError, TrainError
+
+Format = Literal["onnx", "torch"]
+SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2"}
+
+TOLERANCE = 1e-4
+"""Difference that counts as rounding, relative to the largest logit."""
+
+BATCH_SIZES = (1, 5)
+"""Neither is the one that the network is traced with."""
+
+Run = Callable[[torch.Tensor], torch.Tensor]
+
+
+class ExportError(TrainError):
+    """A network that cannot be exported, or whose exported form computes something else."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written. difference: the largest one of any logit from the network's own. size_bytes: of the file."""
+
+    path: Path
+    difference: float
+    size_bytes: int
+
+
+def export_network(model: nn.Module, input_shape: tuple[int, int, int], form: Format, path: Path) -> Exported:
+    """Write `model` in evaluation mode to `path`, for any batch size, once the file is known to compute the same.
+
+    model: on the CPU; put into evaluation mode. input_shape: one image, (channels, height, width).
+    Raises ExportError, with nothing left at `path` that was not there before; ConfigError where a package is missing.
+    """
+    if form == "onnx":
+        _check_onnx_is_installed()
+    write, read = (_write_onnx, _read_onnx) if form == "onnx" else (_write_torch, _read_torch)
+    samples = _samples(model.eval(), input_shape)
+    program = _trace(model, samples[0].images.expand(2, *input_shape))  # 1 would be taken for a constant
+    temporary = path.with_name(path.name + ".part")
+    try:
+        write(program, temporary)
+        difference = max(_difference(read(temporary), sample) for sample in samples)
+        size_bytes = temporary.stat().st_size
+        temporary.replace(path)
+    except OSError as error:
+        raise ExportError(f"could not write {path}: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return Exported(path, difference, size_bytes)
+
+
+@dataclass(frozen=True, eq=False)
+class _Sample:
+    """Random images and what the network itself makes of them."""
+
+    images: torch.Tensor
+    logits: torch.Tensor
+
+
+def _samples(model: nn.Module, input_shape: tuple[int, int, int]) -> list[_Sample]:
+    generator = torch.Generator().manual_seed(0)
+    samples = []
+    for batch in BATCH_SIZES:
+        images = torch.randn(batch, *input_shape, generator=generator)
+        try:
+            with torch.no_grad():
+                samples.append(_Sample(images, model(images)))
+        except RuntimeError as error:
+            raise ExportError(
+                f"the network does not take images of shape {input_shape}: {_first_line(error)}"
+            ) from error
+        if not samples[-1].logits.isfinite().all():
+            raise ExportError("the network's own logits are not finite: its weights hold NaN or far too large values")
+    return samples
+
+
+def _trace(model: nn.Module, images: torch.Tensor) -> ExportedProgram:
+    try:
+        return torch.export.export(model, (images,), dynamic_shapes=({0: Dim("batch")},))
+    except Exception as error:  # torch.export raises many types for what it cannot follow
+        raise ExportError(f"torch.export cannot follow {type(model).__name__}: {_first_line(error)}") from error
+
+
+def _difference(run: Run, sample: _Sample) -> float:
+    """The largest difference of the logits that `run` gives from the network's own. ExportError beyond rounding."""
+    with torch.no_grad():
+        found = run(sample.images)
+    if found.shape != sample.logits.shape:
+        raise ExportError(f"exported, it gives logits {tuple(found.shape)}, not {tuple(sample.logits.shape)}")
+    difference = (found - sample.logits).abs().max().item()
+    allowed = TOLERANCE * sample.logits.abs().max().item()
+    if not difference <= allowed:  # NaN is not
+        raise ExportError(
+            f"exported, its logits differ by {difference:.3g}, allowed: {allowed:.3g}; nothing was kept of it"
+        )
+    return difference
+
+
+def _write_torch(program: ExportedProgram, path: Path) -> None:
+    with path.open("wb") as file:  # a path would have to end in .pt2
+        torch.export.save(program, file)
+
+
+def _read_torch(path: Path) -> Run:
+    with path.open("rb") as file:
+        return torch.export.load(file).module()
+
+
+def _write_onnx(program: ExportedProgram, path: Path) -> None:
+    try:
+        onnx_program = torch.onnx.export(
+            program, dynamo=True, input_names=["images"], output_names=["logits"], external_data=False, verbose=False
+        )
+        onnx_program.save(path, external_data=False)
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise ExportError(f"torch.onnx cannot express this network: {_first_line(error)}") from error
+
+
+def _read_onnx(path: Path) -> Run:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def run(images: torch.Tensor) -> torch.Tensor:
+        (logits,) = session.run(["logits"], {"images": images.numpy()})
+        return torch.from_numpy(np.asarray(logits))
+
+    return run
+
+
+def _check_onnx_is_installed() -> None:
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"--format onnx needs packages that are not installed: pip install {' '.join(missing)} "
+            "(or pip install -e '.[onnx]')"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,97 @@
+"""One-shot CUP: cut a trained network once. Where it comes from, and what the cut makes of it.
+
+What is written is read by training again (`model.from`), by evaluation, by export, and by the next cut.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import yaml
+
+import cup
+from cup import ChannelGroup, Complexity, PrunePlan
+from train.checkpoint import StoredNetwork, Weights, load_weights, read_weights_file
+from train.errors import ConfigError
+from train.models import Architecture, build_model, native_input_shape
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """What one cut made of a network. before, after: its cost. widths: of all groups that may shrink, after it."""
+
+    network: StoredNetwork
+    before: Complexity
+    after: Complexity
+    widths: dict[str, int]
+
+    @property
+    def reduction_before(self) -> float:
+        """FR against the full network, in the paper's counting."""
+        return self.network.dense.flops / self.before.flops
+
+    @property
+    def reduction_after(self) -> float:
+        return self.network.dense.flops / self.after.flops
+
+
+def network_from_weights(name: str, path: Path, num_classes: int | None, image_size: int | None) -> StoredNetwork:
+    """A full network by name with published weights.
+
+    num_classes, image_size: read from the weights, and what the network was made for, where not given.
+    Raises ConfigError for an unknown name, CheckpointError for weights that are another network's, CupError for a
+    size that the network does not take.
+    """
+    weights = read_weights_file(path)
+    classes = num_classes or _classes_in(weights, name)
+    channels, height, width = native_input_shape(name)
+    shape = (channels, image_size or height, image_size or width)
+    architecture = Architecture(name=name, num_classes=classes, input_shape=shape)
+    model = build_model(name, classes)
+    load_weights(model, weights)
+    dense = cup.complexity(model, architecture.example_input())
+    return StoredNetwork(architecture, dense, model, plans=(), config=None, gpu_hours=None)
+
+
+def read_counts(path: Path) -> dict[str, int]:
+    """Group name -> channels from a JSON or YAML file. Raises ConfigError for anything else."""
+    try:
+        counts = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read the counts in {path}: {error}") from error
+    if not isinstance(counts, dict) or not counts:
+        raise ConfigError(f"{path}: found no counts, allowed: group names with their channels, as JSON or YAML")
+    for group, count in counts.items():
+        if not isinstance(group, str) or type(count) is not int:
+            raise ConfigError(f"{path}: found {group!r}: {count!r}, allowed: a group's name and a whole number")
+    return counts
+
+
+def cut_network(network: StoredNetwork, plan: PrunePlan, groups: list[ChannelGroup]) -> Cut:
+    """Apply `plan` to the network's model, in place. groups: of that model, from `cup.channel_groups`."""
+    example_input = network.architecture.example_input()
+    before = cup.complexity(network.model, example_input)
+    resized = cup.apply_plan(network.model, plan, groups)
+    return Cut(
+        network=replace(network, plans=(*network.plans, plan)),
+        before=before,
+        after=cup.complexity(network.model, example_input),
+        widths={group.name: group.width for group in resized.groups if not group.frozen},
+    )
+
+
+def _classes_in(weights: Weights, name: str) -> int:
+    """The number of classes that the weights tell apart: the one size in which they differ from a probing network's."""
+    probe = 7
+    differing = {
+        len(weights[key])
+        for key, tensor in build_model(name, probe).state_dict().items()
+        if key in weights and _differ_in_rows(weights[key], tensor) and len(tensor) == probe
+    }
+    if len(differing) > 1:
+        raise ConfigError(f"the weights do not say how many classes they tell apart ({differing}): give --num-classes")
+    return differing.pop() if differing else probe
+
+
+def _differ_in_rows(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.dim() == other.dim() > 0 and one.shape[1:] == other.shape[1:] and len(one) != len(other)
