@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import gc
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -51,15 +52,15 @@ def measure(options: argparse.Namespace) -> None:
     names = [name for given in options.models for name in sets.get(given, [given])]
     for name in names:
         check_model_name(name)
-    rows = []
+    what = {"benchmark": "models", "reduction": options.reduction, "scope": options.scope}
+    what["machine"] = machine("torchvision", "timm", "scipy", "numpy")
+    rows: list[Row] = []
     for name in names:
         rows.append(run_model(name, options.reduction, options.scope))
         print(f"{name}: {rows[-1].verdict}", flush=True)
+        if options.out:  # after each, for they take an hour together
+            write_result(options.out, {**what, "rows": [asdict(row) for row in rows]})
     _print_table(rows, options.reduction)
-    if options.out:
-        what = {"benchmark": "models", "reduction": options.reduction, "scope": options.scope}
-        machine_now = machine("torchvision", "timm", "scipy", "numpy")
-        write_result(options.out, {**what, "machine": machine_now, "rows": [asdict(row) for row in rows]})
 
 
 @dataclass
@@ -99,6 +100,7 @@ def run_model(name: str, reduction: float, scope: str) -> Row:
         _run(row, reduction, scope)
     except Exception as error:  # whatever it is, the other networks' turn comes
         row.failure = row.failure or f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    gc.collect()  # networks are full of cycles, and the next one may need all the memory
     return row
 
 
