@@ -19,6 +19,7 @@ from data import DataConfig, DataError, build_loaders
 from data.batch import MEAN_RGB, STD_RGB
 from data.prepare import prepare_shards
 from launch.benches.measure import machine, rounds_in_turn, summary, with_spread, write_result
+from train.cli import positive_int
 from train.world import World, open_world
 
 IMAGES_PER_SHARD = 200
@@ -27,9 +28,12 @@ SKIPPED_STEPS = 5
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="image folder (train/, val/)")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2, 4], metavar="N", help="default: 1 2 4")
-    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="default: 64")
-    parser.add_argument("--image-size", type=int, default=224, metavar="PIXELS", help="default: 224")
+    parser.add_argument("--rounds", type=positive_int, default=10, metavar="N", help="after a warm-up (default: 10)")
+    parser.add_argument(
+        "--threads", type=positive_int, nargs="+", default=[1, 2, 4], metavar="N", help="default: 1 2 4"
+    )
+    parser.add_argument("--batch-size", type=positive_int, default=64, metavar="N", help="default: 64")
+    parser.add_argument("--image-size", type=positive_int, default=224, metavar="PIXELS", help="default: 224")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto = GPU if any")
 
 

@@ -139,13 +139,13 @@ def _run(row: Row, reduction: float, scope: str) -> None:
 
 
 def _build(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
-    """A network with all its heads and random weights, and the smallest images that it was published for."""
-    if name not in torchvision.models.list_models(module=torchvision.models):
-        return _without_chance(build_model(name, num_classes=10)), native_input_shape(name)
-    options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-    published = torchvision.models.get_model_weights(name)
-    side = min((weights.transforms().crop_size[0] for weights in published), default=224)
-    return _without_chance(torchvision.models.get_model(name, **options)), (3, side, side)
+    """A network with all its heads and random weights, and the images that it was made for."""
+    if name in torchvision.models.list_models(module=torchvision.models):
+        options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+        model = torchvision.models.get_model(name, **options)
+    else:
+        model = build_model(name, num_classes=1000 if name.startswith("timm:") else 10)
+    return _without_chance(model), native_input_shape(name)
 
 
 def _without_chance(model: nn.Module) -> nn.Module:
