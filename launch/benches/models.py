@@ -16,6 +16,7 @@ from torch import nn
 
 import cup
 from cup.layers import find_layer, weight_dim
+from cup.meta import meta_copy, meta_input
 from launch.benches.measure import machine, write_result
 from train.errors import TrainError
 from train.models import build_model, check_model_name, native_input_shape
@@ -107,16 +108,16 @@ def run_model(name: str, reduction: float, scope: str) -> Row:
 def _run(row: Row, reduction: float, scope: str) -> None:
     torch.manual_seed(0)
     model, shape = _build(row.name)
-    row.side, images = shape[-1], torch.randn(2, *shape)
+    row.side, example, images = shape[-1], torch.empty(1, *shape), _small_images(model, shape)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     _train_step(model, optimizer, images)  # fills the momentum and
     clock = _Clock()
-    groups = cup.channel_groups(model, images)
+    groups = cup.channel_groups(model, example)
     clock.stop("trace")
     row.groups, row.prunable = len(groups), len(cup.prunable_groups(groups, scope))
     row.frozen = dict(Counter(group.frozen for group in groups if group.frozen))
-    cup.describe(model, images)
-    before = cup.complexity(model, images)
+    cup.describe(model, example)
+    before = cup.complexity(model, example)
     row.seconds, row.params = clock.seconds, (before.params, before.params)
     if row.prunable == 0:
         return
@@ -129,7 +130,7 @@ def _run(row: Row, reduction: float, scope: str) -> None:
     resized = cup.apply_plan(model, plan, groups)
     cup.carry_optimizer(optimizer, resized)
     clock.stop("resize")
-    after = cup.complexity(model, images)
+    after = cup.complexity(model, example)
     row.reached, row.params = before.flops / after.flops, (before.params, after.params)
     row.twin_difference = _difference(model, twin, images)
     del twin
@@ -146,6 +147,17 @@ def _build(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
     else:
         model = build_model(name, num_classes=1000 if name.startswith("timm:") else 10)
     return _without_chance(model), native_input_shape(name)
+
+
+def _small_images(model: nn.Module, shape: tuple[int, int, int]) -> torch.Tensor:
+    """Two images of half the side where the network takes them, for the passes that are run for real."""
+    half = (shape[0], shape[1] // 2, shape[2] // 2)
+    try:
+        with torch.no_grad(), torch.device("meta"):
+            meta_copy(model).train()(meta_input(half, batch=2))
+    except (AssertionError, RuntimeError):
+        half = shape
+    return torch.randn(2, *half)
 
 
 def _without_chance(model: nn.Module) -> nn.Module:
@@ -234,9 +246,7 @@ def _print_table(rows: Sequence[Row], reduction: float) -> None:
     print("| model | input | groups | may shrink | limit | FR | parameters (M) | CPU s | frozen, and why |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|---|")
     for row in rows:
-        print(
-            f"| {row.name} | {row.side} | {row.groups} | {row.prunable} | {row.limit:.1f} | {row.reached:.2f} |", end=""
-        )
-        print(f" {row.params[0] / 1e6:.1f} to {row.params[1] / 1e6:.1f} | {sum(row.seconds.values()):.1f} |", end="")
-        print(f" {row.failure or '; '.join(f'{count} {reason}' for reason, count in row.frozen.items())} |")
+        cells = [row.name, row.side, row.groups, row.prunable, f"{row.limit:.4g}", f"{row.reached:.2f}"]
+        cells += [f"{row.params[0] / 1e6:.1f} to {row.params[1] / 1e6:.1f}", f"{sum(row.seconds.values()):.1f}"]
+        print(f"| {' | '.join(map(str, [*cells, row.failure or _why_frozen(row.frozen)]))} |")
     print(f"{len(whole)} of {len(rows)} pass, {reached} reach FR {reduction:g}")
