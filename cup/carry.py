@@ -36,6 +36,8 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     history of the whole network).
     """
     kind = type(optimizer).__name__
+    if isinstance(optimizer, torch.optim.LBFGS):  # before its first step, too: it holds on to the parameters itself
+        raise CupError("LBFGS keeps a history of the whole network, which cannot be carried through a resize")
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             if isinstance(value, list | tuple | dict):

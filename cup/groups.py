@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from cup.errors import CupError
-from cup.layers import AxisName, find_layer, weight_dim, weight_of
+from cup.layers import AxisName, axis_length, find_layer
 
 Masks = dict[tuple[str, AxisName], np.ndarray]
 """(module, axis) -> bool over the axis, False where the channel at that index goes; axes that lose none are absent."""
@@ -91,11 +91,12 @@ class ChannelGroup:
 
 
 def check_groups(model: nn.Module, groups: Sequence[ChannelGroup]) -> None:
-    """Raise CupError unless the groups describe the model as it is now."""
+    """Raise CupError unless the groups describe the model as it is now, all their places included."""
     for group in groups:
-        for place in group.producers:
-            layer = find_layer(model, place.module)
-            width = weight_of(layer).shape[weight_dim(layer, "out")]
+        for place in group.places:
+            width = axis_length(find_layer(model, place.module), place.axis)
+            if width is None:
+                raise CupError(f"these groups are another network's: {place.module} is no layer with channels")
             if width != len(place.channel_of_index):
                 raise CupError(
                     f"these groups are out of date: {place.module} has {width} channels, they say "

@@ -36,6 +36,21 @@ def weight_dim(layer: nn.Module | nn.Parameter, axis: AxisName) -> int:
     return {"out": 0, "in": 1}[axis]
 
 
+def axis_length(layer: nn.Module | nn.Parameter, axis: AxisName) -> int | None:
+    """Channels on an axis of the layer, by its own attributes; None for what is no layer with such an axis."""
+    if isinstance(layer, nn.Parameter):
+        return max(layer.shape) if axis == "out" else None
+    if isinstance(layer, (*CONVS, nn.Linear)):
+        written, read = (
+            ("out_features", "in_features") if isinstance(layer, nn.Linear) else ("out_channels", "in_channels")
+        )
+        return getattr(layer, written if axis == "out" else read)
+    if isinstance(layer, nn.LayerNorm):
+        return layer.normalized_shape[0]
+    names = ("num_features", "num_channels", "num_parameters")
+    return next((getattr(layer, name) for name in names if hasattr(layer, name)), None) if axis == "out" else None
+
+
 def set_widths(layer: nn.Module, entries: int) -> None:
     """Bring a layer's attributes in line with its tensors after surgery.
 

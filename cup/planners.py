@@ -25,6 +25,10 @@ REDUCTION_TOLERANCE = 0.01
 """How far above a target FLOPs reduction a plan may land, relative."""
 
 
+MOST_PAIRED_GROUPS = 24
+"""Networks of up to so many groups are small enough to try all pairs of steps."""
+
+
 @dataclass(frozen=True)
 class PlanOptions:
     """How the planners cluster; every planner takes these fields as keyword arguments."""
@@ -46,8 +50,8 @@ class PlanOptions:
         checks = [
             ("features", self.features in get_args(FeatureVariant), "both, incoming or outgoing"),
             ("scope", self.scope in ("inner", "all"), "inner or all"),
-            ("round_to", self.round_to >= 1, "a whole number from 1"),
-            ("min_channels", self.min_channels >= 1, "a whole number from 1"),
+            ("round_to", isinstance(self.round_to, int) and self.round_to >= 1, "a whole number from 1"),
+            ("min_channels", isinstance(self.min_channels, int) and self.min_channels >= 1, "a whole number from 1"),
         ]
         for name, ok, allowed in checks:
             if not ok:
@@ -74,7 +78,7 @@ def plan_by_threshold(model: nn.Module, groups: Sequence[ChannelGroup], t: float
     groups: from `channel_groups(model)`. options: the fields of `PlanOptions`.
     Raises CupError for t <= 0, weights that are not finite, or groups of another network.
     """
-    if not t > 0:
+    if not isinstance(t, int | float) or not t > 0:
         raise CupError(f"threshold t: found {t}, allowed: a number above 0")
     cuts = cut_groups(model, groups, lambda group, tree: clusters_at(tree, t), PlanOptions(**options))
     return _plan(cuts, threshold=t)
@@ -92,7 +96,7 @@ def plan_by_counts(
     for name, count in counts.items():
         if name not in known:
             raise CupError(f"no group {name!r} that may be pruned; there are: {', '.join(known)}")
-        if not 1 <= count <= known[name].width:
+        if not isinstance(count, int) or not 1 <= count <= known[name].width:
             raise CupError(f"counts[{name!r}]: found {count}, allowed: 1 to {known[name].width}")
     return _plan(cut_groups(model, groups, lambda group, tree: counts.get(group.name, group.width), settings))
 
@@ -108,17 +112,19 @@ def plan_by_reduction(
     """The cut whose FLOPs reduction lands within 1% of `target`: above it where it can, or as near as there is.
 
     Bisection on the height t; where a small step of t jumps over the target, the first groups in network order take
-    the deeper of the two neighbouring cuts and the rest the shallower one, and if need be single channels of the
-    cheapest groups go as well. If even the deepest cut stays short, or no widths lie near, `note` says so.
+    the deeper of the two neighbouring cuts and the rest the shallower one, and if need be single channels come back or
+    go. If even the deepest cut stays short, or no widths are found near, `note` says so.
     dense_flops: FLOPs (the paper's counting) that the reduction is measured against; the model's own if not given.
     Raises CupError for a target <= 1.
     """
-    if not target > 1:
+    if not isinstance(target, int | float) or not target > 1:
         raise CupError(f"target reduction: found {target}, allowed: a number above 1")
     check_groups(model, groups)
     search = _Search(model, groups, PlanOptions(**options), target, dense_flops)
     shallow, deep = search.bracket()
-    if deep.reduction < target:
+    if shallow.reduction > target * (1 + REDUCTION_TOLERANCE):
+        return replace(shallow.plan, note=f"FR is {shallow.reduction:.3f} already, above {target:g}")
+    if deep.reduction < target * (1 - REDUCTION_TOLERANCE):
         return replace(deep.plan, note=f"FR {target:g} is out of reach: the deepest cut gives {deep.reduction:.3f}")
     return deep.plan if search.is_near(deep.reduction) else search.between(shallow, deep)
 
@@ -190,10 +196,11 @@ class _Search:
         self.model, self.groups, self.options, self.target = model, groups, options, target
         self.shrinkable = _some_prunable(groups, options.scope)
         self.floor = {group.name: self.options.width(1, group.width) for group in self.shrinkable}
+        self.full = {group.name: group.width for group in self.shrinkable}
         self.features = Features(model, self.shrinkable, options.features, options.use_bias)
         now = complexity(model, meta_input(groups[0].network.input_shape, batch=1))
         self.flops = FlopsByWidths(model, groups, now)
-        self.dense_flops = dense_flops or now.flops
+        self.dense_flops = now.flops if dense_flops is None else dense_flops
 
     def is_near(self, reduction: float) -> bool:
         """At the target or above it by no more than the tolerance."""
@@ -237,36 +244,52 @@ class _Search:
         return min(max((first + last) / 2, low + margin), high - margin)
 
     def between(self, shallow: _Candidate, deep: _Candidate) -> PrunePlan:
-        """Walk from the shallow cut's widths to the deep one's, one group a step, until they are near the target.
+        """Walk from the shallow cut's widths to the deep one's, one group a step, and on from where that comes near.
 
-        Where one channel of a group is more than the tolerance, the walk goes on from below with the groups whose
-        channels cost less. If that does not land either, the nearest widths on the way are taken, with a note.
+        Where one channel of a group is more than the tolerance, single channels of other groups are given back or
+        taken. If nothing lands, the nearest widths that were found are taken, with a note.
         """
         passed = [shallow.plan.new_widths]
         for name, goal in deep.plan.new_widths.items():
             while passed[-1][name] > goal and self._reduction(passed[-1]) < self.target:
-                passed.append(self._narrower(passed[-1], name, goal))
-        below = [widths for widths in passed if self._reduction(widths) < self.target][-1:]
-        while below and not self.is_near(self._reduction(passed[-1])):
-            steps = [self._narrower(below[0], name, self.floor[name]) for name in self.floor]
-            least, allowed = self._reduction(below[0]), self.target * (1 + REDUCTION_TOLERANCE)
-            below = [widths for widths in steps if least < self._reduction(widths) <= allowed]
-            below = [max(below, key=self._reduction)] if below else []
-            passed += below
-        nearest = passed[-1]
-        if not self.is_near(self._reduction(nearest)):
-            nearest = min(passed, key=lambda widths: abs(self._reduction(widths) - self.target))
+                passed.append(self._moved(passed[-1], {name: -1}, floor=goal))
+        nearest = min(passed, key=self._miss)
+        if self._miss(nearest) > 0:
+            nearest = self._settled(nearest)
         return self._with_widths(nearest, shallow.plan.threshold)
+
+    def _settled(self, widths: Mapping[str, int]) -> dict[str, int]:
+        """Move one group, or two, by one step at a time for as long as that comes nearer to the target."""
+        steps = [{name: sign} for name in self.floor for sign in (1, -1)]
+        if len(self.floor) <= MOST_PAIRED_GROUPS:
+            pairs = itertools.combinations(self.floor, 2)
+            steps += [{one: a, other: b} for one, other in pairs for a in (1, -1) for b in (1, -1)]
+        best = dict(widths)
+        while self._miss(best) > 0:
+            found = min((self._moved(best, step) for step in steps), key=self._miss)
+            if self._miss(found) >= self._miss(best):
+                return best
+            best = found
+        return best
+
+    def _miss(self, widths: Mapping[str, int]) -> float:
+        """How far the FR of these widths is from the target; 0 where it is near enough."""
+        reduction = self._reduction(widths)
+        return 0.0 if self.is_near(reduction) else abs(reduction - self.target)
+
+    def _moved(self, widths: Mapping[str, int], steps: Mapping[str, int], floor: int = 0) -> dict[str, int]:
+        """The widths with so many steps of round_to more or less in the named groups, as far as there is room."""
+        moved = dict(widths)
+        for name, sign in steps.items():
+            width = widths[name] + sign * self.options.round_to
+            moved[name] = min(max(width, floor, self.floor[name]), self.full[name])
+        return moved
 
     def _with_widths(self, widths: Mapping[str, int], t: float | None) -> PrunePlan:
         found = self._candidate(lambda group, tree: widths[group.name], t)
         if abs(found.reduction - self.target) <= self.target * REDUCTION_TOLERANCE:
             return found.plan
-        return replace(found.plan, note=f"FR {found.reduction:.3f} is as near to {self.target:g} as widths allow")
-
-    def _narrower(self, widths: Mapping[str, int], name: str, floor: int) -> dict[str, int]:
-        """The widths with one step less in one group, where it is not at its floor yet."""
-        return {**widths, name: max(floor, widths[name] - self.options.round_to)}
+        return replace(found.plan, note=f"FR {found.reduction:.3f} is the nearest to {self.target:g} that was found")
 
     def _reduction(self, widths: Mapping[str, int]) -> float:
         """FR at these widths, whichever channels they are."""

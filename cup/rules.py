@@ -56,10 +56,21 @@ class Operation:
         return self.node.args[position] if len(self.node.args) > position else self.node.kwargs.get(keyword, default)
 
 
-def _view_sizes(node: fx.Node) -> tuple[Any, ...]:
+def _is_view(node: fx.Node) -> bool:
+    """Whether the node is a view or reshape to sizes that it names."""
+    return node.op != "call_module" and node.target in _SIZED
+
+
+def _spelt_out(node: fx.Node) -> tuple[Any, ...]:
     """The sizes or dimensions that a view or permute was given: one list, or one argument each."""
     rest = node.args[1:] or tuple(node.kwargs.values())
     return tuple(rest[0]) if rest and isinstance(rest[0], list | tuple) else rest
+
+
+def _size_at(node: fx.Node, dim: int) -> Any:
+    """The size that a view asks for at a dimension; None where its sizes are not spelt out one by one."""
+    sizes = _spelt_out(node)
+    return sizes[dim] if len(sizes) == len(shape_of(node)) else None
 
 
 Rule = Callable[[Operation, Labels], Channels | None]
@@ -69,13 +80,30 @@ def find_rule(operation: Operation) -> Rule | None:
     """The rule for an operation, or None where it is not understood."""
     node, layer = operation.node, operation.layer
     if layer is None:
-        return _FUNCTIONS.get(node.target)
-    if isinstance(layer, tuple(_LAYERS)) and "weight" not in layer._parameters:
-        return None  # a parametrization or a hook computes the weight on the fly
+        rule = _FUNCTIONS.get(node.target)
+        operands = [n for n in node.all_input_nodes if shape_of(n) is not None]
+        return rule if len(operands) == 1 or rule in _JOINING else None  # x.clamp(y): more than the rule looks at
+    computed = [name for name in ("weight", "bias") if hasattr(layer, name) and name not in layer._parameters]
+    if has_width(layer) and computed:
+        return None  # by a parametrization or a hook, on the fly
     if node.op == "call_function":  # a subclass of a known layer, whose forward calls the function on its weights
         return next(rule for kind, rule in _LAYERS.items() if isinstance(layer, kind))
     # Exact types: a subclass may do anything in its forward.
     return _LAYERS.get(type(layer)) or _MODULES.get(type(layer)) or _FOREIGN_MODULES.get(_qualified_name(layer))
+
+
+def has_width(module: nn.Module) -> bool:
+    """Whether surgery changes something about the module, be it only an attribute."""
+    return isinstance(module, tuple(_LAYERS))
+
+
+def reads_no_width(node: fx.Node) -> bool:
+    """Whether a node that gives no tensor cannot depend on the widths of the tensors it looks at.
+
+    Sizes are looked after by `freeze_what_is_counted`.
+    """
+    name = node.args[1] if node.target is getattr else node.target
+    return _sizes_read(node)[0] is not None or name in _WIDTHLESS
 
 
 def is_known(module: nn.Module) -> bool:
@@ -101,8 +129,8 @@ def freeze_what_is_counted(
             continue
         for user in node.users:
             result = channels.get(user)
-            is_view = result is not None and user.target in _SIZED and _view_sizes(user)[result.dim] is node
-            if not is_view and _sizes_read(user)[0] is None:
+            is_its_size = result is not None and _is_view(user) and _size_at(user, result.dim) is node
+            if not (is_its_size and _spelt_out(user).count(node) == 1) and _sizes_read(user)[0] is None:
                 labels.freeze([known], f"{getattr(user.target, '__name__', user.target)} uses its width as a number")
 
 
@@ -203,17 +231,17 @@ def _spatial(op: Operation, labels: Labels) -> Channels | None:
 
 
 def _reshape(op: Operation, labels: Labels) -> Channels | None:
-    """Flatten, view, reshape, squeeze: the channel axis stays whole, or is flattened with what lies behind it."""
+    """Flatten, view, reshape: the channel axis stays whole, or is flattened with what lies behind it."""
     value, before, after = op.value, op.input_shape, op.output_shape
     if value is None:
         return None
-    for dim, channels in _whole_axis(value, before, after):
-        if op.node.target in _SIZED and not _size_follows(op, _view_sizes(op.node)[dim], value):
-            labels.freeze([value], f"{op.name} to a fixed size {after[dim]}")
-            return None
-        return channels
-    labels.freeze([value], f"{op.name} from {before[1:]} to {after[1:]} is not followed")
-    return None
+    dim, channels = next(_whole_axis(value, before, after), (None, None))
+    if channels is None:
+        labels.freeze([value], f"{op.name} from {before[1:]} to {after[1:]} is not followed")
+    elif _is_view(op.node) and not _size_follows(op, _size_at(op.node, dim), value):
+        labels.freeze([value], f"{op.name} to a fixed size {after[dim]}")
+        return None
+    return channels
 
 
 def _whole_axis(value: Channels, before: tuple[int, ...], after: tuple[int, ...]) -> Iterator[tuple[int, Channels]]:
@@ -227,33 +255,43 @@ def _whole_axis(value: Channels, before: tuple[int, ...], after: tuple[int, ...]
 
 def _size_follows(op: Operation, size: Any, value: Channels) -> bool:
     """Whether the size asked for shrinks with the channels: -1, or read from a tensor that has the same channels."""
-    if isinstance(size, int):
+    if not isinstance(size, fx.Node):
         return size == -1
     source, dims = _sizes_read(size)
     known = op.channels.get(source)
-    return known is not None and dims == {known.dim} and np.array_equal(known.labels_C, value.labels_C)
+    return known is not None and dims == [known.dim] and np.array_equal(known.labels_C, value.labels_C)
 
 
-def _sizes_read(node: fx.Node) -> tuple[fx.Node | None, set[int]]:
-    """The tensor whose sizes this node holds, and of which dimensions; (None, empty) for any other node."""
-    if node.op == "call_method" and node.target in ("size", "numel", "nelement"):
-        source, *rest = node.args
-        every = range(len(shape_of(source) or ()))
-        return source, {every[rest[0]]} if rest else set(every)
-    if node.target is getattr and node.args[1] == "shape":
-        return node.args[0], set(range(len(shape_of(node.args[0]) or ())))
-    if node.target is operator.getitem and isinstance(node.args[0], fx.Node) and shape_of(node.args[0]) is None:
-        source, dims = _sizes_read(node.args[0])
-        index = node.args[1]
-        if source is not None and isinstance(index, int | slice) and len(dims) == len(shape_of(source)):
-            entries = list(range(len(dims)))[index]
-            return source, set(entries) if isinstance(index, slice) else {entries}
-        return source, dims
-    return None, set()
+def _sizes_read(node: fx.Node) -> tuple[fx.Node | None, list[int]]:
+    """The tensor whose sizes this node holds, and of which dimensions, in order; (None, []) for any other node."""
+    source = node.args[0] if node.args else None
+    shape = shape_of(source)
+    if shape is not None and node.op == "call_method" and node.target == "size" and not node.kwargs:
+        every = list(range(len(shape)))
+        return source, [every[node.args[1]]] if len(node.args) > 1 else every
+    if shape is not None and node.target is getattr and node.args[1] == "shape":
+        return source, list(range(len(shape)))
+    if node.target is operator.getitem and isinstance(source, fx.Node) and shape is None:
+        tensor, dims = _sizes_read(source)
+        if tensor is not None and isinstance(node.args[1], int):
+            return tensor, [dims[node.args[1]]]
+        if tensor is not None and isinstance(node.args[1], slice) and _is_constant(node.args[1]):
+            return tensor, dims[node.args[1]]
+    return None, []
+
+
+def _squeeze(op: Operation, labels: Labels) -> Channels | None:
+    """Only of axes that are named and are not the channels': those would go as well once one channel is left."""
+    dims = op.argument(1, "dim")
+    dims = (dims,) if isinstance(dims, int) else dims
+    if op.value is not None and (dims is None or op.value.dim in [dim % len(op.input_shape) for dim in dims]):
+        labels.freeze([op.value], f"{op.name} may drop the channel axis")
+        return None
+    return _reshape(op, labels)
 
 
 def _permute(op: Operation, labels: Labels) -> Channels | None:
-    value, order = op.value, _view_sizes(op.node)
+    value, order = op.value, _spelt_out(op.node)
     if value is None or not all(isinstance(dim, int) for dim in order):
         labels.freeze([value], f"{op.name} is not followed")
         return None
@@ -272,14 +310,14 @@ def _transpose(op: Operation, labels: Labels) -> Channels | None:
 def _reduce(op: Operation, labels: Labels) -> Channels | None:
     """Mean, sum or maximum over other dimensions than the channels."""
     value, rank = op.value, len(op.input_shape)
-    dims = op.argument(1, "dim")
+    dims = op.argument(1, "dim", op.node.kwargs.get("axis"))
     if value is None:
         return None
     dims = {dim % rank for dim in ([dims] if isinstance(dims, int) else dims or range(rank))}
     if value.dim in dims:
         labels.freeze([value], f"{op.name} works across channels")
         return None
-    kept = op.argument(2, "keepdim", False)
+    kept = len(op.output_shape) == rank
     return value if kept else Channels(value.dim - sum(dim < value.dim for dim in dims), value.labels_C)
 
 
@@ -324,8 +362,8 @@ def _with_parameter(op: Operation, labels: Labels, value: Channels, operand: fx.
         return value
     dim = value.dim - (len(op.output_shape) - len(shape))  # shapes are aligned at their ends
     one_axis = dim >= 0 and shape[dim] == max(tensor.shape) == tensor.numel() == len(value.labels_C)
-    readers = [n for n in op.node.graph.nodes if name in (m.target for m in n.all_input_nodes)]
-    if not one_axis or not isinstance(tensor, nn.Parameter) or len(readers) > 1:
+    shrinks = one_axis and (operand.op == "get_attr" or _size_at(operand, dim) == -1)
+    if not shrinks or not isinstance(tensor, nn.Parameter) or not _read_once(op, operand, tensor):
         labels.freeze([value], f"{op.name} combines it with {name}, which is not followed")
         return None
     labels.followers.append((name, value.labels_C))
@@ -333,10 +371,18 @@ def _with_parameter(op: Operation, labels: Labels, value: Channels, operand: fx.
 
 
 def _parameter_read(node: fx.Node) -> fx.Node | None:
-    """The node that reads a free parameter, or buffer: this one, or one that it views as (1, -1, 1, 1) or the like."""
-    if node.op == "call_method" and node.target in ("view", "reshape") and -1 in _view_sizes(node):
-        return _parameter_read(node.args[0])
+    """The node that reads a free parameter, or buffer: this one, or the one that it views as (1, -1, 1, 1) or so."""
+    if _is_view(node):
+        return node.args[0] if node.args[0].op == "get_attr" else None
     return node if node.op == "get_attr" else None
+
+
+def _read_once(op: Operation, operand: fx.Node, tensor: torch.Tensor) -> bool:
+    """Whether nothing but this operation sees the parameter, under this name or another."""
+    read = _parameter_read(operand)
+    names = [name for name, other in op.model.named_parameters(remove_duplicate=False) if other is tensor]
+    readers = {user for n in op.node.graph.nodes if n.op == "get_attr" and n.target == read.target for user in n.users}
+    return len(names) == 1 and len(readers) == len(operand.users) == 1
 
 
 def _cat(op: Operation, labels: Labels) -> Channels | None:
@@ -383,8 +429,8 @@ def _pad(op: Operation, labels: Labels) -> Channels | None:
     before, after = pad[2 * from_last : 2 * from_last + 2] or (0, 0)
     if before == after == 0:
         return value
-    if before < 0 or after < 0:
-        labels.freeze([value], f"{op.name} crops channels")
+    if before < 0 or after < 0 or op.argument(2, "mode", "constant") != "constant":
+        labels.freeze([value], f"{op.name} crops channels or repeats them")
         return None
     zeros_C = labels.fresh(before + after)
     labels.frozen.append((zeros_C, "a shortcut pads it with zero channels"))
@@ -441,6 +487,11 @@ _FOREIGN_MODULES: dict[str, Rule] = {
     "timm.layers.drop.DropPath": _same,
 }
 
+_WIDTHLESS = (
+    *("dim", "ndim", "ndimension", "dtype", "device", "layout", "requires_grad", "is_cuda", "training"),
+    *("is_floating_point", "is_complex", torch.is_floating_point, torch.is_complex, torch._assert),
+)
+_JOINING = (_add, _elementwise, _cat)
 _SIZED = (torch.reshape, "view", "reshape")
 _FUNCTIONS: dict[Any, Rule] = {
     **dict.fromkeys(
@@ -461,8 +512,8 @@ _FUNCTIONS: dict[Any, Rule] = {
         ),
         _spatial,
     ),
-    **dict.fromkeys((torch.flatten, torch.squeeze, torch.unsqueeze, *_SIZED), _reshape),
-    **dict.fromkeys(("flatten", "squeeze", "unsqueeze"), _reshape),
+    **dict.fromkeys((torch.flatten, "flatten", torch.unsqueeze, "unsqueeze", *_SIZED), _reshape),
+    **dict.fromkeys((torch.squeeze, "squeeze"), _squeeze),
     **dict.fromkeys((torch.permute, "permute"), _permute),
     **dict.fromkeys((torch.transpose, "transpose", torch.swapaxes, "swapaxes"), _transpose),
     **dict.fromkeys((torch.mean, "mean", torch.sum, "sum", torch.amax, "amax", torch.amin, "amin"), _reduce),

@@ -55,13 +55,16 @@ def apply_plan(model: nn.Module, plan: PrunePlan, groups: Sequence[ChannelGroup]
     check_groups(model, groups_before)
     _check_plan(plan, groups_before)
     shrinking = [(group, plan.kept[group.name]) for group in groups_before if group.name in plan.removed]
-    changes: list[ParameterChange] = []
     indices: dict[str, dict[AxisName, torch.Tensor]] = {}
     for (module, axis), mask in keep_masks(shrinking).items():
         indices.setdefault(module, {})[axis] = torch.from_numpy(mask.nonzero()[0])
-    for name, axes in indices.items():
-        changes.extend(_narrow_layer(model, name, axes))
-    return Resized(plan, tuple(changes), narrow_groups(groups_before, dict(plan.kept)), groups_before)
+    narrowed = [
+        _narrowed(model, name, axes) for name, axes in indices.items()
+    ]  # all of it before any of it is installed
+    for layer in narrowed:
+        _install(model, layer)
+    changes = tuple(change for layer in narrowed for change in layer.changes)
+    return Resized(plan, changes, narrow_groups(groups_before, dict(plan.kept)), groups_before)
 
 
 def shrink_to(model: nn.Module, widths: Mapping[str, int], example_input: torch.Tensor | None = None) -> Resized:
@@ -83,12 +86,21 @@ def shrink_to(model: nn.Module, widths: Mapping[str, int], example_input: torch.
 
 def select(tensor: torch.Tensor, axes: Mapping[int, torch.Tensor]) -> torch.Tensor:
     """A new tensor with the given indices of each named dimension, in the memory format of the old one."""
-    channels_last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         narrowed = tensor.detach()
         for dim, index in axes.items():
             narrowed = narrowed.index_select(dim, index.to(tensor.device))
-        return narrowed.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        # Not .contiguous(): for a 1x1 kernel any order of the strides counts as contiguous, and would get lost.
+        return torch.empty_like(narrowed, memory_format=_memory_format(tensor)).copy_(narrowed)
+
+
+def _memory_format(tensor: torch.Tensor) -> torch.memory_format:
+    """The format whose strides the tensor has."""
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
+    if channels_last is None:
+        return torch.contiguous_format
+    strides = torch.empty(tensor.shape, device="meta", memory_format=channels_last).stride()
+    return channels_last if tensor.stride() == strides else torch.contiguous_format
 
 
 def _check_plan(plan: PrunePlan, groups: Sequence[ChannelGroup]) -> None:
@@ -111,33 +123,57 @@ def _check_plan(plan: PrunePlan, groups: Sequence[ChannelGroup]) -> None:
             )
 
 
-def _narrow_layer(model: nn.Module, name: str, axes: Mapping[AxisName, torch.Tensor]) -> list[ParameterChange]:
-    """Slice one layer, or free parameter, along its "out" axis, its "in" axis or both, and set its attributes."""
+@dataclass(frozen=True, eq=False)
+class _NarrowedLayer:
+    """New tensors of one layer, or free parameter, not installed yet. entries: of its "out" axis, if that shrinks."""
+
+    name: str
+    changes: tuple[ParameterChange, ...]
+    statistics: Mapping[str, torch.Tensor]
+    entries: int
+
+
+def _narrowed(model: nn.Module, name: str, axes: Mapping[AxisName, torch.Tensor]) -> _NarrowedLayer:
+    """The layer's tensors along its "out" axis, its "in" axis or both; the layer itself stays as it is."""
     layer = find_layer(model, name)
     weight_axes = {weight_dim(layer, axis): index for axis, index in axes.items()}
     if isinstance(layer, nn.Parameter):
-        return [_replace(model, name, weight_axes)]
-    changes = [_replace(model, f"{name}.weight", weight_axes)] if layer.weight is not None else []
-    if "out" in axes:
-        if getattr(layer, "bias", None) is not None:
-            changes.append(_replace(model, f"{name}.bias", {0: axes["out"]}))
-        for statistic in ("running_mean", "running_var"):
-            if getattr(layer, statistic, None) is not None:
-                setattr(layer, statistic, select(getattr(layer, statistic), {0: axes["out"]}))
-    set_widths(layer, entries=len(axes["out"]) if "out" in axes else 0)
-    return changes
+        return _NarrowedLayer(name, (_change(model, name, weight_axes),), {}, 0)
+    changes = [_change(model, f"{name}.weight", weight_axes)] if layer.weight is not None else []
+    if "out" not in axes:
+        return _NarrowedLayer(name, tuple(changes), {}, 0)
+    entries = {0: axes["out"]}
+    if getattr(layer, "bias", None) is not None:
+        changes.append(_change(model, f"{name}.bias", entries))
+    statistics = {key: getattr(layer, key, None) for key in ("running_mean", "running_var")}
+    statistics = {key: select(value, entries) for key, value in statistics.items() if value is not None}
+    return _NarrowedLayer(name, tuple(changes), statistics, len(axes["out"]))
 
 
-def _replace(model: nn.Module, name: str, axes: Mapping[int, torch.Tensor]) -> ParameterChange:
+def _change(model: nn.Module, name: str, axes: Mapping[int, torch.Tensor]) -> ParameterChange:
     name = name.removeprefix(".")  # of a network that is one layer
-    owner, _, attribute = name.rpartition(".")
-    old = model.get_parameter(name)
+    try:
+        old = model.get_parameter(name)
+    except AttributeError as error:
+        raise CupError(
+            f"{name} is computed from other parameters, by a mask or a parametrization: trace again"
+        ) from error
     new = nn.Parameter(select(old, axes), requires_grad=old.requires_grad)
-    # A hook on the tensor would be lost without a word with the old one.
-    if old.requires_grad:
-        for hook in (old._backward_hooks or {}).values():
-            new.register_hook(hook)
-        for hook in (old._post_accumulate_grad_hooks or {}).values():
-            new.register_post_accumulate_grad_hook(hook)
-    setattr(model.get_submodule(owner), attribute, new)
+    vars(new).update(vars(old))  # what a user has noted on the parameter
     return ParameterChange(name, old, new, dict(axes))
+
+
+def _install(model: nn.Module, narrowed: _NarrowedLayer) -> None:
+    for change in narrowed.changes:
+        owner, _, attribute = change.name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, change.new)
+        if change.old.requires_grad:  # a hook on the tensor would be lost without a word with the old one
+            for hook in (change.old._backward_hooks or {}).values():
+                change.new.register_hook(hook)
+            for hook in (change.old._post_accumulate_grad_hooks or {}).values():
+                change.new.register_post_accumulate_grad_hook(hook)
+    layer = find_layer(model, narrowed.name)
+    if not isinstance(layer, nn.Parameter):
+        for key, value in narrowed.statistics.items():
+            setattr(layer, key, value)
+        set_widths(layer, narrowed.entries)

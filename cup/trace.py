@@ -7,6 +7,7 @@ one. What the rules do not cover freezes the labels it touches, with the reason;
 
 import operator
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,16 @@ from cup.errors import CupError
 from cup.groups import AxisName, Call, ChannelGroup, Network, Place
 from cup.labels import Channels, Labels
 from cup.meta import does_not_take, find_input_shape, first_line, meta_copy, meta_input
-from cup.rules import LAYER_FUNCTIONS, Operation, find_rule, freeze_what_is_counted, is_known, shape_of
+from cup.rules import (
+    LAYER_FUNCTIONS,
+    Operation,
+    find_rule,
+    freeze_what_is_counted,
+    has_width,
+    is_known,
+    reads_no_width,
+    shape_of,
+)
 
 
 def channel_groups(model: nn.Module, example_input: torch.Tensor | None = None) -> list[ChannelGroup]:
@@ -28,19 +38,49 @@ def channel_groups(model: nn.Module, example_input: torch.Tensor | None = None) 
         shapes are tried on the meta device. The model is neither run nor changed.
     Raises CupError where torch.fx cannot trace the network or the input does not fit.
     """
-    # In training mode, so that auxiliary heads are part of the graph; two samples, so that a batch is told from a size.
-    twin = meta_copy(model).train()
+    twin = meta_copy(model)
     shape = find_input_shape(model) if example_input is None else tuple(example_input.shape[1:])
+    # In training mode, so that auxiliary heads are part of the graph.
+    graph, groups = _trace(twin.train(), shape)
+    evaluation_graph, evaluation_groups = _trace(twin.eval(), shape, unless=graph)
+    return groups if evaluation_graph == graph else _allowed_in_both(groups, evaluation_groups)
+
+
+def _trace(twin: nn.Module, shape: tuple[int, ...], unless: str = "") -> tuple[str, list[ChannelGroup]]:
+    """The graph of the twin's forward pass as text, and its groups; none where the text is the one of `unless`."""
     try:
         graph = fx.GraphModule(twin, _Tracer().trace(twin))
     except Exception as error:  # torch.fx raises many types for what it cannot follow
-        raise CupError(f"torch.fx cannot trace {type(model).__name__}: {first_line(error)}") from error
+        raise CupError(f"torch.fx cannot trace {type(twin).__name__}: {first_line(error)}") from error
+    if str(graph.graph) == unless:
+        return unless, []
     try:
         with torch.no_grad(), torch.device("meta"):
-            _Shapes(graph).run(meta_input(shape, batch=2))
+            _Shapes(graph).run(meta_input(shape, batch=2))  # two samples, so that a batch is told from a size
     except Exception as error:
-        raise CupError(does_not_take(model, shape, error)) from error
-    return _Walk(graph, twin).groups(shape)
+        raise CupError(does_not_take(twin, shape, error)) from error
+    return str(graph.graph), _Walk(graph, twin).groups(shape)
+
+
+def _allowed_in_both(groups: list[ChannelGroup], evaluated: list[ChannelGroup]) -> list[ChannelGroup]:
+    """The groups of training, frozen also where evaluation freezes them or wires their layers otherwise."""
+    frozen = {group.name: group.frozen for group in evaluated}
+    owners: dict[tuple[str, AxisName], set[str]] = {}
+    for group in evaluated:
+        for place in group.places:
+            owners.setdefault((place.module, place.axis), set()).add(group.name)
+    both = []
+    for group in groups:
+        used = {(place.module, place.axis) for place in group.places}
+        lost = [key for key in used if key in owners and group.name not in owners[key]]
+        gained = [key for key, names in owners.items() if group.name in names and key not in used]
+        reason = group.frozen or frozen.pop(group.name, "")
+        if not reason and (lost or gained):
+            reason = f"{(lost + gained)[0][0]} is wired otherwise in evaluation"
+        both.append(replace(group, frozen=reason))
+        frozen.pop(group.name, None)
+    only = [group for group in evaluated if group.name in frozen]
+    return both + [replace(group, frozen="it is used in evaluation only") for group in only]
 
 
 _IS_OUTPUT = "it is an output of the network"
@@ -77,6 +117,8 @@ class _Walk:
             if node.meta.get("unknown"):  # several tensors in one value: a chunk, a split, attention, several heads
                 is_output = all(user.op == "output" for user in node.users)
                 self.labels.freeze(inputs, _IS_OUTPUT if is_output else f"{_title(node)} is not followed")
+            elif not reads_no_width(node):
+                self.labels.freeze(inputs, f"{_title(node)} may read its width as a number")
             return None  # the network's input, a free parameter, a size: no channels that could go
         if layer in self.shared:
             reason = f"{layer} is used more than once or shares a parameter"
@@ -102,30 +144,46 @@ class _Walk:
             self.labels.frozen.append((labels_C, reason))
 
     def _layer(self, node: fx.Node) -> str | None:
-        """Dotted name of the module whose work this node is: a module call, or a function on a module's own weights."""
+        """Dotted name of the module whose work this node is: a module call, or a subclass's own call of the function.
+
+        Only inside that module's forward: elsewhere the function may be given other groups or shapes than the module's.
+        """
         if node.op == "call_module":
             return node.target
         kind = LAYER_FUNCTIONS.get(node.target) if node.op == "call_function" else None
-        owners = {n.target.rpartition(".")[0] for n in node.all_input_nodes if n.op == "get_attr"}
-        if kind is None or len(owners) != 1:
+        stack = list(node.meta.get("nn_module_stack") or ())
+        value = node.args[0] if node.args else None
+        if kind is None or not stack or shape_of(value) is None or value.op == "get_attr":
             return None
-        (owner,) = owners
-        return owner if isinstance(self.twin.get_submodule(owner), kind) else None
+        owner = stack[-1]
+        read = {n.target for n in node.all_input_nodes if n.op == "get_attr"}
+        own = {f"{owner}.{name}" for name in ("weight", "bias", "running_mean", "running_var")}
+        is_its_work = isinstance(self.twin.get_submodule(owner), kind) and f"{owner}.weight" in read and read <= own
+        return owner if is_its_work else None
 
     def _shared_layers(self) -> set[str]:
-        """Layers with parameters that run twice, or that share a parameter with something else."""
+        """Layers that run twice, or that share a parameter or buffer with something else."""
         calls = Counter(layer for layer in self.layer_of.values() if layer is not None)
+        layers = {layer: self.twin.get_submodule(layer) for layer in calls}
+        tensors = [
+            *self.twin.named_parameters(remove_duplicate=False),
+            *self.twin.named_buffers(remove_duplicate=False),
+        ]
         users: dict[int, set[str]] = {}
-        for layer in calls:
-            for parameter in self.twin.get_submodule(layer).parameters():
-                users.setdefault(id(parameter), set()).add(layer)
+        for name, tensor in tensors:
+            users.setdefault(id(tensor), set()).add(name)
         for node in self.nodes:
-            if node.op == "get_attr":
-                tensor, owner = operator.attrgetter(node.target)(self.twin), node.target.rpartition(".")[0]
-                if id(tensor) in users and any(self.layer_of[user] != owner for user in node.users):
-                    users[id(tensor)].add("read as a tensor")
-        twice = {layer for layer, n in calls.items() if n > 1 and self.twin.get_submodule(layer).state_dict()}
-        return twice | {layer for layers in users.values() if len(layers) > 1 for layer in layers}
+            if node.op == "get_attr" and any(self.layer_of[user] is None for user in node.users):
+                users.setdefault(id(operator.attrgetter(node.target)(self.twin)), set()).add("read as a tensor")
+        shared = {layer for layer, n in calls.items() if n > 1 and (has_width(layers[layer]) or self._has_state(layer))}
+        for name, tensor in tensors:
+            owner = name.rpartition(".")[0]
+            if owner in calls and len(users[id(tensor)]) > 1:
+                shared.add(owner)
+        return shared
+
+    def _has_state(self, layer: str) -> bool:
+        return bool(self.twin.get_submodule(layer).state_dict())
 
     # --- from labels to groups ---
 
@@ -194,6 +252,10 @@ class _Walk:
 
 class _Tracer(fx.Tracer):
     """Looks inside all modules but torch's own and those that have a rule."""
+
+    proxy_buffer_attributes = (
+        True  # else what is computed from a buffer is a constant, and nobody sees that it was read
+    )
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return is_known(module) or super().is_leaf_module(module, name)

@@ -235,7 +235,7 @@ class NormOfSome(nn.Module):
 
     def __init__(self, norm: nn.Module, silent_C: torch.Tensor) -> None:
         super().__init__()
-        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps  # the parameters may be None
         self.last = isinstance(norm, nn.LayerNorm)
         self.silent_C = silent_C
 
@@ -244,7 +244,8 @@ class NormOfSome(nn.Module):
         heard = x[..., ~self.silent_C]
         dims = -1 if self.last else tuple(range(1, x.dim()))
         mean, var = heard.mean(dims, keepdim=True), heard.var(dims, keepdim=True, unbiased=False)
-        x = (x - mean) / torch.sqrt(var + self.eps) * self.weight + self.bias
+        x = (x - mean) / torch.sqrt(var + self.eps)
+        x = x if self.weight is None else x * self.weight + self.bias
         return x if self.last else x.movedim(-1, 1)
 
 

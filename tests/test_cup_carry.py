@@ -221,7 +221,7 @@ def test_a_history_of_the_whole_network_cannot_be_mapped():
 
     optimizer.step(loss)
     resized = cup.apply_plan(model, cup.plan_by_counts(model, cup.channel_groups(model), {"1": 2}))
-    with pytest.raises(cup.CupError, match="LBFGS keeps a list in its state"):
+    with pytest.raises(cup.CupError, match="LBFGS keeps a history"):
         cup.carry_optimizer(optimizer, resized)
     assert optimizer.param_groups[0]["params"][2] is resized.changes[0].old
 

@@ -184,6 +184,14 @@ class Parts(nn.Module):
         self.down = nn.Conv2d(6, 8, 2, stride=2, padding_mode="reflect", padding=1, dilation=1)
         self.own_conv = OwnConv(8, 8, 3, padding=1)
         self.own_norm = OwnNorm(8)
+        self.bare, self.bare_groups = nn.LayerNorm(8, elementwise_affine=False), nn.GroupNorm(4, 8, affine=False)
+        self.one = nn.Conv2d(1, 8, 3)
+        self.shifted = Shifted(8, 8, 1)
+        self.flat8, self.ten = nn.Linear(8, 5), nn.Linear(10, 5)
+        self.view_ = nn.Flatten()
+        self.up_grouped = nn.ConvTranspose2d(8, 8, 2, stride=2, groups=2)
+        self.aliased = nn.Conv2d(8, 8, 1)
+        self.alias = self.aliased.weight
         self.embed = nn.Linear(8, 8)
         self.mix = nn.Conv1d(8, 8, 1)
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
@@ -206,6 +214,17 @@ class OwnConv(nn.Conv2d):
 
     def forward(self, x):
         return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class Shifted(nn.Conv2d):
+    """Gives the function another bias than its own."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes, bias=False)
+        self.shift = nn.Parameter(torch.rand(sizes[1]))
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight, self.shift)
 
 
 class OwnNorm(nn.BatchNorm2d):
@@ -254,7 +273,7 @@ FROZEN = {
     "width of another layer": (lambda s, x: s.fc(s.a(x).mean(3).view(-1, s.b(wide(x)).size(1))), "b", "view"),
     "width as a factor": (lambda s, x: s.head(s.b((y := s.a(x)) * y.shape[1])), "a", "mul"),
     "whole shape": (lambda s, x: s.head(s.b((y := s.a(x)) + torch.ones(y.shape))), "a", "add"),
-    "number of elements": (lambda s, x: s.head(s.b((y := s.a(x)) / y.numel())), "a", "truediv"),
+    "number of elements": (lambda s, x: s.head(s.b((y := s.a(x)) / y.numel())), "a", "numel"),
     "softmax over channels": (lambda s, x: s.head(s.b(F.softmax(s.a(x), 1))), "a", "softmax"),
     "mean over channels": (lambda s, x: s.fc(s.a(x).mean(1).mean(1)), "a", "mean"),
     "channels unflattened": (lambda s, x: s.head(s.b(s.a(x).view(2, 2, 4, 8, 8).flatten(1, 2))), "a", "view"),
@@ -313,8 +332,47 @@ FOLLOWED = {
     "number added": lambda s, x: s.head(s.b(2 * s.a(x) + 1)),
     "size of the image": lambda s, x: s.head(s.b(F.interpolate(s.c(y := s.a(x)), size=y.shape[2:]))),
 }
+
+
+def counted(read):
+    """A number read from the activations scales them."""
+    return lambda s, x: s.head(s.b((y := s.a(x)) * (read(y) / 100)))
+
+
+def view_of_the_scale_twice(s, x):
+    scale = s.scale.view(1, -1, 1, 1)
+    return s.head(s.c(s.b(s.a(x) * scale) * scale))
+
+
 SOUND = {
     **FOLLOWED,
+    "layer norm without weights, used twice": lambda s, x: s.fc(s.bare(s.embed(s.bare(tokens(s, x)))).mean(1)),
+    "group norm without weights, used twice": lambda s, x: s.head(s.c(s.bare_groups(s.b(s.bare_groups(s.a(x)))))),
+    "view of a scale, used twice": view_of_the_scale_twice,
+    "view of a scale to a fixed size": lambda s, x: s.head(s.b(s.a(x) * s.scale.view(1, 8, 1, -1))),
+    "clamped by another layer": lambda s, x: two_convs(s, x, torch.clamp),
+    "clamped by a parameter": lambda s, x: s.head(s.b(s.a(x).clamp(s.scale))),
+    "function on a layer's weights": lambda s, x: s.head(F.conv2d(s.a(x), s.b.weight, s.b.bias, 1, 1)),
+    "function with other groups": lambda s, x: s.head(F.conv2d(s.a(x), s.one.weight, None, 1, 1, 1, 8)),
+    "function with other norm groups": lambda s, x: s.head(F.group_norm(s.a(x), 4, s.norm.weight, s.norm.bias)),
+    "weights as the input": lambda s, x: s.a(x).sum() * F.linear(s.fc.weight, s.embed.weight)[:2, :5],
+    "another bias than its own": lambda s, x: s.head(s.b(s.shifted(s.a(x)))),
+    "torch.numel": counted(torch.numel),
+    "numel of a shape": counted(lambda y: y.shape.numel()),
+    "stride": counted(lambda y: y.stride(0)),
+    "shape turned around": counted(lambda y: y.shape[::-1][2]),
+    "width asked for twice": lambda s, x: s.flat8(
+        s.a(x).view((y := s.a(x)).shape[0], y.shape[1], y.shape[1], -1)[0, 0]
+    ),
+    "squeezed of all axes": lambda s, x: s.fc(F.adaptive_avg_pool2d(s.a(x), 1).squeeze()),
+    "view to a whole size": lambda s, x: s.head(s.b((y := s.a(x)).flatten(2).view(y.size()))),
+    "flatten called view": lambda s, x: s.flat2(s.flat1(s.view_(s.a(x)))),
+    "reflected channels": lambda s, x: s.ten(F.pad(tokens(s, x), (1, 1), "reflect").mean(1)),
+    "mean with keepdims": lambda s, x: s.fc(tokens(s, x).mean(1, keepdims=True).flatten(1)),
+    "other reader in evaluation": lambda s, x: s.head((s.b if s.training else s.c)(s.a(x))),
+    "statistics read as a tensor": lambda s, x: s.head(s.b(s.own_norm(s.a(x)))) + s.own_norm.running_mean[:5],
+    "grouped transposed convolution": lambda s, x: s.head(s.b(s.up_grouped(s.a(x)))),
+    "two names for a layer's weight": lambda s, x: s.head(s.c(s.aliased(s.a(x)))),
     **{case: forward for case, (forward, _, _) in FROZEN.items() if case != "second output"},
     "reshape to a fixed width": lambda s, x: s.fc(s.a(x).mean((2, 3)).reshape(-1, 8)),
     "view to a fixed shape": lambda s, x: s.head(s.b(s.a(x).view(-1, 8, 8, 8))),
