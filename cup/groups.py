@@ -125,6 +125,9 @@ def add_masks(masks: Masks, group: ChannelGroup, channels: Sequence[int]) -> Non
 def narrow_groups(groups: Iterable[ChannelGroup], kept: Mapping[str, Sequence[int]]) -> list[ChannelGroup]:
     """The groups as a new trace would find them after surgery, by arithmetic alone.
 
+    But for one thing: where a grouped convolution or group norm is down to one group, its filters stay bound together,
+    while a new trace would see an ordinary layer and let them go one by one.
+
     kept: group name -> channels that stay; groups that it does not name keep their width.
     """
     groups = list(groups)

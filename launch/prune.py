@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
 def _prune(argv: list[str]) -> None:
     options = _parse(argv)
     network = _open_source(options)
-    groups = cup.channel_groups(network.model, network.architecture.example_input())
+    groups = network.groups or cup.channel_groups(network.model, network.architecture.example_input())
     clustering = {name: getattr(options, name) for name in ("scope", "features", "round_to", "min_channels")}
     plan = _plan(options, network, groups, clustering)
     if not plan.removed:

@@ -93,6 +93,6 @@ def write_network(path: Path, name: str = "lenet", num_classes: int = 10, seed: 
     model = build_model(name, num_classes)
     architecture = Architecture(name=name, num_classes=num_classes, input_shape=native_input_shape(name))
     dense = cup.complexity(model, architecture.example_input())
-    network = StoredNetwork(architecture, dense, model, plans=(), config=None, gpu_hours=2.0)
+    network = StoredNetwork(architecture, dense, model, plans=(), groups=(), config=None, gpu_hours=2.0)
     save_network(path, network, widths={})
     return network

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import cup
-from cup import Complexity, CupError, PrunePlan
+from cup import ChannelGroup, Complexity, CupError, PrunePlan
 from train.errors import TrainError
 from train.models import Architecture, build_model
 
@@ -38,6 +38,8 @@ class StoredNetwork:
     architecture: the network before any cut. dense: its cost then.
     model: at the stored widths, on the CPU, with the weights that were evaluated (the moving average's, if any).
     plans: the cuts so far, in order.
+    groups: the channel groups that they left, from which the next cut is planned, so that all of them can be replayed
+        one after another; empty where there was none.
     config: the configuration of the run that trained it, as plain data; None for weights from elsewhere.
     gpu_hours: spent on these weights, runs before a cut included; None where nobody knows.
     """
@@ -46,6 +48,7 @@ class StoredNetwork:
     dense: Complexity
     model: nn.Module
     plans: tuple[PrunePlan, ...]
+    groups: Sequence[ChannelGroup]
     config: dict[str, Any] | None
     gpu_hours: float | None
 
@@ -103,7 +106,7 @@ def load_network(path: Path) -> StoredNetwork:
         load_weights(model, stored_weights(content))
     except (CupError, CheckpointError) as error:
         raise CheckpointError(f"{path}: {error}") from error
-    return StoredNetwork(architecture, dense, model, tuple(plans), content["config"], content["gpu_hours"])
+    return StoredNetwork(architecture, dense, model, tuple(plans), groups, content["config"], content["gpu_hours"])
 
 
 def stored_architecture(content: dict[str, Any]) -> Architecture:

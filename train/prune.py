@@ -50,7 +50,7 @@ def network_from_weights(name: str, path: Path, num_classes: int | None, image_s
     model = build_model(name, classes)
     load_weights(model, weights)
     dense = cup.complexity(model, architecture.example_input())
-    return StoredNetwork(architecture, dense, model, plans=(), config=None, gpu_hours=None)
+    return StoredNetwork(architecture, dense, model, plans=(), groups=(), config=None, gpu_hours=None)
 
 
 def read_counts(path: Path) -> dict[str, int]:
@@ -68,12 +68,12 @@ def read_counts(path: Path) -> dict[str, int]:
 
 
 def cut_network(network: StoredNetwork, plan: PrunePlan, groups: list[ChannelGroup]) -> Cut:
-    """Apply `plan` to the network's model, in place. groups: of that model, from `cup.channel_groups`."""
+    """Apply `plan` to the network's model, in place. groups: the model's, as the plan was made for."""
     example_input = network.architecture.example_input()
     before = cup.complexity(network.model, example_input)
     resized = cup.apply_plan(network.model, plan, groups)
     return Cut(
-        network=replace(network, plans=(*network.plans, plan)),
+        network=replace(network, plans=(*network.plans, plan), groups=resized.groups),
         before=before,
         after=cup.complexity(network.model, example_input),
         widths={group.name: group.width for group in resized.groups if not group.frozen},
