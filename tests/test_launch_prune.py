@@ -259,11 +259,10 @@ def test_the_hours_of_a_run_are_in_what_is_cut_from_it(dense: Path, tmp_path: Pa
 def test_a_grouped_convolution_that_is_down_to_one_group_does_not_stop_the_next_cut(tmp_path: Path):
     """Its filters stay bound together in the stored plans, while a new trace would take them one by one."""
     write_network(tmp_path / "0.pt", "regnet_y_400mf", num_classes=4)
-    for number, counts in enumerate(
-        ({"trunk_output.block1.block1-0.f.a.0": 1}, {"trunk_output.block2.block2-0.f.a.0": 2})
-    ):
+    blocks = ("trunk_output.block1.block1-0.f.a.0", "trunk_output.block2.block2-0.f.a.0")
+    for number, counts in enumerate(({blocks[0]: 1}, {blocks[1]: 2})):
         file = tmp_path / f"{number}.json"
         file.write_text(json.dumps(counts))
         source, out = tmp_path / f"{number}.pt", tmp_path / f"{number + 1}.pt"
-        assert main([str(source), "--counts", str(file), "--out", str(out)]) == 0
+        assert prune.main([str(source), "--counts", str(file), "--out", str(out)]) == 0
     assert load_network(tmp_path / "2.pt").model.trunk_output[0][0].f.b[0].groups == 1
