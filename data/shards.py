@@ -51,7 +51,9 @@ class TarPlaces:
     def read(self, index: int) -> bytes:
         """One image's bytes; OSError if the shard cannot be read or ends before them."""
         size = int(self.size[index])
-        content = os.pread(_opened(self.shard_path(index)).descriptor, size, int(self.offset[index]))
+        # Held by name while it is read: another thread may push it out of the cache, which closes it once unused.
+        file = _opened(self.shard_path(index))
+        content = os.pread(file.descriptor, size, int(self.offset[index]))
         if len(content) < size:
             raise OSError(f"the shard ends {size - len(content)} bytes before the image does")
         return content

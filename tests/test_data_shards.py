@@ -1,12 +1,17 @@
 """Shards and file lists: the same images, orders and resumes as an image folder's, whole or refused."""
 
 import json
+import os
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 
 import numpy as np
 import pytest
 from test_data_images import build, disk_loaders, equal, needs_dali, photos, taken, write_split
 
+from data import shards as shards_module
 from data.batch import DataError
 from data.images import list_split, list_splits
 from data.prepare import check_data, prepare_shards
@@ -33,6 +38,23 @@ def test_shards_hold_every_image_once_with_its_class_and_its_bytes(photos, shard
     for files, packed in zip(list_splits(photos), list_splits(shards), strict=True):
         assert packed.classes == files.classes and len(packed.names) == len(files.names)
         assert contents(packed) == contents(files)
+
+
+def test_threads_that_read_more_shards_than_stay_open_get_every_image_right(photos, tmp_path_factory, monkeypatch):
+    """A shard that falls out of the cache must not be closed under the thread that reads it."""
+    path = tmp_path_factory.mktemp("shards") / "set"
+    prepare_shards(photos, path, images_per_shard=1)
+    monkeypatch.setattr(shards_module, "_opened", lru_cache(maxsize=2)(shards_module._opened.__wrapped__))
+    images, honest = list_split(path, "train"), os.pread
+    expected = [images.read(index) for index in range(14)]
+
+    def slow_pread(descriptor, size, offset):
+        time.sleep(0.0005)  # long enough for other threads to empty the cache
+        return honest(descriptor, size, offset)
+
+    monkeypatch.setattr(os, "pread", slow_pread)
+    with ThreadPoolExecutor(16) as pool:
+        assert list(pool.map(images.read, [*range(14)] * 20)) == expected * 20
 
 
 def test_classes_are_mixed_and_equal_seeds_give_equal_files(photos, shards, tmp_path):
