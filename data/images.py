@@ -16,6 +16,8 @@ from data.shards import MANIFEST, TarPlaces, read_shards
 
 EXCLUDE_FILE = "exclude.txt"
 SPLITS = ("train", "val")
+# What Pillow and DALI both decode; MPO is the JPEG of cameras that store several pictures in it.
+FORMATS = {"JPEG", "MPO", "PNG", "BMP", "PPM", "TIFF", "WEBP", "JPEG2000"}
 EXPECTED = "PATH/train/CLASS/*.jpg and PATH/val/CLASS/*.jpg, file lists PATH/train.txt and PATH/val.txt, or shards"
 
 
@@ -136,10 +138,12 @@ def is_image_name(name: str) -> bool:
 
 
 def open_image(content: bytes, mode: str) -> Image.Image:
-    """Decode to a Pillow image of `mode` (RGB or L); many types of error for what is no whole image."""
+    """Decode to a Pillow image of `mode` (RGB or L); many types of error for what is no whole image of FORMATS."""
     if not content:
         raise UnidentifiedImageError("the file is empty")
     with Image.open(io.BytesIO(content)) as image:
+        if image.format not in FORMATS:  # whatever the file is called
+            raise UnidentifiedImageError(f"{image.format}, which DALI does not decode")
         if image.mode.startswith("I"):  # I;16, and I for the same files in older versions
             # Pillow's own conversion cuts 16 bits off at 255, so everything but black turns white; DALI scales.
             return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert(mode)
@@ -162,7 +166,7 @@ def decode_failure(images: ImageList, indices: np.ndarray, cause: Exception) -> 
             "list them, and start again"
         )
     first, last = images.where(indices[0]), images.where(indices[-1])
-    return DataError(f"reading failed at one of {len(indices)} images from {first} to {last}: {in_words(cause)}")
+    return DataError(f"reading failed at one of {len(indices)} images from {first} to {last}: {_last_words(cause)}")
 
 
 def in_words(error: Exception) -> str:
@@ -173,6 +177,13 @@ def in_words(error: Exception) -> str:
         return error.strerror
     # Pillow names the buffer that it read; the caller names the file.
     return " ".join(str(error).split()).split(" <_io.BytesIO")[0] or type(error).__name__
+
+
+def _last_words(error: Exception) -> str:
+    """The cause in a message of many lines: behind DALI's traceback of the pipeline, at the end of a worker's."""
+    _, encountered, cause = str(error).rpartition("encountered:")
+    lines = [line.strip() for line in (cause if encountered else str(error)).splitlines() if line.strip()]
+    return lines[0 if encountered else -1] if lines else in_words(error)
 
 
 def _list_folder(root: Path) -> ImageList:

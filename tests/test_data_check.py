@@ -10,7 +10,7 @@ from PIL import Image
 from test_data_images import build, disk_loaders, made_photo, photos, taken, write_split
 
 from data.batch import DataError
-from data.images import list_splits
+from data.images import decode_failure, list_splits
 from data.prepare import check_data, prepare_shards
 from launch import prepare
 
@@ -31,10 +31,14 @@ def write_broken(folder: Path) -> dict[str, str]:
     (folder / "text.JPEG").write_text("no image\n" * 20)
     (folder / "huge.JPEG").write_bytes(jpeg_that_claims(photo, 60_000, 60_000))
     (folder / "link.JPEG").symlink_to(folder / "nowhere.JPEG")
+    made_photo(8).save(folder / "gif.JPEG", format="gif")
+    made_photo(8).save(folder / "ico.png", format="ico")
     return {
         "cut.JPEG": "truncated",
         "empty.JPEG": "the file is empty",
+        "gif.JPEG": "GIF, which DALI does not decode",
         "huge.JPEG": "3600000000 pixels",
+        "ico.png": "ICO, which DALI does not decode",
         "link.JPEG": "a link to nowhere",
         "text.JPEG": "cannot identify",
     }
@@ -91,25 +95,35 @@ def test_training_leaves_out_what_is_listed_and_takes_the_unusual(photos, loader
     write_unusual(photos / "train" / "bee")
     check_data(photos)
     train, val = build(photos, loader, threads=1)
-    assert (train.num_images, train.num_excluded, val.num_excluded) == (14 + 7, 5, 0)
+    assert (train.num_images, train.num_excluded, val.num_excluded) == (14 + 7, 7, 0)
     taken(train)
     train.close()
     val.close()
 
 
 @disk_loaders
-@pytest.mark.parametrize("name", ["huge.JPEG", "link.JPEG"])
+@pytest.mark.parametrize("name", ["huge.JPEG", "link.JPEG", "gif.JPEG"])
 def test_training_without_check_names_the_file(photos, loader, name):
     """What the other tests of unreadable files do not have; no memory is taken for what a header claims."""
     words = write_broken(photos / "train" / "ant")[name]
-    for other in (photos / "train" / "ant").glob("*.JPEG"):
-        if other.name != name:
+    for other in (photos / "train" / "ant").iterdir():
+        if other.name != name and other.suffix != ".jpg":
             other.unlink()
     train, val = build(photos, loader, batch_size=15, threads=1)
     with pytest.raises(DataError, match=rf"cannot read .*train/ant/{name} \(.*{words}"):
         taken(train)
     train.close()
     val.close()
+
+
+@pytest.mark.parametrize(
+    "message",
+    ["Critical error in pipeline:\n  File x\n\nencountered:\n\nno memory\nCurrent pipeline is invalid", "Trace\nno memory\n"],
+    ids=["DALI", "worker"],
+)
+def test_an_error_that_is_no_images_fault_is_cut_to_its_cause(photos, message):
+    failure = decode_failure(list_splits(photos)[0], np.arange(3), RuntimeError(message))
+    assert str(failure).endswith("train/ant/2.jpg: no memory")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -188,7 +202,7 @@ def test_shards_are_checked_like_files_and_leave_excluded_images_out(photos, tmp
     write_broken(photos / "train" / "ant")
     (photos / "train" / "ant" / "link.JPEG").unlink()
     prepare_shards(photos, folder / "all")
-    assert len(check_data(folder / "all").broken) == 4
+    assert len(check_data(folder / "all").broken) == 6
     check_data(photos)
     prepare_shards(photos, folder / "sound")
     assert not check_data(folder / "sound").broken
