@@ -46,8 +46,8 @@ def _prepare(argv: list[str]) -> None:
     if options.command == "check":
         _check(options)
     else:
-        MAKERS[options.command](options)
-        print(f"ready: {options.path}")
+        written = MAKERS[options.command](options)
+        print(f"ready: {options.path}" if written else f"{options.path}: a data set is there already; kept as it is")
 
 
 def _parser() -> Parser:

@@ -298,3 +298,23 @@ def test_wrong_arguments_are_one_line(tmp_path, monkeypatch, capsys, arguments, 
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and words in lines[0]
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_there_is_kept_and_the_command_says_so(photos, tmp_path_factory, capsys):
+    target = tmp_path_factory.mktemp("target")
+    for words in ("ready: {0}", "{0}: a data set is there already; kept as it is"):
+        assert prepare.main(["shards", str(photos), str(target / "set")]) == 0
+        assert capsys.readouterr().out == words.format(target / "set") + "\n"
+    assert prepare.main(["digits", str(photos)]) == 0
+    assert capsys.readouterr().out == f"{photos}: a data set is there already; kept as it is\n"
+    assert prepare.main(["shards", str(photos), f"{photos}/../{photos.name}"]) == 1
+    assert "is the source itself" in capsys.readouterr().err
+    assert prepare.main(["shards", str(target / "set"), str(photos)]) == 1
+    assert "holds a data set that is no shards" in capsys.readouterr().err
+
+
+def test_empty_splits_are_no_finished_set(tmp_path, capsys):
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+    assert prepare.main(["digits", str(tmp_path)]) == 1
+    assert "exists, but train/ or val/ is missing or empty" in capsys.readouterr().err
