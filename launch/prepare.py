@@ -16,7 +16,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from data import DataError, prepare
-from train.cli import Parser, exit_code_of
+from train.cli import Parser, exit_code_of, non_negative_int, positive_int
 
 NAMED_OF_EACH_KIND = 5
 MAKERS = {
@@ -67,13 +67,13 @@ def _parser() -> Parser:
     for maker in (digits, mnist, cifar10, cifar100, imagenette, imagenet, shards):
         maker.add_argument("path", type=Path, metavar="FOLDER", help="where to write it; a finished set is kept")
     imagenette.add_argument("--size", choices=("full", "320px", "160px"), default="full", help="of the shorter side")
-    shards.add_argument("--images-per-shard", type=int, default=1000, metavar="N", help="default: 1000")
-    shards.add_argument("--seed", type=int, default=0, metavar="N", help="of the order (default: 0)")
+    shards.add_argument("--images-per-shard", type=positive_int, default=1000, metavar="N", help="default: 1000")
+    shards.add_argument("--seed", type=non_negative_int, default=0, metavar="N", help="of the order (default: 0)")
     shards.add_argument("--exclude", default="", metavar="FILE", help="default: SOURCE/exclude.txt, if it is there")
 
     check.add_argument("path", type=Path, metavar="FOLDER", help="data set: image folder, file lists or shards")
     check.add_argument("--exclude", default="", metavar="FILE", help="list to write (default: FOLDER/exclude.txt)")
-    check.add_argument("--threads", type=int, default=0, metavar="N", help="default: some more than cores")
+    check.add_argument("--threads", type=non_negative_int, default=0, metavar="N", help="default: some more than cores")
     for command in commands.choices.values():
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser

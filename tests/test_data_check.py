@@ -118,7 +118,10 @@ def test_training_without_check_names_the_file(photos, loader, name):
 
 @pytest.mark.parametrize(
     "message",
-    ["Critical error in pipeline:\n  File x\n\nencountered:\n\nno memory\nCurrent pipeline is invalid", "Trace\nno memory\n"],
+    [
+        "Critical error in pipeline:\n  File x\n\nencountered:\n\nno memory\nCurrent pipeline is invalid",
+        "Trace\nno memory\n",
+    ],
     ids=["DALI", "worker"],
 )
 def test_an_error_that_is_no_images_fault_is_cut_to_its_cause(photos, message):

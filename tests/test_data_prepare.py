@@ -290,6 +290,9 @@ def test_two_processes_do_not_unpack_into_the_same_folder(archives, tmp_path):
         (["shards", "nowhere", "x"], "nowhere: there is no such folder"),
         (["check", "nowhere"], "nowhere: there is no such folder"),
         (["imagenette", "x", "--size", "9"], "invalid choice: '9'"),
+        (["check", "x", "--threads", "-3"], "--threads: found '-3', allowed: a whole number from 0"),
+        (["shards", "x", "y", "--seed", "-1"], "--seed: found '-1', allowed: a whole number from 0"),
+        (["shards", "x", "y", "--images-per-shard", "0"], "found '0', allowed: a whole number from 1"),
     ],
 )
 def test_wrong_arguments_are_one_line(tmp_path, monkeypatch, capsys, arguments, words):
@@ -318,3 +321,21 @@ def test_empty_splits_are_no_finished_set(tmp_path, capsys):
         (tmp_path / split).mkdir()
     assert prepare.main(["digits", str(tmp_path)]) == 1
     assert "exists, but train/ or val/ is missing or empty" in capsys.readouterr().err
+
+
+def test_a_place_that_may_not_be_looked_at_is_a_data_error(tmp_path, monkeypatch, capsys):
+    def forbidden(self, **options):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "exists", forbidden)
+    assert prepare.main(["digits", str(tmp_path / "set")]) == 1
+    assert "set: cannot be looked at (Permission denied)" in capsys.readouterr().err
+
+
+def test_an_interrupted_preparation_promises_no_checkpoint(monkeypatch, capsys):
+    def interrupted(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(prepare.MAKERS, "digits", interrupted)
+    assert prepare.main(["digits", "x"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"

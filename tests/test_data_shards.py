@@ -127,6 +127,12 @@ def cut_tar(split):
     tar.write_bytes(tar.read_bytes()[:-1024])
 
 
+def null_shard_size(split):
+    manifest = json.loads((split / "manifest.json").read_text())
+    manifest["shards"][0]["bytes"] = None
+    (split / "manifest.json").write_text(json.dumps(manifest))
+
+
 def cut_index(split):
     index = split / "train-00001.idx"
     index.write_text("\n".join(index.read_text().splitlines()[:-1]))
@@ -140,9 +146,11 @@ def cut_index(split):
         (lambda split: (split / "train-00001.tar").unlink(), r"train-00001\.tar: found no such file"),
         (lambda split: (split / "train-00001.idx").unlink(), r"train-00001\.idx: cannot be read"),
         (lambda split: (split / "manifest.json").write_text("{"), r"manifest\.json: cannot be read"),
+        (lambda split: (split / "manifest.json").write_text('{"format": 1}'), r"manifest\.json: 'classes' is no list"),
+        (null_shard_size, r"manifest\.json: 'shards' is no list with file, images, bytes"),
         (lambda split: (split / "manifest.json").unlink(), r"tar files without manifest\.json"),
     ],
-    ids=["cut shard", "cut index", "no shard", "no index", "cut manifest", "no manifest"],
+    ids=["cut shard", "cut index", "no shard", "no index", "cut manifest", "no keys", "null", "no manifest"],
 )
 def test_shards_that_are_not_whole_are_refused_by_name(shards, damage, message):
     damage(shards / "train")
@@ -239,3 +247,11 @@ def test_a_manifest_counts_classes_and_shards(shards):
     manifest = json.loads((shards / "train" / "manifest.json").read_text())
     assert manifest["classes"] == [{"name": "ant", "images": 7}, {"name": "bee", "images": 7}]
     assert [shard["images"] for shard in manifest["shards"]] == [4, 4, 4, 2]
+
+
+def test_a_class_whose_name_is_not_utf8_comes_back_from_shards(photos, tmp_path):
+    latin1 = os.fsdecode(b"M\xfccke")
+    for split in ("train", "val"):
+        (photos / split / "bee").rename(photos / split / latin1)
+    prepare_shards(photos, tmp_path / "set")
+    assert list_splits(tmp_path / "set")[0].classes == list_splits(photos)[0].classes == [latin1, "ant"]
