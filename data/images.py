@@ -57,8 +57,12 @@ class ImageList:
 
     @cached_property
     def digest(self) -> str:
-        """Changes when an image is added, removed, renamed or put into another shard; contents are not read."""
-        return hashlib.sha256(os.fsencode("\n".join([*self.names, *map(str, self.shard_sizes)]))).hexdigest()[:16]
+        """Changes with images, names, labels, classes and shards; contents are not read.
+
+        In a file list an image can get another class, or a class another number, under the same names.
+        """
+        parts = [os.fsencode("\n".join(part)) for part in (self.names, self.classes, map(str, self.shard_sizes))]
+        return hashlib.sha256(b"\0".join([*parts, self.labels.astype("<i8").tobytes()])).hexdigest()[:16]
 
 
 def list_splits(path: str | Path, exclude: str | Path = "") -> tuple[ImageList, ImageList]:

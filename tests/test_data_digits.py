@@ -53,9 +53,7 @@ def test_finished_set_is_left_as_it_is(tmp_path):
 def test_something_else_is_not_overwritten(tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "thesis.tex").touch()
-    with pytest.raises(
-        DataError, match="set: exists, but train/ or val/ is missing or empty, so it is not overwritten"
-    ):
+    with pytest.raises(DataError, match="set: exists, but train/ or val/ is missing or empty, so it is not"):
         prepare_digits(tmp_path / "set")
     assert [entry.name for entry in (tmp_path / "set").iterdir()] == ["thesis.tex"]
 

@@ -217,6 +217,15 @@ def test_numbers_as_classes_keep_their_order_and_blanks_in_names(tmp_path):
     assert images.path(3) == str(tmp_path / "a b 3.jpg")
 
 
+def test_other_labels_or_classes_under_the_same_names_are_another_data_set(tmp_path):
+    digests = set()
+    for classes in ("ant bee", "bee ant", "ant cat"):
+        first, second = classes.split()
+        (tmp_path / "train.txt").write_text(f"a.jpg {first}\nb.jpg {second}\n")
+        digests.add(list_split(tmp_path, "train").digest)
+    assert len(digests) == 3
+
+
 def test_wrong_lists_say_what_is_wrong(tmp_path):
     (tmp_path / "train.txt").write_text("a.jpg 1\nb.jpg\n")
     with pytest.raises(DataError, match=r"train\.txt, line 2: found 'b\.jpg', expected FILE CLASS"):

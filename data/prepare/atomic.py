@@ -11,8 +11,9 @@ from data.batch import DataError
 def write_data_set(path: str | Path, write: Callable[[Path], None]) -> bool:
     """Let `write` fill an empty folder with train/ and val/, then rename it to `path` in one step.
 
-    Returns whether it did: it does nothing if `path` holds a finished set. What a killed attempt left beside it (`.NAME.preparing-PID`) is in
-    nobody's way. Raises DataError if something else is at `path` or the place cannot be written, as on a full disk.
+    Returns whether it did: it does nothing if `path` holds a finished set. What a killed attempt left beside it
+    (`.NAME.preparing-PID`) is in nobody's way. Raises DataError if something else is at `path` or the place cannot be
+    written, as on a full disk.
     """
     path = Path(path)
     if is_there(path):

@@ -22,8 +22,8 @@ def prepare_imagenet(archives: str | Path, path: str | Path) -> bool:
 
     archives: folder with ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, which is
     only read. What an interrupted or failed attempt unpacked is kept in `.NAME.preparing` beside PATH, and the same
-    call goes on from there. Returns whether it wrote: a finished set is left as it is. Raises DataError if an archive is missing or its checksum is wrong, if another process
-    does the same, or if the place cannot be written.
+    call goes on from there. Returns whether it wrote: a finished set is left as it is. Raises DataError if an archive
+    is missing or its checksum is wrong, if another process does the same, or if the place cannot be written.
     """
     path = Path(path)
     if is_there(path):

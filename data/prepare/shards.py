@@ -49,7 +49,7 @@ def _require_place_for_shards(source: Path, path: Path) -> None:
         raise DataError(f"{path}: is the source itself: choose another place for the shards")
     if is_there(path) and not all((path / split / MANIFEST).is_file() for split in SPLITS):
         raise DataError(
-            f"{path}: holds a data set that is no shards, so it is not overwritten: move it away, or choose another place"
+            f"{path}: holds a data set that is no shards, so it is kept: move it away, or choose another place"
         )
 
 
