@@ -46,6 +46,8 @@ class Loader(Protocol):
     """Images in the whole split, all ranks together."""
     num_excluded: int
     """Images of the split that the exclude list leaves out; they are not in `num_images`."""
+    unmatched: tuple[str, ...]
+    """Lines of the exclude list that match nothing in either split."""
 
     def __len__(self) -> int:
         """Steps of an epoch; equal on all ranks."""

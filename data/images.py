@@ -35,6 +35,8 @@ class ImageList:
     """Where the images lie in shards; None where each is a file."""
     num_excluded: int = 0
     """Images that an exclude list took out."""
+    unmatched: tuple[str, ...] = ()
+    """Lines of the exclude list that match nothing in either split."""
 
     def path(self, index: int) -> str:
         """The image's own file; only where `places` is None. Object storage's s3://... is left as it is."""
@@ -72,7 +74,9 @@ def list_splits(path: str | Path, exclude: str | Path = "") -> tuple[ImageList, 
     is empty, or the classes of the two splits differ.
     """
     excluded = read_exclude_list(exclude_file(path, exclude), must_exist=bool(exclude))
-    train, val = (_without(list_split(path, split), split, excluded) for split in SPLITS)
+    found = {split: list_split(path, split) for split in SPLITS}
+    unmatched = _unmatched(found, excluded)
+    train, val = (replace(_without(images, split, excluded), unmatched=unmatched) for split, images in found.items())
     differing = sorted(set(train.classes) ^ set(val.classes))
     if differing:
         named = ", ".join(differing[:3]) + (f" and {len(differing) - 3} more" if len(differing) > 3 else "")
@@ -235,6 +239,15 @@ def _list_lines(file: Path) -> ImageList:
     label_of = {class_name: label for label, class_name in enumerate(classes)}
     labels = np.array([label_of[class_name] for class_name in found], dtype=np.int64)
     return ImageList(root=file.parent, names=names, labels=labels, classes=classes)
+
+
+def _unmatched(splits: dict[str, ImageList], excluded: dict[str, str]) -> tuple[str, ...]:
+    """The names that are neither an image's nor a class's."""
+    left = dict(excluded)
+    for split, images in splits.items() if excluded else ():
+        for name in (*images.names, *(f"{class_name}/" for class_name in images.classes)):
+            left.pop(f"{split}/{name}", None)
+    return tuple(left)
 
 
 def _without(images: ImageList, split: str, excluded: dict[str, str]) -> ImageList:

@@ -80,24 +80,32 @@ def _parser() -> Parser:
 
 
 def _check(options: argparse.Namespace) -> None:
-    report = prepare.check_data(options.path, exclude=options.exclude, threads=options.threads)
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of files can be in another encoding
-    for name, reason in report.broken.items():
-        print(f"{name}: {reason}")
-    for reason in sorted(set(report.unusual.values())):
-        _print_some(f"fine, but {reason}", [name for name, found in report.unusual.items() if found == reason])
-    _print_some("not read by any loader, for name or place", report.unread)
-    print(f"{', '.join(f'{count:,} images in {split}' for split, count in report.images.items())}")
+    report = prepare.check_data(options.path, exclude=options.exclude, threads=options.threads, show=_print_report)
     if report.broken:
         listed = options.exclude or options.path / "exclude.txt"
         raise DataError(f"found broken: {len(report.broken)}; training leaves out what {listed} now lists")
     print("all of them can be trained on")
 
 
+def _print_report(report: prepare.CheckReport) -> None:
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files can be in another encoding
+    for name, reason in report.broken.items():
+        print(f"{_on_a_line(name)}: {reason}")
+    for reason in sorted(set(report.unusual.values())):
+        _print_some(f"fine, but {reason}", [name for name, found in report.unusual.items() if found == reason])
+    _print_some("not read by any loader, for name or place", report.unread)
+    print(f"{', '.join(f'{count:,} images in {split}' for split, count in report.images.items())}")
+
+
 def _print_some(what: str, names: list[str]) -> None:
     if names:
         more = f" and {len(names) - NAMED_OF_EACH_KIND:,} more" if len(names) > NAMED_OF_EACH_KIND else ""
-        print(f"{what}: {', '.join(names[:NAMED_OF_EACH_KIND])}{more}")
+        print(f"{what}: {', '.join(map(_on_a_line, names[:NAMED_OF_EACH_KIND]))}{more}")
+
+
+def _on_a_line(name: str) -> str:
+    """The name with its tabs and line breaks spelled out."""
+    return name.translate({ord("\t"): r"\t", ord("\n"): r"\n", ord("\r"): r"\r"})
 
 
 if __name__ == "__main__":
