@@ -46,6 +46,8 @@ class Loader(Protocol):
     """Images in the whole split, all ranks together."""
     num_excluded: int
     """Images of the split that the exclude list leaves out; they are not in `num_images`."""
+    unmatched: tuple[str, ...]
+    """Lines of the exclude list that match nothing in either split."""
 
     def __len__(self) -> int:
         """Steps of an epoch; equal on all ranks."""
@@ -99,7 +101,7 @@ class DataConfig:
     auto_augment: Literal["none", "randaugment", "trivialaugment"] = "none"
     """Training: random operations on each image; needs channels: 3."""
     randaugment_ops: int = 2
-    """RandAugment: operations an image."""
+    """RandAugment: operations an image, 1 to 5; DALI needs seconds to build the graph, more for each of them."""
     randaugment_magnitude: int = 9
     """RandAugment: strength of the operations, 0 to 30."""
     start_size: int = 0
@@ -143,7 +145,7 @@ class DataConfig:
             ("color_jitter", all(0 <= x <= 1 for x in jitter) and jitter[3] <= 0.5, "0 to 1 each, hue 0 to 0.5"),
             ("color_jitter", self.channels == 3 or not any(jitter[2:]), "saturation and hue 0 with channels: 1"),
             ("auto_augment", self.channels == 3 or self.auto_augment == "none", "none with channels: 1"),
-            ("randaugment_ops", self.randaugment_ops >= 1, "a whole number from 1"),
+            ("randaugment_ops", 1 <= self.randaugment_ops <= 5, "a whole number from 1 to 5"),
             ("randaugment_magnitude", 0 <= self.randaugment_magnitude <= 30, "a whole number from 0 to 30"),
             ("start_size", self.start_size in (0, *range(8, self.image_size + 1)), f"0, or 8 to {self.image_size}"),
             ("grow_epochs", self.grow_epochs >= (1 if self.start_size else 0), "a whole number from 1 with start_size"),

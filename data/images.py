@@ -16,6 +16,8 @@ from data.shards import MANIFEST, TarPlaces, read_shards
 
 EXCLUDE_FILE = "exclude.txt"
 SPLITS = ("train", "val")
+# What Pillow and DALI both decode; MPO is the JPEG of cameras that store several pictures in it.
+FORMATS = {"JPEG", "MPO", "PNG", "BMP", "PPM", "TIFF", "WEBP", "JPEG2000"}
 EXPECTED = "PATH/train/CLASS/*.jpg and PATH/val/CLASS/*.jpg, file lists PATH/train.txt and PATH/val.txt, or shards"
 
 
@@ -33,6 +35,8 @@ class ImageList:
     """Where the images lie in shards; None where each is a file."""
     num_excluded: int = 0
     """Images that an exclude list took out."""
+    unmatched: tuple[str, ...] = ()
+    """Lines of the exclude list that match nothing in either split."""
 
     def path(self, index: int) -> str:
         """The image's own file; only where `places` is None. Object storage's s3://... is left as it is."""
@@ -55,8 +59,12 @@ class ImageList:
 
     @cached_property
     def digest(self) -> str:
-        """Changes when an image is added, removed, renamed or put into another shard; contents are not read."""
-        return hashlib.sha256(os.fsencode("\n".join([*self.names, *map(str, self.shard_sizes)]))).hexdigest()[:16]
+        """Changes with images, names, labels, classes and shards; contents are not read.
+
+        In a file list an image can get another class, or a class another number, under the same names.
+        """
+        parts = [os.fsencode("\n".join(part)) for part in (self.names, self.classes, map(str, self.shard_sizes))]
+        return hashlib.sha256(b"\0".join([*parts, self.labels.astype("<i8").tobytes()])).hexdigest()[:16]
 
 
 def list_splits(path: str | Path, exclude: str | Path = "") -> tuple[ImageList, ImageList]:
@@ -66,7 +74,9 @@ def list_splits(path: str | Path, exclude: str | Path = "") -> tuple[ImageList, 
     is empty, or the classes of the two splits differ.
     """
     excluded = read_exclude_list(exclude_file(path, exclude), must_exist=bool(exclude))
-    train, val = (_without(list_split(path, split), split, excluded) for split in SPLITS)
+    found = {split: list_split(path, split) for split in SPLITS}
+    unmatched = _unmatched(found, excluded)
+    train, val = (replace(_without(images, split, excluded), unmatched=unmatched) for split, images in found.items())
     differing = sorted(set(train.classes) ^ set(val.classes))
     if differing:
         named = ", ".join(differing[:3]) + (f" and {len(differing) - 3} more" if len(differing) > 3 else "")
@@ -136,10 +146,12 @@ def is_image_name(name: str) -> bool:
 
 
 def open_image(content: bytes, mode: str) -> Image.Image:
-    """Decode to a Pillow image of `mode` (RGB or L); many types of error for what is no whole image."""
+    """Decode to a Pillow image of `mode` (RGB or L); many types of error for what is no whole image of FORMATS."""
     if not content:
         raise UnidentifiedImageError("the file is empty")
     with Image.open(io.BytesIO(content)) as image:
+        if image.format not in FORMATS:  # whatever the file is called
+            raise UnidentifiedImageError(f"{image.format}, which DALI does not decode")
         if image.mode.startswith("I"):  # I;16, and I for the same files in older versions
             # Pillow's own conversion cuts 16 bits off at 255, so everything but black turns white; DALI scales.
             return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert(mode)
@@ -162,7 +174,7 @@ def decode_failure(images: ImageList, indices: np.ndarray, cause: Exception) -> 
             "list them, and start again"
         )
     first, last = images.where(indices[0]), images.where(indices[-1])
-    return DataError(f"reading failed at one of {len(indices)} images from {first} to {last}: {in_words(cause)}")
+    return DataError(f"reading failed at one of {len(indices)} images from {first} to {last}: {_last_words(cause)}")
 
 
 def in_words(error: Exception) -> str:
@@ -173,6 +185,13 @@ def in_words(error: Exception) -> str:
         return error.strerror
     # Pillow names the buffer that it read; the caller names the file.
     return " ".join(str(error).split()).split(" <_io.BytesIO")[0] or type(error).__name__
+
+
+def _last_words(error: Exception) -> str:
+    """The cause in a message of many lines: behind DALI's traceback of the pipeline, at the end of a worker's."""
+    _, encountered, cause = str(error).rpartition("encountered:")
+    lines = [line.strip() for line in (cause if encountered else str(error)).splitlines() if line.strip()]
+    return lines[0 if encountered else -1] if lines else in_words(error)
 
 
 def _list_folder(root: Path) -> ImageList:
@@ -220,6 +239,15 @@ def _list_lines(file: Path) -> ImageList:
     label_of = {class_name: label for label, class_name in enumerate(classes)}
     labels = np.array([label_of[class_name] for class_name in found], dtype=np.int64)
     return ImageList(root=file.parent, names=names, labels=labels, classes=classes)
+
+
+def _unmatched(splits: dict[str, ImageList], excluded: dict[str, str]) -> tuple[str, ...]:
+    """The names that are neither an image's nor a class's."""
+    left = dict(excluded)
+    for split, images in splits.items() if excluded else ():
+        for name in (*images.names, *(f"{class_name}/" for class_name in images.classes)):
+            left.pop(f"{split}/{name}", None)
+    return tuple(left)
 
 
 def _without(images: ImageList, split: str, excluded: dict[str, str]) -> ImageList:

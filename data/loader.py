@@ -54,6 +54,7 @@ class SplitLoader:
         self.num_classes = len(images.classes)
         self.num_images = len(images.names)
         self.num_excluded = images.num_excluded
+        self.unmatched = images.unmatched
         self._source = source
         self._sharding = sharding
         self._labels_N = images.labels

@@ -23,6 +23,10 @@ from data.batch import DataError
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
+MANIFEST_ENTRIES = {
+    "classes": {"name": str, "images": int},
+    "shards": {"file": str, "images": int, "bytes": int},
+}
 INDEX_VERSION = "v1.2"
 LABEL_EXTENSION = "cls"
 OPEN_SHARDS = 64
@@ -51,7 +55,9 @@ class TarPlaces:
     def read(self, index: int) -> bytes:
         """One image's bytes; OSError if the shard cannot be read or ends before them."""
         size = int(self.size[index])
-        content = os.pread(_opened(self.shard_path(index)).descriptor, size, int(self.offset[index]))
+        # Held by name while it is read: another thread may push it out of the cache, which closes it once unused.
+        file = _opened(self.shard_path(index))
+        content = os.pread(file.descriptor, size, int(self.offset[index]))
         if len(content) < size:
             raise OSError(f"the shard ends {size - len(content)} bytes before the image does")
         return content
@@ -109,7 +115,8 @@ def write_manifest(root: Path, classes: list[str], labels: np.ndarray, tars: lis
             for tar in tars
         ],
     }
-    (root / MANIFEST).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    # ASCII: a class folder's name need not be UTF-8, and its bytes come back from escapes only.
+    (root / MANIFEST).write_text(json.dumps(content, indent=1, ensure_ascii=True) + "\n", encoding="utf-8")
 
 
 def write_index(tar: Path) -> None:
@@ -154,7 +161,15 @@ def _read_manifest(root: Path) -> dict[str, Any]:
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != MANIFEST_FORMAT:
         raise DataError(f"{file}: found format {found!r}, allowed: {MANIFEST_FORMAT}")
+    for key, types in MANIFEST_ENTRIES.items():
+        entries = manifest.get(key)
+        if not isinstance(entries, list) or not all(_is_entry(entry, types) for entry in entries):
+            raise DataError(f"{file}: {key!r} is no list with {', '.join(types)} in each entry: make the shards again")
     return manifest
+
+
+def _is_entry(entry: Any, types: dict[str, type]) -> bool:
+    return isinstance(entry, dict) and all(type(entry.get(name)) is expected for name, expected in types.items())
 
 
 class _OpenFile:

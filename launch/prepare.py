@@ -16,7 +16,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from data import DataError, prepare
-from train.cli import Parser, exit_code_of
+from train.cli import Parser, exit_code_of, non_negative_int, positive_int
 
 NAMED_OF_EACH_KIND = 5
 MAKERS = {
@@ -46,8 +46,8 @@ def _prepare(argv: list[str]) -> None:
     if options.command == "check":
         _check(options)
     else:
-        MAKERS[options.command](options)
-        print(f"ready: {options.path}")
+        written = MAKERS[options.command](options)
+        print(f"ready: {options.path}" if written else f"{options.path}: a data set is there already; kept as it is")
 
 
 def _parser() -> Parser:
@@ -67,37 +67,45 @@ def _parser() -> Parser:
     for maker in (digits, mnist, cifar10, cifar100, imagenette, imagenet, shards):
         maker.add_argument("path", type=Path, metavar="FOLDER", help="where to write it; a finished set is kept")
     imagenette.add_argument("--size", choices=("full", "320px", "160px"), default="full", help="of the shorter side")
-    shards.add_argument("--images-per-shard", type=int, default=1000, metavar="N", help="default: 1000")
-    shards.add_argument("--seed", type=int, default=0, metavar="N", help="of the order (default: 0)")
+    shards.add_argument("--images-per-shard", type=positive_int, default=1000, metavar="N", help="default: 1000")
+    shards.add_argument("--seed", type=non_negative_int, default=0, metavar="N", help="of the order (default: 0)")
     shards.add_argument("--exclude", default="", metavar="FILE", help="default: SOURCE/exclude.txt, if it is there")
 
     check.add_argument("path", type=Path, metavar="FOLDER", help="data set: image folder, file lists or shards")
     check.add_argument("--exclude", default="", metavar="FILE", help="list to write (default: FOLDER/exclude.txt)")
-    check.add_argument("--threads", type=int, default=0, metavar="N", help="default: some more than cores")
+    check.add_argument("--threads", type=non_negative_int, default=0, metavar="N", help="default: some more than cores")
     for command in commands.choices.values():
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
 def _check(options: argparse.Namespace) -> None:
-    report = prepare.check_data(options.path, exclude=options.exclude, threads=options.threads)
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of files can be in another encoding
-    for name, reason in report.broken.items():
-        print(f"{name}: {reason}")
-    for reason in sorted(set(report.unusual.values())):
-        _print_some(f"fine, but {reason}", [name for name, found in report.unusual.items() if found == reason])
-    _print_some("not read by any loader, for name or place", report.unread)
-    print(f"{', '.join(f'{count:,} images in {split}' for split, count in report.images.items())}")
+    report = prepare.check_data(options.path, exclude=options.exclude, threads=options.threads, show=_print_report)
     if report.broken:
         listed = options.exclude or options.path / "exclude.txt"
         raise DataError(f"found broken: {len(report.broken)}; training leaves out what {listed} now lists")
     print("all of them can be trained on")
 
 
+def _print_report(report: prepare.CheckReport) -> None:
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files can be in another encoding
+    for name, reason in report.broken.items():
+        print(f"{_on_a_line(name)}: {reason}")
+    for reason in sorted(set(report.unusual.values())):
+        _print_some(f"fine, but {reason}", [name for name, found in report.unusual.items() if found == reason])
+    _print_some("not read by any loader, for name or place", report.unread)
+    print(f"{', '.join(f'{count:,} images in {split}' for split, count in report.images.items())}")
+
+
 def _print_some(what: str, names: list[str]) -> None:
     if names:
         more = f" and {len(names) - NAMED_OF_EACH_KIND:,} more" if len(names) > NAMED_OF_EACH_KIND else ""
-        print(f"{what}: {', '.join(names[:NAMED_OF_EACH_KIND])}{more}")
+        print(f"{what}: {', '.join(map(_on_a_line, names[:NAMED_OF_EACH_KIND]))}{more}")
+
+
+def _on_a_line(name: str) -> str:
+    """The name with its tabs and line breaks spelled out."""
+    return name.translate({ord("\t"): r"\t", ord("\n"): r"\n", ord("\r"): r"\r"})
 
 
 if __name__ == "__main__":

@@ -20,12 +20,12 @@ from train.run import run  # noqa: E402
 from train.world import open_world  # noqa: E402
 
 DEMO = ROOT / "launch" / "configs" / "demo.yaml"
+AFTER_INTERRUPT = "the same command goes on from the last checkpoint, if there is one"
 
 
 def main(argv: list[str]) -> int:
     """Exit code: 0 after a finished run, 2 for a configuration error, 1 for any other that a user can cause."""
-    debug = "--debug" in argv
-    return exit_code_of(lambda: _train(argv), debug)
+    return exit_code_of(lambda: _train(argv), "--debug" in argv, AFTER_INTERRUPT)
 
 
 def _train(argv: list[str]) -> None:

@@ -1,5 +1,6 @@
 """What `check` finds, what training says without it, and that training honours its list."""
 
+import errno
 import os
 import struct
 from pathlib import Path
@@ -10,7 +11,7 @@ from PIL import Image
 from test_data_images import build, disk_loaders, made_photo, photos, taken, write_split
 
 from data.batch import DataError
-from data.images import list_splits
+from data.images import decode_failure, list_splits
 from data.prepare import check_data, prepare_shards
 from launch import prepare
 
@@ -31,10 +32,14 @@ def write_broken(folder: Path) -> dict[str, str]:
     (folder / "text.JPEG").write_text("no image\n" * 20)
     (folder / "huge.JPEG").write_bytes(jpeg_that_claims(photo, 60_000, 60_000))
     (folder / "link.JPEG").symlink_to(folder / "nowhere.JPEG")
+    made_photo(8).save(folder / "gif.JPEG", format="gif")
+    made_photo(8).save(folder / "ico.png", format="ico")
     return {
         "cut.JPEG": "truncated",
         "empty.JPEG": "the file is empty",
+        "gif.JPEG": "GIF, which DALI does not decode",
         "huge.JPEG": "3600000000 pixels",
+        "ico.png": "ICO, which DALI does not decode",
         "link.JPEG": "a link to nowhere",
         "text.JPEG": "cannot identify",
     }
@@ -91,25 +96,38 @@ def test_training_leaves_out_what_is_listed_and_takes_the_unusual(photos, loader
     write_unusual(photos / "train" / "bee")
     check_data(photos)
     train, val = build(photos, loader, threads=1)
-    assert (train.num_images, train.num_excluded, val.num_excluded) == (14 + 7, 5, 0)
+    assert (train.num_images, train.num_excluded, val.num_excluded) == (14 + 7, 7, 0)
     taken(train)
     train.close()
     val.close()
 
 
 @disk_loaders
-@pytest.mark.parametrize("name", ["huge.JPEG", "link.JPEG"])
+@pytest.mark.parametrize("name", ["huge.JPEG", "link.JPEG", "gif.JPEG"])
 def test_training_without_check_names_the_file(photos, loader, name):
     """What the other tests of unreadable files do not have; no memory is taken for what a header claims."""
     words = write_broken(photos / "train" / "ant")[name]
-    for other in (photos / "train" / "ant").glob("*.JPEG"):
-        if other.name != name:
+    for other in (photos / "train" / "ant").iterdir():
+        if other.name != name and other.suffix != ".jpg":
             other.unlink()
     train, val = build(photos, loader, batch_size=15, threads=1)
     with pytest.raises(DataError, match=rf"cannot read .*train/ant/{name} \(.*{words}"):
         taken(train)
     train.close()
     val.close()
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Critical error in pipeline:\n  File x\n\nencountered:\n\nno memory\nCurrent pipeline is invalid",
+        "Trace\nno memory\n",
+    ],
+    ids=["DALI", "worker"],
+)
+def test_an_error_that_is_no_images_fault_is_cut_to_its_cause(photos, message):
+    failure = decode_failure(list_splits(photos)[0], np.arange(3), RuntimeError(message))
+    assert str(failure).endswith("train/ant/2.jpg: no memory")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -177,10 +195,63 @@ def test_the_list_can_lie_elsewhere_and_must_then_be_there(photos, tmp_path_fact
     assert build(photos, "folder", exclude=str(elsewhere))[0].num_excluded == 1
 
 
-def test_a_name_that_no_list_can_hold_is_an_error(photos):
-    (photos / "train" / "ant" / "a\nb.jpg").touch()
-    with pytest.raises(DataError, match=r"'train/ant/a\\nb\.jpg': a name with tabs or line breaks"):
-        check_data(photos)
+def test_a_name_that_no_list_can_hold_is_an_error_after_the_report_and_the_other_names(photos, capsys):
+    for name in ("a\nb.jpg", "b.jpg"):
+        (photos / "train" / "ant" / name).touch()
+    assert prepare.main(["check", str(photos)]) == 1
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[:2] == [
+        r"train/ant/a\nb.jpg: the file is empty",
+        "train/ant/b.jpg: the file is empty",
+    ]
+    assert r"'train/ant/a\nb.jpg': a name with tabs or line breaks" in printed.err
+    assert (photos / "exclude.txt").read_text() == "train/ant/b.jpg\tthe file is empty\n"
+
+
+def test_a_list_that_cannot_be_written_does_not_lose_the_report(photos, capsys):
+    (photos / "train" / "ant" / "b.jpg").touch()
+    assert prepare.main(["check", str(photos), "--exclude", str(photos / "nowhere" / "list.txt")]) == 1
+    printed = capsys.readouterr()
+    assert "train/ant/b.jpg: the file is empty" in printed.out
+    assert "list.txt: cannot be written" in printed.err
+
+
+def test_a_sound_set_in_a_read_only_place_is_fine(photos, monkeypatch):
+    def read_only(self, *arguments, **options):
+        raise OSError(errno.EROFS, "Read-only file system", str(self))
+
+    for name in ("unlink", "write_bytes", "replace"):
+        monkeypatch.setattr(Path, name, read_only)
+    assert not check_data(photos).broken
+
+
+def test_the_users_own_lines_count_as_excluded_and_stay_their_own(photos):
+    write_split(photos / "train", 2, ("cat",))
+    write_split(photos / "val", 2, ("cat",))
+    (photos / "train" / "ant" / "0.jpg").write_text("no image")
+    (photos / "exclude.txt").write_text("train/cat/\ntrain/ant/0.jpg\n")
+    assert check_data(photos).broken["val/cat/"] == "no such class in train/"
+    assert (photos / "exclude.txt").read_text().splitlines() == [
+        "train/ant/0.jpg",
+        "train/cat/",
+        "val/cat/\tno such class in train/",
+    ]
+    assert list_splits(photos)[0].classes == ["ant", "bee"]
+
+
+def test_lines_that_match_nothing_are_known(photos):
+    (photos / "exclude.txt").write_text("train/ant/0.jpg\nant/1.jpg\ntrain/ant/none.jpg\nval/cat/\n")
+    assert build(photos, "folder")[0].unmatched == ("ant/1.jpg", "train/ant/none.jpg", "val/cat/")
+
+
+def test_files_that_a_file_list_leaves_out_are_no_find(photos):
+    (photos / "lists").mkdir()
+    for split in ("train", "val"):
+        (photos / split).rename(photos / "lists" / f"{split}-images")
+        lines = [f"{split}-images/{name}/{number}.jpg {name}\n" for name in ("ant", "bee") for number in range(2)]
+        (photos / "lists" / f"{split}.txt").write_text("".join(lines))
+    report = check_data(photos / "lists")
+    assert report.unread == [] and report.images == {"train": 4, "val": 4}
 
 
 def test_shards_are_checked_like_files_and_leave_excluded_images_out(photos, tmp_path_factory):
@@ -188,7 +259,7 @@ def test_shards_are_checked_like_files_and_leave_excluded_images_out(photos, tmp
     write_broken(photos / "train" / "ant")
     (photos / "train" / "ant" / "link.JPEG").unlink()
     prepare_shards(photos, folder / "all")
-    assert len(check_data(folder / "all").broken) == 4
+    assert len(check_data(folder / "all").broken) == 6
     check_data(photos)
     prepare_shards(photos, folder / "sound")
     assert not check_data(folder / "sound").broken

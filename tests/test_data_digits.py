@@ -44,16 +44,16 @@ def test_interrupted_preparation_is_not_taken_for_finished(tmp_path):
 
 
 def test_finished_set_is_left_as_it_is(tmp_path):
-    (tmp_path / "set" / "train").mkdir(parents=True)
-    (tmp_path / "set" / "val").mkdir()
+    for split in ("train", "val"):
+        (tmp_path / "set" / split / "mine").mkdir(parents=True)
     prepare_data(DataConfig(path=str(tmp_path / "set"), prepare="digits"))
-    assert not list((tmp_path / "set" / "train").iterdir())
+    assert [entry.name for entry in (tmp_path / "set" / "train").iterdir()] == ["mine"]
 
 
 def test_something_else_is_not_overwritten(tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "thesis.tex").touch()
-    with pytest.raises(DataError, match="set: exists, but has no train/ and val/, so it is not overwritten"):
+    with pytest.raises(DataError, match="set: exists, but train/ or val/ is missing or empty, so it is not"):
         prepare_digits(tmp_path / "set")
     assert [entry.name for entry in (tmp_path / "set").iterdir()] == ["thesis.tex"]
 

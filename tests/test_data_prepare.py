@@ -290,6 +290,9 @@ def test_two_processes_do_not_unpack_into_the_same_folder(archives, tmp_path):
         (["shards", "nowhere", "x"], "nowhere: there is no such folder"),
         (["check", "nowhere"], "nowhere: there is no such folder"),
         (["imagenette", "x", "--size", "9"], "invalid choice: '9'"),
+        (["check", "x", "--threads", "-3"], "--threads: found '-3', allowed: a whole number from 0"),
+        (["shards", "x", "y", "--seed", "-1"], "--seed: found '-1', allowed: a whole number from 0"),
+        (["shards", "x", "y", "--images-per-shard", "0"], "found '0', allowed: a whole number from 1"),
     ],
 )
 def test_wrong_arguments_are_one_line(tmp_path, monkeypatch, capsys, arguments, words):
@@ -298,3 +301,41 @@ def test_wrong_arguments_are_one_line(tmp_path, monkeypatch, capsys, arguments, 
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and words in lines[0]
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_there_is_kept_and_the_command_says_so(photos, tmp_path_factory, capsys):
+    target = tmp_path_factory.mktemp("target")
+    for words in ("ready: {0}", "{0}: a data set is there already; kept as it is"):
+        assert prepare.main(["shards", str(photos), str(target / "set")]) == 0
+        assert capsys.readouterr().out == words.format(target / "set") + "\n"
+    assert prepare.main(["digits", str(photos)]) == 0
+    assert capsys.readouterr().out == f"{photos}: a data set is there already; kept as it is\n"
+    assert prepare.main(["shards", str(photos), f"{photos}/../{photos.name}"]) == 1
+    assert "is the source itself" in capsys.readouterr().err
+    assert prepare.main(["shards", str(target / "set"), str(photos)]) == 1
+    assert "holds a data set that is no shards" in capsys.readouterr().err
+
+
+def test_empty_splits_are_no_finished_set(tmp_path, capsys):
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+    assert prepare.main(["digits", str(tmp_path)]) == 1
+    assert "exists, but train/ or val/ is missing or empty" in capsys.readouterr().err
+
+
+def test_a_place_that_may_not_be_looked_at_is_a_data_error(tmp_path, monkeypatch, capsys):
+    def forbidden(self, **options):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "exists", forbidden)
+    assert prepare.main(["digits", str(tmp_path / "set")]) == 1
+    assert "set: cannot be looked at (Permission denied)" in capsys.readouterr().err
+
+
+def test_an_interrupted_preparation_promises_no_checkpoint(monkeypatch, capsys):
+    def interrupted(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(prepare.MAKERS, "digits", interrupted)
+    assert prepare.main(["digits", "x"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"

@@ -1,12 +1,17 @@
 """Shards and file lists: the same images, orders and resumes as an image folder's, whole or refused."""
 
 import json
+import os
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 
 import numpy as np
 import pytest
 from test_data_images import build, disk_loaders, equal, needs_dali, photos, taken, write_split
 
+from data import shards as shards_module
 from data.batch import DataError
 from data.images import list_split, list_splits
 from data.prepare import check_data, prepare_shards
@@ -33,6 +38,23 @@ def test_shards_hold_every_image_once_with_its_class_and_its_bytes(photos, shard
     for files, packed in zip(list_splits(photos), list_splits(shards), strict=True):
         assert packed.classes == files.classes and len(packed.names) == len(files.names)
         assert contents(packed) == contents(files)
+
+
+def test_threads_that_read_more_shards_than_stay_open_get_every_image_right(photos, tmp_path_factory, monkeypatch):
+    """A shard that falls out of the cache must not be closed under the thread that reads it."""
+    path = tmp_path_factory.mktemp("shards") / "set"
+    prepare_shards(photos, path, images_per_shard=1)
+    monkeypatch.setattr(shards_module, "_opened", lru_cache(maxsize=2)(shards_module._opened.__wrapped__))
+    images, honest = list_split(path, "train"), os.pread
+    expected = [images.read(index) for index in range(14)]
+
+    def slow_pread(descriptor, size, offset):
+        time.sleep(0.0005)  # long enough for other threads to empty the cache
+        return honest(descriptor, size, offset)
+
+    monkeypatch.setattr(os, "pread", slow_pread)
+    with ThreadPoolExecutor(16) as pool:
+        assert list(pool.map(images.read, [*range(14)] * 20)) == expected * 20
 
 
 def test_classes_are_mixed_and_equal_seeds_give_equal_files(photos, shards, tmp_path):
@@ -105,6 +127,12 @@ def cut_tar(split):
     tar.write_bytes(tar.read_bytes()[:-1024])
 
 
+def null_shard_size(split):
+    manifest = json.loads((split / "manifest.json").read_text())
+    manifest["shards"][0]["bytes"] = None
+    (split / "manifest.json").write_text(json.dumps(manifest))
+
+
 def cut_index(split):
     index = split / "train-00001.idx"
     index.write_text("\n".join(index.read_text().splitlines()[:-1]))
@@ -118,9 +146,11 @@ def cut_index(split):
         (lambda split: (split / "train-00001.tar").unlink(), r"train-00001\.tar: found no such file"),
         (lambda split: (split / "train-00001.idx").unlink(), r"train-00001\.idx: cannot be read"),
         (lambda split: (split / "manifest.json").write_text("{"), r"manifest\.json: cannot be read"),
+        (lambda split: (split / "manifest.json").write_text('{"format": 1}'), r"manifest\.json: 'classes' is no list"),
+        (null_shard_size, r"manifest\.json: 'shards' is no list with file, images, bytes"),
         (lambda split: (split / "manifest.json").unlink(), r"tar files without manifest\.json"),
     ],
-    ids=["cut shard", "cut index", "no shard", "no index", "cut manifest", "no manifest"],
+    ids=["cut shard", "cut index", "no shard", "no index", "cut manifest", "no keys", "null", "no manifest"],
 )
 def test_shards_that_are_not_whole_are_refused_by_name(shards, damage, message):
     damage(shards / "train")
@@ -187,6 +217,15 @@ def test_numbers_as_classes_keep_their_order_and_blanks_in_names(tmp_path):
     assert images.path(3) == str(tmp_path / "a b 3.jpg")
 
 
+def test_other_labels_or_classes_under_the_same_names_are_another_data_set(tmp_path):
+    digests = set()
+    for classes in ("ant bee", "bee ant", "ant cat"):
+        first, second = classes.split()
+        (tmp_path / "train.txt").write_text(f"a.jpg {first}\nb.jpg {second}\n")
+        digests.add(list_split(tmp_path, "train").digest)
+    assert len(digests) == 3
+
+
 def test_wrong_lists_say_what_is_wrong(tmp_path):
     (tmp_path / "train.txt").write_text("a.jpg 1\nb.jpg\n")
     with pytest.raises(DataError, match=r"train\.txt, line 2: found 'b\.jpg', expected FILE CLASS"):
@@ -217,3 +256,11 @@ def test_a_manifest_counts_classes_and_shards(shards):
     manifest = json.loads((shards / "train" / "manifest.json").read_text())
     assert manifest["classes"] == [{"name": "ant", "images": 7}, {"name": "bee", "images": 7}]
     assert [shard["images"] for shard in manifest["shards"]] == [4, 4, 4, 2]
+
+
+def test_a_class_whose_name_is_not_utf8_comes_back_from_shards(photos, tmp_path):
+    latin1 = os.fsdecode(b"M\xfccke")
+    for split in ("train", "val"):
+        (photos / split / "bee").rename(photos / split / latin1)
+    prepare_shards(photos, tmp_path / "set")
+    assert list_splits(tmp_path / "set")[0].classes == list_splits(photos)[0].classes == [latin1, "ant"]

@@ -8,7 +8,7 @@ from launching import ROOT
 
 from launch.bench import main
 from launch.benches import models
-from launch.benches.measure import rounds_in_turn
+from launch.benches.measure import machine, rounds_in_turn
 
 
 def test_a_resize_is_measured_beside_its_peers_and_written_with_the_machine(tmp_path, capsys):
@@ -71,3 +71,17 @@ def test_a_wrong_command_is_one_line(argv, word, capsys):
     assert main(argv) != 0
     (line,) = capsys.readouterr().err.splitlines()
     assert word in line
+
+
+def test_a_loader_bench_on_anything_but_an_image_folder_is_one_line(tmp_path, capsys):
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.txt").write_text("a.jpg ant\n")
+    assert main(["loader", "--data", str(tmp_path)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "found file lists, allowed: an image folder" in line
+
+
+def test_versions_are_found_however_a_package_spells_its_name():
+    versions = machine("Pillow", "no-such-package")
+    assert versions["Pillow"] and versions["Pillow"] == machine("pillow")["pillow"]
+    assert versions["no-such-package"] is None

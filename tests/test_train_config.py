@@ -59,6 +59,7 @@ def test_a_recipe_replaces_the_default_one(tmp_path: Path):
         (["--data.start_size", "300"], ["data.start_size", "300", "0, or 8 to 28"]),
         (["--data.start_size", "24"], ["data.grow_epochs", "0", "from 1 with start_size"]),
         (["--data.start_size", "24", "--data.grow_epochs", "9"], ["data.grow_epochs", "9", "up to train.epochs (3)"]),
+        (["--data.randaugment_ops", "6"], ["data.randaugment_ops", "6", "from 1 to 5"]),
         (["--train.mixup", "-1"], ["train.mixup", "-1", "from 0"]),
         (["--run.name", "a/b"], ["run.name", "'a/b'", "no slashes"]),
         (["--run.device", "tpu"], ["run.device", "'tpu'", "cuda"]),

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from launching import TINY
 from torch import nn
 
 from data import Batch
-from launch import report
+from launch import report, train
 from train.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from train.config import RunConfig, parse_config
 from train.engine import evaluate
@@ -18,6 +19,7 @@ from train.ledger import Ledger
 from train.models import build_model
 from train.optim import OptimConfig, build_optimizer, learning_rate, zero_momentum
 from train.precision import Precision
+from train.run import _excluded
 from train.rundir import RunDir, create_run_dir, find_run_dir, read_log
 from train.sinks import JsonLines
 from train.world import World
@@ -355,3 +357,20 @@ def test_published_savings_follow_from_the_published_hours():
     dense = report.PUBLISHED[0].hours
     for row in report.PUBLISHED[1:]:
         assert row.saving == pytest.approx(100 * (1 - row.hours / dense), abs=0.06)
+
+
+def test_lines_of_an_exclude_list_that_match_nothing_are_a_note():
+    loader = SimpleNamespace(num_excluded=0, unmatched=("a", "b", "c", "d", "e"))
+    trainer = SimpleNamespace(train_loader=loader, val_loader=loader)
+    [note] = _excluded(RunConfig(), trainer)
+    assert note.startswith("datasets/imagenet/exclude.txt names what is not in the data set")
+    assert note.endswith("a, b, c and 2 more")
+
+
+def test_an_interrupted_training_says_how_it_goes_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "_train", interrupted)
+    assert train.main([]) == 130
+    assert capsys.readouterr().err.startswith("interrupted; the same command goes on from the last checkpoint")

@@ -14,8 +14,10 @@ from train.world import USER_ERRORS, lost_peer
 LINGER_S = 3.0
 
 
-def exit_code_of(action: Callable[[], None], debug: bool) -> int:
+def exit_code_of(action: Callable[[], None], debug: bool, after_interrupt: str = "") -> int:
     """Run `action` and return the process's exit code.
+
+    after_interrupt: what the user should know after Ctrl-C, beside that it was one.
 
     0 after success; 2 for a configuration error, 1 for any other that a user can cause, each printed as one line on
     stderr, with its traceback only if `debug`; 130 after Ctrl-C. What only a programmer can cause passes through.
@@ -23,7 +25,7 @@ def exit_code_of(action: Callable[[], None], debug: bool) -> int:
     try:
         action()
     except KeyboardInterrupt:
-        _say("interrupted; the same command goes on from the last checkpoint, if there is one")
+        _say("; ".join(filter(None, ["interrupted", after_interrupt])))
         return 130
     except Exception as error:
         if isinstance(error, USER_ERRORS):
@@ -43,12 +45,21 @@ def exit_code_of(action: Callable[[], None], debug: bool) -> int:
 
 def positive_int(text: str) -> int:
     """The `type` of an option that counts something."""
+    return _int_from(1, text)
+
+
+def non_negative_int(text: str) -> int:
+    """The `type` of a seed, or of a number where 0 has a meaning of its own."""
+    return _int_from(0, text)
+
+
+def _int_from(lowest: int, text: str) -> int:
     try:
         value = int(text)
     except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"found {text!r}, allowed: a whole number from 1")
+        value = lowest - 1
+    if value < lowest:
+        raise argparse.ArgumentTypeError(f"found {text!r}, allowed: a whole number from {lowest}")
     return value
 
 

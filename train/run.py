@@ -196,7 +196,12 @@ def _excluded(config: RunConfig, trainer: Trainer) -> list[str]:
     """What the exclude list takes out of the data set, in words for the user."""
     train, val = trainer.train_loader.num_excluded, trainer.val_loader.num_excluded
     listed = exclude_file(config.data.path, config.data.exclude)
-    return [f"{listed} leaves out {train} training and {val} validation images"] if train or val else []
+    notes = [f"{listed} leaves out {train} training and {val} validation images"] if train or val else []
+    unmatched = trainer.train_loader.unmatched
+    if unmatched:
+        named = ", ".join(unmatched[:3]) + (f" and {len(unmatched) - 3} more" if len(unmatched) > 3 else "")
+        notes.append(f"{listed} names what is not in the data set, expected SPLIT/CLASS/FILE or SPLIT/CLASS/: {named}")
+    return notes
 
 
 def _check_equal(state: TrainState, world: World) -> None:

@@ -8,15 +8,16 @@ from pathlib import Path
 from data.batch import DataError
 
 
-def write_data_set(path: str | Path, write: Callable[[Path], None]) -> None:
+def write_data_set(path: str | Path, write: Callable[[Path], None]) -> bool:
     """Let `write` fill an empty folder with train/ and val/, then rename it to `path` in one step.
 
-    Does nothing if `path` holds a finished set. What a killed attempt left beside it (`.NAME.preparing-PID`) is in
-    nobody's way. Raises DataError if something else is at `path` or the place cannot be written, as on a full disk.
+    Returns whether it did: it does nothing if `path` holds a finished set. What a killed attempt left beside it
+    (`.NAME.preparing-PID`) is in nobody's way. Raises DataError if something else is at `path` or the place cannot be
+    written, as on a full disk.
     """
     path = Path(path)
     if is_there(path):
-        return
+        return False
     # Beside the target, as a rename is atomic within one file system only.
     unfinished = path.parent / f".{path.name}.preparing-{os.getpid()}"
     try:
@@ -24,6 +25,7 @@ def write_data_set(path: str | Path, write: Callable[[Path], None]) -> None:
         fill(path, unfinished, write)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+    return True
 
 
 def fill(path: Path, unfinished: Path, write: Callable[[Path], None]) -> None:
@@ -43,13 +45,17 @@ def fill(path: Path, unfinished: Path, write: Callable[[Path], None]) -> None:
 
 def is_there(path: Path) -> bool:
     """Whether a finished set is at `path`; DataError if something else is."""
-    if path.exists() and not _is_finished(path):
+    try:
+        exists, finished = path.exists(), _is_finished(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be looked at ({error.strerror}): choose another place") from error
+    if exists and not finished:
         raise DataError(
-            f"{path}: exists, but has no train/ and val/, so it is not overwritten: "
+            f"{path}: exists, but train/ or val/ is missing or empty, so it is not overwritten: "
             "move it away, or choose another place"
         )
-    return path.exists()
+    return exists
 
 
 def _is_finished(path: Path) -> bool:
-    return (path / "train").is_dir() and (path / "val").is_dir()
+    return all((path / split).is_dir() and any((path / split).iterdir()) for split in ("train", "val"))

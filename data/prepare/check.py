@@ -2,7 +2,7 @@
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,12 +51,15 @@ class CheckReport:
     """Files that no loader takes, for their names or places."""
 
 
-def check_data(path: str | Path, *, exclude: str | Path = "", threads: int = 0) -> CheckReport:
+def check_data(
+    path: str | Path, *, exclude: str | Path = "", threads: int = 0, show: Callable[[CheckReport], None] | None = None
+) -> CheckReport:
     """Decode every image, compare the classes of both splits, and write what is broken to the exclude list.
 
     exclude: the list; PATH/exclude.txt where empty. Lines of it without a reason are the user's own and stay, the
-    others are replaced; where none remain, there is no list. threads: 0 = some more than cores. Raises DataError if
-    PATH is no data set or the list cannot be written.
+    others are replaced; where none remain, there is no list. threads: 0 = some more than cores. show: gets the report
+    before the list is written, so that a list that cannot be written does not lose it. Raises DataError if PATH is no
+    data set or the list cannot be written.
     """
     list_file = exclude_file(path, exclude)
     own = {name: "" for name, reason in read_exclude_list(list_file, must_exist=False).items() if not reason}
@@ -65,7 +68,9 @@ def check_data(path: str | Path, *, exclude: str | Path = "", threads: int = 0) 
     report = CheckReport()
     for split, images in splits.items():
         report.images[split] = len(images.names)
-        report.unread += [f"{split}/{name}" for name in _not_listed(images)]
+        # Only class folders: what a file list leaves out, it leaves out on purpose.
+        if images.places is None and images.root == Path(path) / split:
+            report.unread += [f"{split}/{name}" for name in _not_listed(images)]
         with ThreadPoolExecutor(threads or None) as pool:
             found = tracked(_examined(images, pool), f"checking {split}", len(images.names))
             for name, (why_broken, what_is_unusual) in zip(images.names, found, strict=True):
@@ -74,7 +79,10 @@ def check_data(path: str | Path, *, exclude: str | Path = "", threads: int = 0) 
                 elif what_is_unusual:
                     report.unusual[f"{split}/{name}"] = what_is_unusual
     report.broken |= _incomplete_classes(splits, own | report.broken)
-    _write_exclude_list(list_file, own | report.broken)
+    if show:
+        show(report)
+    # The user's own lines win: with a reason they would be taken for the check's at the next one.
+    _write_exclude_list(list_file, report.broken | own)
     return report
 
 
@@ -112,8 +120,6 @@ def _unusual(content: bytes, suffix: str) -> str:
 
 def _not_listed(images: ImageList) -> list[str]:
     """Files of an image folder that are not in its listing, hidden ones left out."""
-    if images.places is not None or not images.root.is_dir():
-        return []
     listed, others = set(images.names), []
     for folder, folders, files in os.walk(images.root):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -128,31 +134,42 @@ def _incomplete_classes(splits: dict[str, ImageList], excluded: dict[str, str]) 
     incomplete = {}
     for name in sorted({name for images in splits.values() for name in images.classes}):
         without = [split for split in SPLITS if not sound[split].get(name)]
-        reasons = [f"no such class in {s}/" if name not in sound[s] else f"no sound image in {s}/" for s in without]
+        reasons = [f"no sound image in {s}/" if name in sound[s] else f"no such class in {s}/" for s in without]
         if reasons:
             incomplete |= {f"{split}/{name}/": ", ".join(reasons) for split in SPLITS if name in sound[split]}
     return incomplete
 
 
 def _sound_images(images: ImageList, split: str, excluded: dict[str, str]) -> dict[str, int]:
-    """Class -> its images that are not excluded."""
+    """Class -> its images that are not excluded; without the excluded classes."""
     sound = [f"{split}/{name}" not in excluded for name in images.names]
     counts = np.bincount(images.labels[sound], minlength=len(images.classes))
-    return dict(zip(images.classes, counts.tolist(), strict=True))
+    classes = zip(images.classes, counts.tolist(), strict=True)
+    return {name: count for name, count in classes if f"{split}/{name}/" not in excluded}
 
 
 def _write_exclude_list(file: Path, excluded: dict[str, str]) -> None:
-    """NAME or NAME<tab>REASON a line, in place of the list that was there; no list where nothing is excluded."""
+    """NAME or NAME<tab>REASON a line, in place of the list that was there; no list where nothing is excluded.
+
+    DataError if it cannot be written, or, with all other names written, if one fits into no list.
+    """
     unlistable = [name for name in excluded if {"\n", "\r", "\t"} & set(name)]
-    if unlistable:
-        raise DataError(f"{unlistable[0]!r}: a name with tabs or line breaks fits into no list: rename or remove it")
-    unfinished = file.with_name(f"{file.name}.part")
+    lines = [f"{name}\t{excluded[name]}".rstrip("\t") + "\n" for name in sorted(excluded.keys() - set(unlistable))]
     try:
-        if excluded:
-            lines = [f"{name}\t{reason}".rstrip("\t") + "\n" for name, reason in sorted(excluded.items())]
-            unfinished.write_bytes(os.fsencode("".join(lines)))
-            unfinished.replace(file)
-        else:
-            file.unlink(missing_ok=True)
+        _replace_content(file, os.fsencode("".join(lines)))
     except OSError as error:
         raise DataError(f"{file}: cannot be written ({error.strerror}): name another place for the list") from error
+    if unlistable:
+        raise DataError(f"{unlistable[0]!r}: a name with tabs or line breaks fits into no list: rename or remove it")
+
+
+def _replace_content(file: Path, content: bytes) -> None:
+    """Write the file in one step, or remove it where there is no content; untouched where nothing changes."""
+    if content == (file.read_bytes() if file.exists() else b""):
+        return
+    if not content:
+        file.unlink()
+        return
+    unfinished = file.with_name(f"{file.name}.part")
+    unfinished.write_bytes(content)
+    unfinished.replace(file)

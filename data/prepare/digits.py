@@ -13,13 +13,13 @@ JPEG_QUALITY = 95
 BRIGHTEST = 16
 
 
-def prepare_digits(path: str | Path) -> None:
+def prepare_digits(path: str | Path) -> bool:
     """Write PATH/{train,val}/{0..9}/NNNN.jpg: 1,437 and 360 RGB JPEGs of 32x32 pixels; NNNN is scikit-learn's number.
 
     The split is fixed and stratified. One rank calls it. A finished set is left as it is; raises DataError if something
     else is at `path` or the place cannot be written.
     """
-    write_data_set(path, _write_digits)
+    return write_data_set(path, _write_digits)
 
 
 def _write_digits(root: Path) -> None:

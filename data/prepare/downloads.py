@@ -19,31 +19,31 @@ from data.prepare.progress import tracked
 DOWNLOADED = ".download"
 
 
-def prepare_mnist(path: str | Path) -> None:
+def prepare_mnist(path: str | Path) -> bool:
     """Write PATH/{train,val}/{0..9}/NNNNN.png: 60,000 and 10,000 grey images of 28x28 pixels.
 
-    This and the functions below: one rank calls it; a finished set is left as it is. Raises DataError if the download
-    fails, something else is at `path`, or the place cannot be written.
+    This and the functions below: one rank calls it; returns whether it wrote, as a finished set is left as it is.
+    Raises DataError if the download fails, something else is at `path`, or the place cannot be written.
     """
-    write_data_set(path, lambda root: _write_pixels(root, MNIST, [str(digit) for digit in range(10)]))
+    return write_data_set(path, lambda root: _write_pixels(root, MNIST, [str(digit) for digit in range(10)]))
 
 
-def prepare_cifar10(path: str | Path) -> None:
+def prepare_cifar10(path: str | Path) -> bool:
     """Write PATH/{train,val}/CLASS/NNNNN.png: 50,000 and 10,000 RGB images of 32x32 pixels in 10 classes."""
-    write_data_set(path, lambda root: _write_pixels(root, CIFAR10))
+    return write_data_set(path, lambda root: _write_pixels(root, CIFAR10))
 
 
-def prepare_cifar100(path: str | Path) -> None:
+def prepare_cifar100(path: str | Path) -> bool:
     """Write PATH/{train,val}/CLASS/NNNNN.png: 50,000 and 10,000 RGB images of 32x32 pixels in 100 classes."""
-    write_data_set(path, lambda root: _write_pixels(root, CIFAR100))
+    return write_data_set(path, lambda root: _write_pixels(root, CIFAR100))
 
 
-def prepare_imagenette(path: str | Path, size: str = "full") -> None:
+def prepare_imagenette(path: str | Path, size: str = "full") -> bool:
     """Write PATH/{train,val}/WNID/*.JPEG: 9,469 and 3,925 photographs of ten ImageNet classes.
 
     size: full, 320px or 160px (length of the shorter side).
     """
-    write_data_set(path, lambda root: _write_imagenette(root, size))
+    return write_data_set(path, lambda root: _write_imagenette(root, size))
 
 
 def _write_pixels(root: Path, data_set: Callable[..., VisionDataset], classes: list[str] | None = None) -> None:

@@ -17,17 +17,19 @@ from data.prepare.atomic import fill, is_there
 from data.prepare.progress import opened, tracked
 
 
-def prepare_imagenet(archives: str | Path, path: str | Path) -> None:
+def prepare_imagenet(archives: str | Path, path: str | Path) -> bool:
     """Write PATH/{train,val}/WNID/*.JPEG: 1,281,167 and 50,000 images by WordNet id.
 
     archives: folder with ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, which is
     only read. What an interrupted or failed attempt unpacked is kept in `.NAME.preparing` beside PATH, and the same
-    call goes on from there. Raises DataError if an archive is missing or its checksum is wrong, if another process
-    does the same, or if the place cannot be written.
+    call goes on from there. Returns whether it wrote: a finished set is left as it is. Raises DataError if an archive
+    is missing or its checksum is wrong, if another process does the same, or if the place cannot be written.
     """
     path = Path(path)
-    if not is_there(path):
-        fill(path, path.parent / f".{path.name}.preparing", lambda root: _unpack(Path(archives), root))
+    if is_there(path):
+        return False
+    fill(path, path.parent / f".{path.name}.preparing", lambda root: _unpack(Path(archives), root))
+    return True
 
 
 def _unpack(archives: Path, root: Path) -> None:

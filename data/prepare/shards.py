@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from data.batch import DataError, Split
-from data.images import ImageList, in_words, list_splits, require_local
-from data.prepare.atomic import write_data_set
+from data.images import SPLITS, ImageList, in_words, list_splits, require_local
+from data.prepare.atomic import is_there, write_data_set
 from data.prepare.progress import tracked
-from data.shards import LABEL_EXTENSION, write_index, write_manifest
+from data.shards import LABEL_EXTENSION, MANIFEST, write_index, write_manifest
 
 
 def prepare_shards(
@@ -22,16 +22,17 @@ def prepare_shards(
     images_per_shard: int = 1000,
     seed: int = 0,
     exclude: str | Path = "",
-) -> None:
+) -> bool:
     """Write PATH/{train,val}/*.tar with indices and manifests, from the data set at `source`; bytes stay as they are.
 
     images_per_shard: 1000 photographs of ImageNet are about 110 MB. seed: of the order; equal ones give equal files.
-    exclude: list of images to leave out; SOURCE/exclude.txt, if there is one, where empty. One rank calls it. A
-    finished set is left as it is. Raises DataError if the source is no data set or an image cannot be read, if
-    something else is at `path`, or if the place cannot be written.
+    exclude: list of images to leave out; SOURCE/exclude.txt, if there is one, where empty. One rank calls it.
+    Returns whether it wrote: finished shards are left as they are. Raises DataError if the source is no data set or an
+    image cannot be read, if something else is at `path`, the source included, or if the place cannot be written.
     """
     if images_per_shard < 1:
         raise DataError(f"images per shard: found {images_per_shard}, allowed: a whole number from 1")
+    _require_place_for_shards(Path(source), Path(path))
     train, val = list_splits(source, exclude)
     require_local(train, val)
 
@@ -39,7 +40,17 @@ def prepare_shards(
         _write_split(train, "train", root, images_per_shard, seed)
         _write_split(val, "val", root, images_per_shard, seed)
 
-    write_data_set(path, write)
+    return write_data_set(path, write)
+
+
+def _require_place_for_shards(source: Path, path: Path) -> None:
+    """DataError if the place is the source, or a data set of another kind, which must not pass for the shards."""
+    if source.resolve() == path.resolve():
+        raise DataError(f"{path}: is the source itself: choose another place for the shards")
+    if is_there(path) and not all((path / split / MANIFEST).is_file() for split in SPLITS):
+        raise DataError(
+            f"{path}: holds a data set that is no shards, so it is kept: move it away, or choose another place"
+        )
 
 
 def _write_split(images: ImageList, split: Split, root: Path, images_per_shard: int, seed: int) -> None:

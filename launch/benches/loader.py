@@ -17,6 +17,7 @@ from torchvision.transforms import v2
 
 from data import DataConfig, DataError, build_loaders
 from data.batch import MEAN_RGB, STD_RGB
+from data.images import list_splits
 from data.prepare import prepare_shards
 from launch.benches.measure import machine, rounds_in_turn, summary, with_spread, write_result
 from train.cli import positive_int
@@ -39,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def measure(options: argparse.Namespace) -> None:
     """Measure, print the table, write the result."""
+    _require_image_folder(options.data)
     world = open_world(options.device)
     with tempfile.TemporaryDirectory() as folder:
         shards = Path(folder) / "shards"
@@ -63,6 +65,14 @@ def measure(options: argparse.Namespace) -> None:
         write_result(
             options.out, {"benchmark": f"loader, {what}", "machine": machine_now, "images_per_s": images_per_s}
         )
+
+
+def _require_image_folder(path: Path) -> None:
+    """DataError for anything else: torchvision's way reads image folders only."""
+    train, _ = list_splits(path)
+    if train.places is not None or train.root != path / "train":
+        found = "file lists" if train.places is None else "shards"
+        raise DataError(f"{path}: found {found}, allowed: an image folder, as torchvision reads no other: give one")
 
 
 def _ours(options: argparse.Namespace, path: Path, loader: str, threads: int, world: World) -> Callable[[], float]:

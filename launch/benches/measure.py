@@ -42,14 +42,13 @@ def with_spread(values: list[float], digits: int = 3) -> str:
 
 def machine(*packages: str) -> dict[str, Any]:
     """The hardware, and the versions of Python, torch and `packages`, as they stand in a result file."""
-    installed = {d.metadata["Name"]: d.version for d in metadata.distributions()}
     return {
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
-        **{name: installed.get(name) for name in ("torch", *packages)},
+        **{name: _version(name) for name in ("torch", *packages)},
     }
 
 
@@ -61,6 +60,14 @@ def write_result(path: Path, content: Mapping[str, Any]) -> None:
         path.write_text(text)
     except OSError as error:
         raise TrainError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _version(package: str) -> str | None:
+    """None where it is not installed; the spelling of the name does not matter, as it does in a list of them all."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _cpu_name() -> str:
