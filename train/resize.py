@@ -10,13 +10,14 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
+from threadpoolctl import threadpool_limits
 
 import cup
 from cup import PlanOptions, PrunePlan
 from train.errors import TrainError
 from train.optim import zero_momentum
 from train.state import TrainState, state_digest
-from train.world import World
+from train.world import World, available_cores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +142,9 @@ class Resizer:
         return ResizeOutcome(plan.threshold, plan.removed, before, self.reduction, digests, plan.note)
 
     def _decide(self, epoch: int, state: TrainState) -> dict[str, str] | None:
-        plan = self._plan(epoch, state.model)
+        # The other ranks of this machine wait for the plan: NumPy's matrix products may have their cores.
+        with threadpool_limits(available_cores()):
+            plan = self._plan(epoch, state.model)
         return None if plan is None else {"plan": plan.to_json(), "digest": plan.digest()}
 
     def _plan(self, epoch: int, model: torch.nn.Module) -> PrunePlan | None:

@@ -162,6 +162,11 @@ def open_world(device: str = "auto") -> World:
     return World(rank, size, local_rank, local_size, where)
 
 
+def available_cores() -> int:
+    """Cores that this process may use; in containers and under batch systems a part of the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def lost_peer(error: Exception) -> bool:
     """Whether `error` means that another rank went away in the middle of a collective."""
     if isinstance(error, dist.DistError):

@@ -1,7 +1,6 @@
 """What the benchmarks share: rounds in turn, medians with their spread, and the machine that they ran on."""
 
 import json
-import os
 import platform
 import statistics
 import sys
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from train.errors import TrainError
+from train.world import available_cores
 
 
 def rounds_in_turn(contenders: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
@@ -44,7 +44,7 @@ def machine(*packages: str) -> dict[str, Any]:
     """The hardware, and the versions of Python, torch and `packages`, as they stand in a result file."""
     return {
         "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": available_cores(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),

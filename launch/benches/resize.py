@@ -25,6 +25,8 @@ from train.resize import CupConfig, Resizer
 from train.state import MEMORY_FORMAT, TrainState, state_digest
 from train.world import World, open_world
 
+EVERYTHING = "resize, everything"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="resnet50", metavar="NAME", help="as in model.name (default: resnet50)")
@@ -40,7 +42,7 @@ def measure(options: argparse.Namespace) -> None:
     world = open_world(options.device)
     bench = _Bench(options.model, options.reduction, world)
     contenders = {
-        "resize, everything": bench.everything,
+        EVERYTHING: bench.everything,
         "- plan by threshold": bench.plan_by_threshold,
         "- apply": bench.apply,
         "- carry momentum": bench.carry,
@@ -53,7 +55,9 @@ def measure(options: argparse.Namespace) -> None:
     }
     if not bench.has_oracle:
         contenders = {name: work for name, work in contenders.items() if not name.startswith("torch-pruning")}
-    results = rounds_in_turn(contenders, options.rounds)
+    # What one rank does alone in a run it does alone here; the others wait for it before the next resize.
+    alone = {name: work if world.is_main else lambda: 0.0 for name, work in contenders.items()}
+    results = rounds_in_turn({**alone, EVERYTHING: bench.everything}, options.rounds)
     if world.is_main:
         ranks = f"{world.size} rank(s), {options.rounds} rounds"
         print(f"{options.model}, one cut to FR {options.reduction:g}, {ranks}: seconds, median (spread)")
@@ -93,6 +97,7 @@ class _Bench:
         state = self._state()
         state.parallel = self.world.wrap(state.model)
         resizer = Resizer(self.config, state.model, self.images, epochs=1)
+        self.world.gather(None)  # all ranks are here
         return self._timed(lambda: resizer.at_epoch_start(1, state, self.world))
 
     def plan_by_threshold(self) -> float:
