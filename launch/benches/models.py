@@ -242,7 +242,7 @@ def _why_frozen(frozen: dict[str, int]) -> str:
 
 def _print_table(rows: Sequence[Row], reduction: float) -> None:
     whole = [row for row in rows if not row.failure]
-    reached = sum(row.reached >= reduction for row in whole)
+    reached = sum(row.reached >= reduction * (1 - cup.REDUCTION_TOLERANCE) for row in whole)
     print("| model | input | groups | may shrink | limit | FR | parameters (M) | CPU s | frozen, and why |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|---|")
     for row in rows:
