@@ -72,10 +72,12 @@ def _draw(cut: GroupCut, threshold: float | None, path: Path) -> None:
     height = cut_height(cut, threshold)
     top = 1.05 * max(height, cut.tree[:, 2].max(initial=0)) or 1.0
     _draw_tree(axis, cut, order, colors)
-    axis.axhline(height, color="black", linestyle="--", linewidth=1, label=f"cut at {height:.3f}")
+    if kept < count or threshold is not None:
+        axis.axhline(height, color="black", linestyle="--", linewidth=1, label=f"cut at {height:.3f}")
     _draw_leaves(axis, cut, order, colors, strip=0.05 * top)
     at = "" if threshold is None else f", t {threshold:.3f}"
-    axis.set_title(f"{cut.group.name}: {count} -> {kept} channels{at}", loc="left")
+    becomes = f" -> {kept}" if kept < count else ""
+    axis.set_title(f"{cut.group.name}: {count}{becomes} channels{at}", loc="left")
     axis.set_ylabel("Ward height")
     axis.set_ylim(-0.05 * top, top)
     axis.set_xlim(-1, count)
