@@ -1,4 +1,4 @@
-"""Figures of runs, a PNG file each: a colour for a group of equal runs, a thin line a run, a bold one for their mean."""
+"""Figures of runs, a PNG file each: one colour a group of equal runs, thin lines its runs, a bold one their mean."""
 
 import statistics
 from collections.abc import Callable, Iterator
@@ -51,10 +51,9 @@ class Figure:
 
 def draw_figures(groups: list[Group], directory: Path) -> list[Figure]:
     """Write all figures that these runs give and return them in the order of a report."""
-    figures = [draw_epochs(groups, directory), draw_accuracy(groups, directory)]
-    figures += [draw_seconds(groups, directory)]
-    figures += [draw_speed(groups, directory)]
-    return figures + [draw_widths(group, directory) for group in groups if any(run.resizes for run in group.runs)]
+    whole = (draw_epochs, draw_accuracy, draw_seconds, draw_speed)
+    shrinking = [group for group in groups if any(run.resizes for run in group.runs)]
+    return [draw(groups, directory) for draw in whole] + [draw_widths(group, directory) for group in shrinking]
 
 
 def draw_epochs(groups: list[Group], directory: Path) -> Figure:
@@ -123,7 +122,8 @@ def draw_seconds(groups: list[Group], directory: Path) -> Figure:
                 color = KIND_COLORS.get(kind, "#AA4499")
                 axis.bar(epochs, height, bottom=bottom, width=0.9, color=color, label=kind.replace("_", " "))
                 bottom += height
-            axis.set_title(_named(group), fontsize=10)
+            axis.set_title(_named(group), fontsize=10 if columns < 3 else 8)
+            axis.set_xlim(epochs[0] - 0.6, epochs[-1] + 0.6)
             _epochs_on_x(axis)
             axis.set_xlabel("epoch")
         for axis in axes[:, 0]:
@@ -150,7 +150,7 @@ def draw_speed(groups: list[Group], directory: Path) -> Figure:
             for run in group.runs:
                 resized = {event["epoch"] for event in run.resizes}
                 points = [(line["epoch"], line["images_per_s"]) for line in run.epochs if line["epoch"] in resized]
-                axes[0].scatter(*_columns(points), marker="|", s=90, color=style["color"], linewidths=1.2)
+                axes[0].scatter(*_columns(points), marker="|", s=160, color=style["color"], linewidths=1.5)
                 speedups = _speedups(run, groups)
                 if run.shrinks:
                     axes[1].scatter(*_columns(speedups), s=14, color=style["color"], marker=style["marker"], alpha=0.7)
@@ -224,6 +224,8 @@ def _figure(path: Path, groups: list[Group], rows: int, columns: int, **options:
         yield axes
         for axis in fig.axes:
             axis.spines[["top", "right"]].set_visible(False)
+            for other in axis.child_axes:
+                other.spines[:].set_visible(False)
         if groups:
             styles = [_style(groups, number) for number in range(len(groups))]
             handles = [Line2D([], [], **style, linewidth=2, markersize=5) for style in styles]

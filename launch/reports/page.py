@@ -146,12 +146,12 @@ def _ledger(groups: list[Group]) -> Table:
     for run in (run for group in groups for run in group.runs):
         seconds = run.done.get("seconds", {})
         wall, total = run.done.get("time_s"), sum(seconds.values())
-        shares = [
-            f"{seconds.get(kind, 0.0):,.1f} ({100 * seconds.get(kind, 0.0) / (total or 1):.1f}%)" for kind in kinds
-        ]
-        lines.append(Line([run.name, *shares, f"{total:,.1f}", "" if wall is None else f"{wall:,.1f}"]))
-    headings = ["run", *(f"{kind.replace('_', ' ')} (s)" for kind in kinds), "sum (s)", "wall (s)"]
-    return Table(headings, lines, caption="Seconds by kind, of rank 0; every second is charged to one of them.")
+        spent = [f"{seconds.get(kind, 0.0):,.1f}" for kind in kinds]
+        lines.append(Line([run.name, *spent, f"{total:,.1f}", "" if wall is None else f"{wall:,.1f}"]))
+    headings = ["run", *(kind.replace("_", " ") for kind in kinds), "sum", "wall"]
+    return Table(
+        headings, lines, caption="Seconds by kind, of rank 0; each is charged to one kind, and wall is the clock's."
+    )
 
 
 def _by_rank(runs: list[Run]) -> Table | None:
@@ -168,8 +168,8 @@ def _by_rank(runs: list[Run]) -> Table | None:
     lines = [
         Line([name, str(rank), *(f"{total.get(kind, 0.0):,.1f}" for kind in shown)]) for name, rank, total in totals
     ]
-    headings = ["run", "rank", *(f"{kind.replace('_', ' ')} (s)" for kind in shown)]
-    return Table(headings, lines) if lines else None
+    headings = ["run", "rank", *(kind.replace("_", " ") for kind in shown)]
+    return Table(headings, lines, caption="Up to the last evaluation.") if lines else None
 
 
 def _machine(runs: list[Run]) -> Table | None:

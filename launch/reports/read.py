@@ -32,8 +32,12 @@ class Run:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Dotted key -> value of the resolved configuration; empty for an older log, which lacks it."""
-        return _flat(self.first.get("config") or {})
+        """Dotted key -> value of the resolved configuration; empty for an older log, which lacks it.
+
+        Those of `cup` that a dense run does not use are left out, so that dense runs are equal whatever they say.
+        """
+        flat = _flat(self.first.get("config") or {})
+        return {key: flat[key] for key in flat if self.shrinks or not key.startswith("cup.") or key == "cup.enabled"}
 
     @property
     def seed(self) -> int | None:
@@ -128,11 +132,12 @@ def group_runs(runs: Iterable[Run]) -> list[Group]:
 
 
 def differing_settings(groups: list[Group]) -> dict[str, list[Any]]:
-    """Dotted key -> its value in each group, for the settings in which the groups differ; None where a log lacks it."""
+    """Dotted key -> its value in each group, where groups that have the setting differ; None for those without it."""
     settings = [group.one.settings for group in groups]
     keys = dict.fromkeys(key for one in settings for key in one if key not in NAMING)
-    values = {key: [one.get(key) for one in settings] for key in keys}
-    return {key: found for key, found in values.items() if any(value != found[0] for value in found)}
+    found = {key: [one[key] for one in settings if key in one] for key in keys}
+    differing = [key for key, values in found.items() if any(value != values[0] for value in values)]
+    return {key: [one.get(key) for one in settings] for key in differing}
 
 
 def _common_name(names: list[str]) -> str:
