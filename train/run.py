@@ -27,6 +27,7 @@ from train.checkpoint import (
     stored_plans,
     stored_weights,
 )
+from train.compiling import BlockCompiler
 from train.config import RunConfig, config_from_dict
 from train.engine import Evaluation, Progress, Trainer, evaluate, fit
 from train.errors import ConfigError, TrainError
@@ -167,6 +168,14 @@ def _build_trainer(config: RunConfig, world: World, ledger: Ledger) -> Trainer:
         world=world,
         train_loader=train_loader,
         val_loader=val_loader,
+        compiler=BlockCompiler(
+            model,
+            enabled=config.train.compile == "blocks",
+            enough_steps=config.train.compile_steps,
+            epochs=config.train.epochs,
+            may_cut=resizer.may_cut,
+            image_side=lambda epoch: train_size(config.data, max(epoch, 1) - 1),
+        ),
         mix=build_mixing(config.train.mixup, config.train.cutmix, train_loader.num_classes),
         state=TrainState(model, model, optimizer, precision, ema),
         resizer=resizer,
