@@ -168,6 +168,7 @@ def test_there_is_no_saving_against_images_of_another_size_or_another_data_set(t
     assert saving("small", image_size=160) is None
     assert saving("growing", start_size=128, grow_epochs=2) is None
     assert saving("other", path="datasets/other") is None
+    assert saving("augmented", auto_augment="trivialaugment") is None
     assert saving("same").mean == 50.0
 
 

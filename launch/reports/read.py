@@ -15,8 +15,8 @@ NAMING = ("run.name", "run.root", "run.resume", "run.seed")
 
 # A saving is a difference of hours, so everything else that decides hours must be the same: what the log says ...
 COMPARABLE = ("model", "epochs", "batch_size", "train_images", "precision", "loader", "world_size", "devices")
-# ... and of its settings, which older logs lack.
-COMPARABLE_SETTINGS = ("data.image_size", "data.start_size", "data.grow_epochs", "data.size_step")
+# ... and the settings that begin so.
+COMPARABLE_SETTINGS = ("data.", "train.", "optim.name")
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,14 @@ class Run:
         return self.first["gpu_hours_before"] is not None
 
     @property
-    def comparable(self) -> tuple[Any, ...]:
-        """Equal for runs whose hours may be compared."""
-        settings = self.settings
-        known = [settings.get(key) for key in COMPARABLE_SETTINGS]
-        return (*(str(self.first[key]) for key in COMPARABLE), self.data, *known)
+    def conditions(self) -> tuple[Any, ...]:
+        return tuple(str(self.first[key]) for key in COMPARABLE)
+
+    def is_comparable(self, other: "Run") -> bool:
+        """Whether a difference of hours or accuracy can come of nothing but shrinking. What one log lacks is no bar."""
+        ours, theirs = self.settings, other.settings
+        shared = [key for key in ours if key in theirs and key.startswith(COMPARABLE_SETTINGS)]
+        return self.conditions == other.conditions and all(ours[key] == theirs[key] for key in shared)
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ def group_runs(runs: Iterable[Run]) -> list[Group]:
     members: dict[Any, list[Run]] = {}
     for run in runs:
         settings = {key: value for key, value in run.settings.items() if key not in NAMING}
-        key = (repr(sorted(settings.items())), run.comparable) if settings else run.directory
+        key = (repr(sorted(settings.items())), run.conditions) if settings else run.directory
         members.setdefault(key, []).append(run)
     names = [_common_name([run.name for run in group]) for group in members.values()]
     return [

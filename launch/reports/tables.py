@@ -87,7 +87,7 @@ def outcomes(runs: list[Run]) -> list[Outcome]:
     """One a run, measured against the mean of the comparable dense runs among `runs`, where there are any."""
     found = []
     for run in runs:
-        dense = [other for other in runs if other.is_dense and other.comparable == run.comparable]
+        dense = [other for other in runs if other.is_dense and other.is_comparable(run)]
         if not dense or run.is_dense:
             found.append(Outcome(run, None, None, None))
             continue
@@ -166,7 +166,8 @@ def notes(groups: list[Group]) -> list[str]:
         if run.first["from"] is not None:
             found.append(_hours_note(run))
         if not run.is_dense and outcome.saving is None and run.hours_are_known:
-            found.append(f"{run.name}: no saving, for no dense run among these has equal {', '.join(COMPARABLE)}")
+            equal = f"equal {', '.join(COMPARABLE)} and settings of data and train"
+            found.append(f"{run.name}: no saving, for no dense run among these has {equal}")
     return found
 
 
