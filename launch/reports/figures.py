@@ -22,6 +22,7 @@ from launch.reports.tables import kinds_of
 DENSE_COLOR = "#404040"
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito: told apart by all eyes
 MARKERS = "osD^vP"
+DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (6, 1, 1, 1)))  # so that of two equal curves both are seen
 KIND_COLORS = {
     "step": "#0072B2",
     "data_wait": "#E69F00",
@@ -131,7 +132,9 @@ def draw_seconds(groups: list[Group], directory: Path) -> Figure:
         for axis in list(axes.flat)[len(groups) :]:
             axis.set_visible(False)
         handles, labels = axes[0, 0].get_legend_handles_labels()
-        axes[0, 0].figure.legend(handles, labels, loc="outside lower center", ncols=min(9, len(labels)), frameon=False)
+        axes[0, 0].figure.legend(
+            handles, labels, loc="outside lower center", ncols=min(9, len(labels)), frameon=False, fontsize=9
+        )
     caption = (
         "Every second of a run, charged to one kind by the ledger; means over the ranks"
         f"{' and over the runs of a group' if any(len(g.runs) > 1 for g in groups) else ''}. What comes before the "
@@ -229,9 +232,9 @@ def _figure(path: Path, groups: list[Group], rows: int, columns: int, **options:
         if groups:
             styles = [_style(groups, number) for number in range(len(groups))]
             handles = [Line2D([], [], **style, linewidth=2, markersize=5) for style in styles]
-            columns = 1 if len(groups) > 6 else min(3, len(groups))
             labels = [_named(group) for group in groups]
-            fig.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)
+            fits = max(1, 110 // (max(map(len, labels)) + 8))
+            fig.legend(handles, labels, loc="outside upper center", ncols=min(fits, len(labels)), frameon=False)
         fig.savefig(path, dpi=150)
     finally:
         plt.close(fig)
@@ -263,7 +266,7 @@ def _means(group: Group, value: Value, epochs: list[int]) -> list[float | None]:
     return [statistics.mean(values) if values else None for values in found.values()]
 
 
-def _end(axis: Axes, group: Group, style: dict[str, str]) -> None:
+def _end(axis: Axes, group: Group, style: dict[str, Any]) -> None:
     """A mark where the runs end on average, with a standard deviation each way where there are several."""
     ends = [(run.hours, run.done["top1"]) for run in group.runs]
     means = [statistics.mean(values) for values in _columns(ends)]
@@ -292,13 +295,14 @@ def _speedups(run: Run, groups: list[Group]) -> list[tuple[float, float]]:
     return [(line["flops_reduction"], line["images_per_s"] / speed) for line in run.epochs]
 
 
-def _style(groups: list[Group], number: int) -> dict[str, str]:
-    """Grey for the first dense group, a colour and a mark of its own for every other."""
+def _style(groups: list[Group], number: int) -> dict[str, Any]:
+    """Grey for the first dense group; a colour, a mark and dashes of its own for every other."""
     dense = next((n for n, group in enumerate(groups) if group.one.is_dense), None)
     if number == dense:
-        return {"color": DENSE_COLOR, "marker": "x"}
+        return {"color": DENSE_COLOR, "marker": "x", "linestyle": "-"}
     rank = number - (dense is not None and number > dense)
-    return {"color": COLORS[rank % len(COLORS)], "marker": MARKERS[rank % len(MARKERS)]}
+    marks = {"marker": MARKERS[rank % len(MARKERS)], "linestyle": DASHES[rank % len(DASHES)]}
+    return {"color": COLORS[rank % len(COLORS)], **marks}
 
 
 def _named(group: Group) -> str:

@@ -155,12 +155,13 @@ def _ledger(groups: list[Group]) -> Table:
 
 
 def _by_rank(runs: list[Run]) -> Table | None:
-    """Where the log has each rank's own seconds."""
+    """Where the log has each rank's own seconds, and there are several."""
     kinds: dict[str, None] = {}
     totals: list[tuple[str, int, dict[str, float]]] = []
     for run in runs:
         reports = [line["seconds_by_rank"] for line in run.epochs if line.get("seconds_by_rank")]
-        for rank in range(max((len(report) for report in reports), default=0)):
+        ranks = max((len(report) for report in reports), default=0)
+        for rank in range(ranks if ranks > 1 else 0):
             own = [report[rank] for report in reports if rank < len(report)]
             kinds |= dict.fromkeys(kind for one in own for kind in one)
             totals.append((run.name, rank, {kind: sum(one.get(kind, 0.0) for one in own) for kind in kinds}))

@@ -121,9 +121,9 @@ def read_run(directory: Path) -> Run:
 
 
 def group_runs(runs: Iterable[Run]) -> list[Group]:
-    """Repetitions together, in the order given. A run whose log lacks its settings stands alone."""
+    """Repetitions together, dense ones first, else in the order given. A run whose log lacks its settings is alone."""
     members: dict[Any, list[Run]] = {}
-    for run in runs:
+    for run in sorted(runs, key=lambda run: not run.is_dense):
         settings = {key: value for key, value in run.settings.items() if key not in NAMING}
         key = (repr(sorted(settings.items())), run.conditions) if settings else run.directory
         members.setdefault(key, []).append(run)
