@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from launching import write_network
 
 from launch import report
 from launch.reports import published
@@ -107,9 +108,9 @@ def test_a_setting_that_differs_makes_two_rows_but_not_one_without_effect(tmp_pa
         for name, enabled, slope in (("a", True, 0.03), ("b", True, 0.04), ("c", False, 0.03), ("d", False, 0.04))
     ]
     groups = group_runs([read_run(run) for run in runs])
-    assert [[run.name for run in group.runs] for group in groups] == [["a"], ["b"], ["c", "d"]]
+    assert [[run.name for run in group.runs] for group in groups] == [["c", "d"], ["a"], ["b"]]
     differing = differing_settings(groups)
-    assert differing == {"cup.enabled": [True, True, False], "cup.slope": [0.03, 0.04, None]}
+    assert differing == {"cup.enabled": [False, True, True], "cup.slope": [None, 0.03, 0.04]}
 
 
 def test_equal_runs_on_other_hardware_are_no_repetitions(tmp_path: Path):
@@ -209,6 +210,17 @@ def test_a_dendrogram_without_a_checkpoint_is_said_and_no_error(tmp_path: Path, 
     said = f"cup: no dendrogram, for there is no checkpoint {run / 'last.pt'}"
     assert said in capsys.readouterr().out
     assert said in (tmp_path / "out/report.html").read_text()
+
+
+def test_dendrograms_are_drawn_from_the_checkpoint_and_an_unknown_layer_is_named(tmp_path: Path, capsys):
+    run = write_run(tmp_path / "cup", cup=True, model="lenet")
+    write_network(run / "last.pt", "lenet")
+    assert report.main([str(run), "--out", str(tmp_path / "out"), "--dendrogram", "conv2", "fc1"]) == 0
+    drawn = sorted(path.name for path in (tmp_path / "out/dendrograms_cup").iterdir())
+    assert drawn == ["conv2.png", "fc1.png"]
+    assert len(Resources((tmp_path / "out/report.html").read_text()).fetched) == 5 + 2
+    assert report.main([str(run), "--out", str(tmp_path / "out"), "--dendrogram", "conv9"]) == 2
+    assert "found conv9; allowed for cup: conv1, conv2, fc1" in capsys.readouterr().err
 
 
 def test_published_rows_are_those_of_the_networks_at_hand():

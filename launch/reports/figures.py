@@ -74,6 +74,7 @@ def draw_epochs(groups: list[Group], directory: Path) -> Figure:
         axes[1, 1].set_ylim(bottom=0)
         if not axes[1, 0].has_data():
             axes[1, 0].text(0.5, 0.5, "no cut", transform=axes[1, 0].transAxes, ha="center", color="#777777")
+            axes[1, 0].set_yticks([])
         for axis in axes[1]:
             axis.set_xlabel("epoch")
     caption = (
@@ -96,6 +97,7 @@ def draw_accuracy(groups: list[Group], directory: Path) -> Figure:
                     axis.plot(*zip(*points, strict=True), color=style["color"], linewidth=1, alpha=0.6)
                 _end(axis, group, style)
             axis.set_xlabel(_hours_label(groups))
+            axis.xaxis.set_major_locator(MaxNLocator(6))
             axis.grid(alpha=0.3)
         axes[0].set_ylabel("top-1 accuracy (%)")
         axes[0].set_title("whole training", fontsize=10)
@@ -144,36 +146,38 @@ def draw_seconds(groups: list[Group], directory: Path) -> Figure:
 
 
 def draw_speed(groups: list[Group], directory: Path) -> Figure:
-    """Images a second over the epochs with the resizes marked, and the speed-up against the FLOPs reduction."""
+    """Images a second over the epochs, resizes marked; of shrinking runs the speed-up against the FLOPs reduction."""
     path = directory / "images_per_s.png"
-    with _figure(path, groups, 1, 2, figsize=(9, 3.8)) as axes:
+    shrinking = [group for group in groups if group.one.shrinks]
+    with _figure(path, groups, 1, 2 if shrinking else 1, figsize=(9, 3.8), squeeze=False) as [axes]:
         _curves(axes[0], groups, lambda line: line["images_per_s"])
-        for number, group in enumerate(groups):
-            style = _style(groups, number)
+        for group in shrinking:
+            style = _style(groups, groups.index(group))
             for run in group.runs:
                 resized = {event["epoch"] for event in run.resizes}
                 points = [(line["epoch"], line["images_per_s"]) for line in run.epochs if line["epoch"] in resized]
                 axes[0].scatter(*_columns(points), marker="|", s=160, color=style["color"], linewidths=1.5)
-                speedups = _speedups(run, groups)
-                if run.shrinks:
-                    axes[1].scatter(*_columns(speedups), s=14, color=style["color"], marker=style["marker"], alpha=0.7)
+                speedups = _columns(_speedups(run, groups))
+                axes[1].scatter(*speedups, s=14, color=style["color"], marker=style["marker"], alpha=0.7)
         axes[0].set_ylim(bottom=0)
         axes[0].set_xlabel("epoch")
         axes[0].set_ylabel("training images/s, all ranks")
         _epochs_on_x(axes[0])
-        reductions = [line["flops_reduction"] for group in groups for run in group.runs for line in run.epochs]
-        most = max([*reductions, 1.1])
-        axes[1].plot([1, most], [1, most], color="#777777", linestyle="--", linewidth=1)
-        axes[1].text(most, most, "all of it ", ha="right", va="bottom", color="#777777", fontsize=9)
-        axes[1].set_xlabel("FLOPs reduction (x)")
-        axes[1].set_ylabel("speed-up over dense (x)")
-        axes[1].grid(alpha=0.3)
-    caption = (
-        "Left: speed of training, waiting for data and the slow first step after a resize included; a stroke marks "
-        "each epoch that began with a resize. Right: how much of the FLOPs reduction the clock sees, a point an epoch, "
-        "against the comparable dense runs (or, without one, the run's own full epochs)."
-    )
-    return Figure(path, "Images a second", caption)
+        if shrinking:
+            most = max(line["flops_reduction"] for group in shrinking for run in group.runs for line in run.epochs)
+            axes[1].plot([1, most], [1, most], color="#777777", linestyle="--", linewidth=1)
+            axes[1].text(most, most, "all of it ", ha="right", va="bottom", color="#777777", fontsize=9)
+            axes[1].set_xlabel("FLOPs reduction (x)")
+            axes[1].set_ylabel("speed-up over dense (x)")
+            axes[1].grid(alpha=0.3)
+    caption = "Speed of training, waiting for data and the slow first step after a resize included"
+    if shrinking:
+        caption = (
+            f"Left: {caption[0].lower()}{caption[1:]}; a stroke marks each epoch that began with a resize. Right: how "
+            "much of the FLOPs reduction the clock sees, a point an epoch, against the comparable dense runs (or, without "
+            "one, the run's own full epochs)"
+        )
+    return Figure(path, "Images a second", f"{caption}.")
 
 
 def draw_widths(group: Group, directory: Path) -> Figure:
