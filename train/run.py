@@ -338,6 +338,7 @@ def _first_line(config: RunConfig, trainer: Trainer, run_dir: RunDir) -> dict[st
         "time_s": trainer.ledger.total_s,
         "directory": str(run_dir.path),
         "config_digest": hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest(),
+        "config": config.to_dict(),
         "model": config.model.name,
         "from": config.model.from_,
         "gpu_hours_before": trainer.progress.gpu_hours_before,
