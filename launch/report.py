@@ -43,10 +43,10 @@ def _report(argv: list[str]) -> None:
     remarks = notes(groups)
     out = options.out
     try:
+        trees, missing = draw_layers(groups, options.dendrogram, out)  # first, for a layer's name can be wrong
+        remarks += missing
         out.mkdir(parents=True, exist_ok=True)
         figures = draw_figures(groups, out)
-        trees, missing = draw_layers(groups, options.dendrogram, out)
-        remarks += missing
         (out / "savings.md").write_text(markdown(rows), encoding="utf-8")
         (out / "savings.csv").write_text(means_csv(rows), encoding="utf-8")
         (out / "runs.csv").write_text(runs_csv(groups), encoding="utf-8")

@@ -1,6 +1,7 @@
 """launch/report.py on logs made by hand: what becomes one row, what it is measured against, and what the page holds."""
 
 import csv
+import html
 import html.parser
 import json
 import re
@@ -11,6 +12,7 @@ from launching import write_network
 
 from launch import report
 from launch.reports import published
+from launch.reports.dendrograms import draw_layers
 from launch.reports.figures import widths_at_start
 from launch.reports.page import page
 from launch.reports.read import Run, differing_settings, group_runs, read_run
@@ -204,12 +206,11 @@ def test_what_is_no_finished_run_is_refused(tmp_path: Path, capsys: pytest.Captu
     assert not (tmp_path / "out").exists()
 
 
-def test_a_dendrogram_without_a_checkpoint_is_said_and_no_error(tmp_path: Path, capsys: pytest.CaptureFixture):
-    run = write_run(tmp_path / "cup", cup=True)
-    assert report.main([str(run), "--out", str(tmp_path / "out"), "--dendrogram", "layer1.0.conv1"]) == 0
-    said = f"cup: no dendrogram, for there is no checkpoint {run / 'last.pt'}"
-    assert said in capsys.readouterr().out
-    assert said in (tmp_path / "out/report.html").read_text()
+def test_a_dendrogram_without_a_checkpoint_is_said_and_no_error(tmp_path: Path):
+    groups = group_runs([read_run(write_run(tmp_path / "cup", cup=True))])
+    figures, missing = draw_layers(groups, ["layer1.0.conv1"], tmp_path)
+    assert (figures, missing) == ([], [f"cup: no dendrogram, for there is no checkpoint {tmp_path / 'cup/last.pt'}"])
+    assert missing[0] in html.unescape(page(groups, [], missing))
 
 
 def test_dendrograms_are_drawn_from_the_checkpoint_and_an_unknown_layer_is_named(tmp_path: Path, capsys):
@@ -219,8 +220,9 @@ def test_dendrograms_are_drawn_from_the_checkpoint_and_an_unknown_layer_is_named
     drawn = sorted(path.name for path in (tmp_path / "out/dendrograms_cup").iterdir())
     assert drawn == ["conv2.png", "fc1.png"]
     assert len(Resources((tmp_path / "out/report.html").read_text()).fetched) == 5 + 2
-    assert report.main([str(run), "--out", str(tmp_path / "out"), "--dendrogram", "conv9"]) == 2
+    assert report.main([str(run), "--out", str(tmp_path / "none"), "--dendrogram", "conv9"]) == 2
     assert "found conv9; allowed for cup: conv1, conv2, fc1" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 def test_published_rows_are_those_of_the_networks_at_hand():

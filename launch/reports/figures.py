@@ -174,8 +174,8 @@ def draw_speed(groups: list[Group], directory: Path) -> Figure:
     if shrinking:
         caption = (
             f"Left: {caption[0].lower()}{caption[1:]}; a stroke marks each epoch that began with a resize. Right: how "
-            "much of the FLOPs reduction the clock sees, a point an epoch, against the comparable dense runs (or, without "
-            "one, the run's own full epochs)"
+            "much of the FLOPs reduction the clock sees, a point an epoch, against the comparable dense runs (or, "
+            "without one, the run's own full epochs)"
         )
     return Figure(path, "Images a second", f"{caption}.")
 
