@@ -203,6 +203,9 @@ def test_what_is_no_finished_run_is_refused(tmp_path: Path, capsys: pytest.Captu
     (unfinished / "log.jsonl").write_text('{"event": "run"}\n')
     assert report.main([str(unfinished), "--out", str(tmp_path / "out")]) == 1
     assert "not finished" in capsys.readouterr().err
+    (unfinished / "log.jsonl").write_text('{"event": "done"}\n')
+    assert report.main([str(unfinished), "--out", str(tmp_path / "out")]) == 1
+    assert "damaged" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
