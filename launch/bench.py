@@ -11,10 +11,10 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.benches import loader, models, resize
+from launch.benches import loader, memory, models, resize
 from train.cli import Parser, exit_code_of
 
-BENCHES = {"loader": loader, "models": models, "resize": resize}
+BENCHES = {"loader": loader, "memory": memory, "models": models, "resize": resize}
 
 
 def main(argv: list[str]) -> int:

@@ -7,7 +7,9 @@ normalises. torchvision's way is ImageFolder with a DataLoader, as its own train
 import argparse
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +17,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from data import DataConfig, DataError, build_loaders
+from data import Batch, DataConfig, DataError, Loader, build_loaders
 from data.batch import MEAN_RGB, STD_RGB
 from data.images import list_splits
 from data.prepare import prepare_shards
@@ -24,7 +26,11 @@ from train.cli import positive_int
 from train.world import World, open_world
 
 IMAGES_PER_SHARD = 200
-SKIPPED_STEPS = 5
+OURS = (
+    ("DALI, folder", "folder", "dali"),
+    ("DALI, shards", "shards", "dali"),
+    ("our folder loader", "folder", "folder"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,18 +48,16 @@ def measure(options: argparse.Namespace) -> None:
     """Measure, print the table, write the result."""
     _require_image_folder(options.data)
     world = open_world(options.device)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as opened:
         shards = Path(folder) / "shards"
         prepare_shards(options.data, shards, images_per_shard=IMAGES_PER_SHARD)
         contenders: dict[str, Callable[[], float]] = {}
         for threads in options.threads:
-            for name, path, loader in (
-                ("DALI, folder", options.data, "dali"),
-                ("DALI, shards", shards, "dali"),
-                ("our folder loader", options.data, "folder"),
-            ):
-                contenders[f"{name}, {threads} thread(s)"] = _ours(options, path, loader, threads, world)
-            contenders[f"torchvision, {threads} worker(s)"] = _torchvision(options, threads, world)
+            for name, path, kind in OURS:
+                train = _ours(options, shards if path == "shards" else options.data, kind, threads, world, opened)
+                contenders[f"{name}, {threads} thread(s)"] = partial(_images_per_s, train, options, world)
+            torchvisions = _TorchvisionLoader(options, threads, world)
+            contenders[f"torchvision, {threads} worker(s)"] = partial(_images_per_s, torchvisions, options, world)
         results = rounds_in_turn(contenders, options.rounds)
     what = f"{options.image_size} pixels, batches of {options.batch_size}, {world.device.type}"
     print(f"{what}: images/s, median (spread)")
@@ -75,65 +79,74 @@ def _require_image_folder(path: Path) -> None:
         raise DataError(f"{path}: found {found}, allowed: an image folder, as torchvision reads no other: give one")
 
 
-def _ours(options: argparse.Namespace, path: Path, loader: str, threads: int, world: World) -> Callable[[], float]:
-    """One of this project's loaders; on a GPU its batches arrive there, and DALI decodes there."""
+def _ours(options: argparse.Namespace, path: Path, kind: str, threads: int, world: World, opened: ExitStack) -> Loader:
+    """One of this project's training loaders; on a GPU its batches arrive there, and DALI decodes there."""
     config = DataConfig(
         path=str(path),
-        loader=loader,
+        loader=kind,
         threads=threads,
         batch_size=options.batch_size,
         image_size=options.image_size,
         resize_size=options.image_size,
     )
-
-    def images_per_s() -> float:
-        train, val = build_loaders(config, rank=0, world_size=1, device=world.device, seed=0)
-        try:
-            if len(train) < 2 * SKIPPED_STEPS:
-                raise DataError(
-                    f"{path}: {train.num_images} images make {len(train)} batches of {options.batch_size}, too few to "
-                    f"measure, at least {2 * SKIPPED_STEPS} are needed: take more images or a smaller --batch-size"
-                )
-            return _rate((batch.images for batch in train), world)
-        finally:
-            train.close()
-            val.close()
-
-    return images_per_s
+    train, val = build_loaders(config, rank=0, world_size=1, device=world.device, seed=0)
+    opened.callback(train.close)
+    opened.callback(val.close)
+    least = 2 * _skipped_steps(options)
+    if len(train) < least:
+        raise DataError(
+            f"{path}: {train.num_images} images make {len(train)} batches of {options.batch_size}, too few to measure, "
+            f"at least {least} are needed: take more images or a smaller --batch-size"
+        )
+    return train
 
 
-def _torchvision(options: argparse.Namespace, workers: int, world: World) -> Callable[[], float]:
-    transform = v2.Compose(
-        [
-            v2.RandomResizedCrop(options.image_size, antialias=True),
-            v2.RandomHorizontalFlip(),
-            v2.PILToTensor(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(MEAN_RGB, STD_RGB),
-        ]
-    )
-    images = ImageFolder(options.data / "train", transform)
+class _TorchvisionLoader:
+    """ImageFolder and DataLoader as in torchvision's own training script; on a GPU its batches arrive there, too."""
 
-    def images_per_s() -> float:
-        loader = DataLoader(
-            images,
+    def __init__(self, options: argparse.Namespace, workers: int, world: World) -> None:
+        transform = v2.Compose(
+            [
+                v2.RandomResizedCrop(options.image_size, antialias=True),
+                v2.RandomHorizontalFlip(),
+                v2.PILToTensor(),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize(MEAN_RGB, STD_RGB),
+            ]
+        )
+        self._device = world.device
+        self._loader = DataLoader(
+            ImageFolder(options.data / "train", transform),
             options.batch_size,
             shuffle=True,
             drop_last=True,
             num_workers=workers,
+            pin_memory=world.device.type == "cuda",
+            persistent_workers=True,
             multiprocessing_context="forkserver",  # DALI has threads here, and a fork of them can hang
         )
-        return _rate((batch for batch, _ in loader), world)
 
-    return images_per_s
+    def __iter__(self) -> Iterator[Batch]:
+        for images, labels in self._loader:
+            on_device = (values.to(self._device, non_blocking=True) for values in (images, labels))
+            yield Batch(*on_device, torch.ones(len(images), dtype=torch.bool, device=self._device))
 
 
-def _rate(batches: Iterable[torch.Tensor], world: World) -> float:
-    """Images a second of one epoch; its first batches, and with them the start of threads or workers, are left out."""
+def _skipped_steps(options: argparse.Namespace) -> int:
+    """Steps at the start of an epoch that do not count: as many as a DataLoader's workers hold ready ahead of it.
+
+    Until they are through, threads and workers start, and what is taken was made before the clock ran.
+    """
+    return 2 * max(options.threads)
+
+
+def _images_per_s(loader: Iterable[Batch], options: argparse.Namespace, world: World) -> float:
+    """Images a second of one epoch, the skipped steps left out. Nothing but the loader works."""
     images = 0
-    for step, batch in enumerate(batches):
-        images += len(batch) if step >= SKIPPED_STEPS else 0
-        if step == SKIPPED_STEPS - 1:
+    for step, batch in enumerate(loader):
+        images += len(batch.labels) if step >= _skipped_steps(options) else 0
+        if step == _skipped_steps(options) - 1:
+            world.synchronize()
             start = time.perf_counter()
     world.synchronize()
     return images / (time.perf_counter() - start)
