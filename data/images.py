@@ -197,7 +197,9 @@ def _last_words(error: Exception) -> str:
 def _list_folder(root: Path) -> ImageList:
     """ROOT/CLASS/FILE in sorted order; hidden ones, and files that are not named as images, are left out."""
     if not root.is_dir():
-        raise DataError(f"{root}: there is no such folder; expected {EXPECTED}")
+        tars = "; the tar files beside it belong into train/ and val/, for launch/prepare.py index"
+        hint = tars if any(root.parent.glob("*.tar")) else ""
+        raise DataError(f"{root}: there is no such folder; expected {EXPECTED}{hint}")
     try:
         # A link to nowhere counts as a class, so that it is not passed over.
         folders = [entry for entry in os.scandir(root) if entry.is_dir() or not Path(entry.path).exists()]
@@ -206,7 +208,7 @@ def _list_folder(root: Path) -> ImageList:
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from error
     if not classes:
-        no_manifest = f"tar files without {MANIFEST}; launch/prepare.py shards makes both"
+        no_manifest = f"tar files without {MANIFEST}: launch/prepare.py index {root.parent} makes it"
         found = no_manifest if any(root.glob("*.tar")) else f"no class folders; expected {EXPECTED}"
         raise DataError(f"{root}: found {found}")
     members = [[file for file in files if is_image_name(file)] for files in members]
@@ -234,11 +236,16 @@ def _list_lines(file: Path) -> ImageList:
             found.append(class_name)
     if not names:
         raise DataError(f"{file}: lists no images; expected FILE CLASS on each line")
+    classes, labels = numbered_classes(found)
+    return ImageList(root=file.parent, names=names, labels=labels, classes=classes)
+
+
+def numbered_classes(found: list[str]) -> tuple[list[str], np.ndarray]:
+    """The classes in sorted order, those that are all numbers by number, and the label int64 (N,) of each image."""
     numeric = all(class_name.isdecimal() for class_name in found)
     classes = sorted(set(found), key=int if numeric else None)
     label_of = {class_name: label for label, class_name in enumerate(classes)}
-    labels = np.array([label_of[class_name] for class_name in found], dtype=np.int64)
-    return ImageList(root=file.parent, names=names, labels=labels, classes=classes)
+    return classes, np.array([label_of[class_name] for class_name in found], dtype=np.int64)
 
 
 def _unmatched(splits: dict[str, ImageList], excluded: dict[str, str]) -> tuple[str, ...]:

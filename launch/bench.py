@@ -1,6 +1,8 @@
 """Measurements, each side by side with its peer in the same process.
 
 python launch/bench.py loader --data FOLDER [--rounds N] [--out results/FILE.json]
+python launch/bench.py memory --data FOLDER [--epochs N] [--out results/FILE.json]
+python launch/bench.py agreement --data FOLDER [--checkpoint FILE] [--out results/FILE.json]
 python launch/bench.py resize [--rounds N] [--out results/FILE.json]      (--help after a measurement names its options)
 """
 
@@ -11,10 +13,10 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.benches import loader, memory, models, resize
+from launch.benches import agreement, loader, memory, models, resize
 from train.cli import Parser, exit_code_of
 
-BENCHES = {"loader": loader, "memory": memory, "models": models, "resize": resize}
+BENCHES = {"agreement": agreement, "loader": loader, "memory": memory, "models": models, "resize": resize}
 
 
 def main(argv: list[str]) -> int:

@@ -1,10 +1,13 @@
 """Images a second: DALI beside torchvision's DataLoader at equal threads, from an image folder and from shards.
 
 Every contender reads the same training images from a warm page cache, takes a random crop, flips, resizes and
-normalises. torchvision's way is ImageFolder with a DataLoader, as its own training script has it.
+normalises, and hands it over on the device. torchvision's way is ImageFolder with a DataLoader, as its own training
+script has it. With --network a network is trained on the batches, too, and the share of the time that it waits for them
+is measured: what counts on a GPU.
 """
 
 import argparse
+import itertools
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +26,9 @@ from data.images import list_splits
 from data.prepare import prepare_shards
 from launch.benches.measure import machine, rounds_in_turn, summary, with_spread, write_result
 from train.cli import positive_int
+from train.models import build_model
+from train.precision import Precision
+from train.state import MEMORY_FORMAT
 from train.world import World, open_world
 
 IMAGES_PER_SHARD = 200
@@ -41,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch-size", type=positive_int, default=64, metavar="N", help="default: 64")
     parser.add_argument("--image-size", type=positive_int, default=224, metavar="PIXELS", help="default: 224")
+    parser.add_argument("--network", metavar="NAME", help="also train it (resnet50) and measure how long it waits")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto = GPU if any")
 
 
@@ -51,24 +58,32 @@ def measure(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as opened:
         shards = Path(folder) / "shards"
         prepare_shards(options.data, shards, images_per_shard=IMAGES_PER_SHARD)
-        contenders: dict[str, Callable[[], float]] = {}
+        loaders: dict[str, Iterable[Batch]] = {}
         for threads in options.threads:
             for name, path, kind in OURS:
-                train = _ours(options, shards if path == "shards" else options.data, kind, threads, world, opened)
-                contenders[f"{name}, {threads} thread(s)"] = partial(_images_per_s, train, options, world)
-            torchvisions = _TorchvisionLoader(options, threads, world)
-            contenders[f"torchvision, {threads} worker(s)"] = partial(_images_per_s, torchvisions, options, world)
-        results = rounds_in_turn(contenders, options.rounds)
+                path = shards if path == "shards" else options.data
+                loaders[f"{name}, {threads} thread(s)"] = _ours(options, path, kind, threads, world, opened)
+            loaders[f"torchvision, {threads} worker(s)"] = _TorchvisionLoader(options, threads, world)
+        rates = {name: partial(_images_per_s, loader, options, world) for name, loader in loaders.items()}
+        results = {"images_per_s": rounds_in_turn(rates, options.rounds)}
+        if options.network:
+            step = _training_step(options, world)
+            waits = {name: partial(_wait_share, loader, step, options, world) for name, loader in loaders.items()}
+            results["wait_share"] = rounds_in_turn(waits, options.rounds)
     what = f"{options.image_size} pixels, batches of {options.batch_size}, {world.device.type}"
-    print(f"{what}: images/s, median (spread)")
-    for name, values in results.items():
-        print(f"  {name:<36} {with_spread(values, digits=0)}")
+    units = {"images_per_s": "images/s", "wait_share": f"share of {options.network}'s training spent waiting for data"}
+    for measured, of_loader in results.items():
+        print(f"{what}: {units[measured]}, median (spread)")
+        for name, values in of_loader.items():
+            print(f"  {name:<36} {with_spread(values, digits=0 if measured == 'images_per_s' else 3)}")
     if options.out:
-        images_per_s = {name: summary(values) for name, values in results.items()}
-        machine_now = machine("torchvision", "nvidia-dali-cuda130", "Pillow")
-        write_result(
-            options.out, {"benchmark": f"loader, {what}", "machine": machine_now, "images_per_s": images_per_s}
-        )
+        content = {
+            "benchmark": f"loader, {what}",
+            "machine": machine("torchvision", "nvidia-dali-cuda130", "Pillow"),
+            "network": options.network,
+            **{m: {name: summary(values) for name, values in of.items()} for m, of in results.items()},
+        }
+        write_result(options.out, content)
 
 
 def _require_image_folder(path: Path) -> None:
@@ -150,3 +165,44 @@ def _images_per_s(loader: Iterable[Batch], options: argparse.Namespace, world: W
             start = time.perf_counter()
     world.synchronize()
     return images / (time.perf_counter() - start)
+
+
+def _training_step(options: argparse.Namespace, world: World) -> Callable[[Batch], None]:
+    """One training step of the network on this device, in bf16 on a GPU."""
+    num_classes = len(list_splits(options.data)[0].classes)
+    model = build_model(options.network, num_classes).to(world.device, memory_format=MEMORY_FORMAT)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    precision = Precision("bf16" if world.device.type == "cuda" else "fp32", world.device)
+
+    def step(batch: Batch) -> None:
+        with precision.autocast():
+            logits = model(batch.images.contiguous(memory_format=MEMORY_FORMAT))
+            loss = torch.nn.functional.cross_entropy(logits, batch.labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _wait_share(
+    loader: Iterable[Batch], step: Callable[[Batch], None], options: argparse.Namespace, world: World
+) -> float:
+    """Share of an epoch in which the device has nothing to do until the next batch has arrived on it.
+
+    The device has finished a step before the clock of the next wait starts; loaders prefetch all the while.
+    """
+    waited = total = 0.0
+    batches = iter(loader)
+    for number in itertools.count():
+        asked = time.perf_counter()
+        batch = next(batches, None)
+        if batch is None:
+            return waited / total
+        world.synchronize()
+        arrived = time.perf_counter()
+        step(batch)
+        world.synchronize()
+        if number >= _skipped_steps(options):
+            waited += arrived - asked
+            total += time.perf_counter() - asked
