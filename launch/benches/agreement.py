@@ -44,6 +44,9 @@ def measure(options: argparse.Namespace) -> None:
         "torchvision": _TorchvisionLoader(config, world.device),
     }
     reference = loaders["torchvision"]
+    if stored is not None and stored.architecture.num_classes != loaders["DALI"].num_classes:
+        found = loaders["DALI"].num_classes
+        raise TrainError(f"{options.data} has {found} classes, the network {stored.architecture.num_classes}")
     rows = []
     print(f"{reference.num_images} validation images of {config.image_size} pixels, {world.device.type}")
     for name, loader in loaders.items():
