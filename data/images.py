@@ -1,5 +1,6 @@
 """Which images a data set holds and where their bytes lie: image folders, file lists and shards, listed alike."""
 
+import codecs
 import hashlib
 import io
 import os
@@ -118,7 +119,7 @@ def read_exclude_list(file: Path, must_exist: bool) -> dict[str, str]:
     """
     try:
         # Not splitlines(): names may hold what else it takes for the end of a line.
-        lines = os.fsdecode(file.read_bytes()).replace("\r\n", "\n").split("\n")
+        lines = os.fsdecode(file.read_bytes().removeprefix(codecs.BOM_UTF8)).replace("\r\n", "\n").split("\n")
     except FileNotFoundError as error:
         if must_exist:
             raise DataError(f"exclude: there is no {file}; launch/prepare.py check writes such a list") from error
@@ -224,7 +225,7 @@ def _list_lines(file: Path) -> ImageList:
     """
     names, found = [], []
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: cannot be read ({error})") from error
     for number, line in enumerate(lines, start=1):
@@ -268,6 +269,11 @@ def _without(images: ImageList, split: str, excluded: dict[str, str]) -> ImageLi
     ]
     labels = np.array([new_labels[label] for label in images.labels[kept].tolist()], dtype=np.int64)
     for class_name, count in zip(classes, np.bincount(labels, minlength=len(classes)), strict=True):
+        if count == 0 and images.classes.index(class_name) in images.labels:
+            raise DataError(
+                f"{images.root}: the exclude list leaves out every image of class {class_name!r}: keep one, or leave "
+                f"out the class in both splits (train/{class_name}/ and val/{class_name}/ on lines of their own)"
+            )
         if count == 0:
             raise DataError(
                 f"{images.root / class_name}: found no images ({' '.join(IMG_EXTENSIONS)}); add some, or remove the "
