@@ -18,6 +18,7 @@ from data import Batch, DataConfig, DataError, Loader, build_loaders
 from data.batch import NORMALISATION
 from launch.benches.measure import machine, write_result
 from train.checkpoint import StoredNetwork, load_network
+from train.cli import positive_int
 from train.config import config_from_dict
 from train.engine import evaluate
 from train.errors import TrainError
@@ -29,7 +30,10 @@ from train.world import open_world
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="image folder (train/, val/)")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="of a run: top-1, at that run's image sizes")
-    parser.add_argument("--batch-size", type=int, default=50, metavar="N", help="default: 50")
+    parser.add_argument(
+        "--resize-size", type=positive_int, metavar="PIXELS", help="of the shorter side; the run's, or 256"
+    )
+    parser.add_argument("--batch-size", type=positive_int, default=50, metavar="N", help="default: 50")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto = GPU if any")
 
 
@@ -92,12 +96,14 @@ def pixel_difference(loader: Loader, reference: Loader, channels: int) -> tuple[
 def _config(options: argparse.Namespace, stored: StoredNetwork | None) -> DataConfig:
     """Sizes are those of the run that trained the network; ImageNet's usual ones without a network."""
     if stored is None:
-        sizes = {}
+        sizes: dict[str, int] = {}
     elif stored.config is None:
         raise TrainError(f"{options.checkpoint}: no run trained it, so nobody knows its image sizes: give a run's own")
     else:
         data = config_from_dict(stored.config).data
         sizes = {"image_size": data.image_size, "resize_size": data.resize_size, "channels": data.channels}
+    if options.resize_size is not None:
+        sizes["resize_size"] = options.resize_size
     return DataConfig(path=str(options.data), batch_size=options.batch_size, **sizes)
 
 
