@@ -2,6 +2,8 @@
 
 python launch/bench.py loader --data FOLDER [--rounds N] [--out results/FILE.json]
 python launch/bench.py resize [--rounds N] [--out results/FILE.json]      (--help after a measurement names its options)
+python launch/bench.py step --model NAME [--run DIR | --widths FILE | --reduction FR] [--round-to 1 8 measured]
+python launch/bench.py savings --run DIR --images 1281167 --epochs 90 [--round-to 1 8 measured]
 """
 
 import sys
@@ -11,10 +13,10 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.benches import loader, models, resize
+from launch.benches import loader, models, resize, savings, step
 from train.cli import Parser, exit_code_of
 
-BENCHES = {"loader": loader, "models": models, "resize": resize}
+BENCHES = {"loader": loader, "models": models, "resize": resize, "step": step, "savings": savings}
 
 
 def main(argv: list[str]) -> int:

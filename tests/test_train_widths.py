@@ -146,7 +146,9 @@ def test_a_run_plans_with_what_was_measured_and_a_resumed_one_does_not_measure_a
     monkeypatch.setattr(resize, "measured_widths", lambda *args: pytest.fail("measured a second time"))
     again = train(other, **settings)
     keys = ("epoch", "train_loss", "top1", "widths")
-    assert [[e[k] for k in keys] for e in events(again, "epoch")] == [[e[k] for k in keys] for e in events(log, "epoch")]
+    assert [[e[k] for k in keys] for e in events(again, "epoch")] == [
+        [e[k] for k in keys] for e in events(log, "epoch")
+    ]
 
 
 def test_a_dense_run_measures_nothing(tmp_path: Path, monkeypatch):
