@@ -1,5 +1,6 @@
 """`round_to: measured`: which widths come out of given times, what is timed, and that a run sticks to its table."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -37,10 +38,10 @@ def test_times_within_the_noise_count_as_equal():
 
 
 def test_steps_each_within_the_noise_do_not_add_up_to_a_long_way():
-    """At 1.5% a step nobody is told to take the widest for the narrowest: what is compared is the width that is taken."""
+    """At 1.5% a step nobody is sent to the widest for the narrowest: what is compared is the width that is taken."""
     edges = right_edges({width: 1.015**width for width in range(1, 101)})
     assert len(edges) == 50
-    assert all(wide - narrow == 2 for narrow, wide in zip(edges, edges[1:], strict=False))
+    assert all(wide - narrow == 2 for narrow, wide in itertools.pairwise(edges))
 
 
 @pytest.mark.parametrize(
@@ -80,11 +81,13 @@ def test_each_group_is_timed_with_all_its_layers_at_the_shapes_of_their_calls(mo
         for width in widths_to_time(group.width):
             twin = Mixed()
             cup.shrink_to(twin, {group.name: width}, torch.empty(1, 3, 8, 8))
+            seen: list[tuple] = []
+
+            def note(layer, inputs, output, seen=seen):
+                seen.append((repr(layer), tuple(inputs[0].shape)))
+
             for place in group.places:
-                twin.get_submodule(place.module).register_forward_hook(
-                    lambda layer, inputs, output: seen.append((repr(layer), tuple(inputs[0].shape)))
-                )
-            seen = []
+                twin.get_submodule(place.module).register_forward_hook(note)
             twin(torch.randn(1, 3, 8, 8))
             assert len(seen) == len({place.module for place in group.places})
             assert set(seen) <= set(timed)
@@ -112,6 +115,10 @@ def test_the_fastest_call_counts_and_the_first_one_does_not():
     assert len(calls) >= 3
 
 
+def numbers(log):
+    return [[event[key] for key in ("epoch", "train_loss", "top1", "widths")] for event in events(log, "epoch")]
+
+
 TABLE = {"conv1": [3, 7, 20], "conv2": [11, 23, 31, 50], "fc1": [70, 330, 415, 500]}
 
 
@@ -119,14 +126,13 @@ def test_a_run_plans_with_what_was_measured_and_a_resumed_one_does_not_measure_a
     """Else a resume on a machine in another mood would go on to other widths than the undisturbed run."""
     measured = []
     monkeypatch.setattr(resize, "measured_widths", lambda *args: measured.append(args) or TABLE)
-    log = train(tmp_path, cup__round_to="measured", train__epochs=4, cup__last_epoch=4)
+    settings = {"cup__round_to": "measured", "train__epochs": 4, "cup__last_epoch": 4}
+    log = train(tmp_path, **settings)
     assert [batch_size for _, _, batch_size, *_ in measured] == [32]
     cuts = [event["widths"] for event in events(log, "epoch")][1:]
     assert cuts[0] != cuts[-1]
     for cut in cuts:
         assert all(width in TABLE[name] for name, width in cut.items())
-
-    monkeypatch.setattr(resize, "measured_widths", lambda *args: pytest.fail("measured a second time"))
 
     class Killed(Exception):
         pass
@@ -137,18 +143,13 @@ def test_a_run_plans_with_what_was_measured_and_a_resumed_one_does_not_measure_a
         return at_epoch_start(resizer, epoch, state, world)
 
     other, at_epoch_start = tmp_path / "other", resize.Resizer.at_epoch_start
-    settings = {"cup__round_to": "measured", "train__epochs": 4, "cup__last_epoch": 4}
-    monkeypatch.setattr(resize, "measured_widths", lambda *args: TABLE)
     monkeypatch.setattr(resize.Resizer, "at_epoch_start", kill)
     with pytest.raises(Killed):
         train(other, **settings)
     monkeypatch.setattr(resize.Resizer, "at_epoch_start", at_epoch_start)
     monkeypatch.setattr(resize, "measured_widths", lambda *args: pytest.fail("measured a second time"))
     again = train(other, **settings)
-    keys = ("epoch", "train_loss", "top1", "widths")
-    assert [[e[k] for k in keys] for e in events(again, "epoch")] == [
-        [e[k] for k in keys] for e in events(log, "epoch")
-    ]
+    assert numbers(again) == numbers(log)
 
 
 def test_a_dense_run_measures_nothing(tmp_path: Path, monkeypatch):

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from launch.benches.measure import machine, rounds_in_turn, summary, write_result
+from launch.benches.measure import machine, rounds_in_turn, write_result
 from launch.benches.step import (
     RoundTo,
     StepBench,
@@ -283,6 +283,6 @@ def _print_rows(rows: Sequence[Mapping[str, Any]], dense: Sequence[Segment]) -> 
         numbers += [row["saving_in_steps"]]
         print(f"  | {row['round_to']} | {' | '.join(f'{number:.2f}' for number in numbers)} |")
     print(
-        "  FLOPs promise: if time followed FLOPs and all epochs had the final widths; final step: at its measured time; "
-        "with the ramp: the epochs before it counted as they are; saving: with evaluation, resizes and warm-up"
+        "  FLOPs promise: if time followed FLOPs and all epochs had the final widths; final step: at its measured "
+        "time; with the ramp: the epochs before it counted as they are; saving: with evaluation, resizes and warm-up"
     )

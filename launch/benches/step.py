@@ -1,7 +1,7 @@
 """Training steps: a network dense and at given widths, and our loop beside a bare PyTorch loop.
 
-What is timed is the trainer's own step on one device: forward, backward, optimizer, gradients cleared; batches are made,
-so nothing waits for a disk. The widths come from a run's log, from a file, or from a plan to a FLOPs reduction.
+What is timed is the trainer's own step on one device: forward, backward, optimizer, gradients cleared; batches are
+made, so nothing waits for a disk. The widths come from a run's log, from a file, or from a plan to a FLOPs reduction.
 """
 
 import argparse
@@ -14,11 +14,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.amp import GradScaler
+from torch.optim import SGD
 
 import cup
 from cup.groups import alive_after
 from cup.planners import round_up
-from data import DataConfig, build_loaders
+from data import DataConfig, Loader, build_loaders
 from launch.benches.measure import machine, rounds_in_turn, summary, timed, with_spread, write_result
 from train.cli import positive_int
 from train.engine import Progress, TrainConfig, Trainer, train_epoch, training_step
@@ -293,7 +295,7 @@ class _Loops:
 
     def __init__(self, bench: StepBench, steps: int) -> None:
         self.bench, self.steps, self.world = bench, steps, bench.world
-        config = DataConfig(
+        self.config = DataConfig(
             loader="synthetic",
             batch_size=bench.batch_size,
             channels=bench.shape[0],
@@ -302,14 +304,13 @@ class _Loops:
             synthetic_images=max(4, bench.batch_size * steps),
             synthetic_classes=max(2, bench.classes),
         )
-        self.train_loader, self.val_loader = build_loaders(
-            config, rank=0, world_size=1, device=self.world.device, seed=0
-        )
+        self.epoch = 0
         self.trainer = self._trainer()
         self.networks = {memory_format: self._network(memory_format) for memory_format in (MEMORY_FORMAT, None)}
 
     def ours(self) -> float:
-        return timed(lambda: train_epoch(self.trainer, 1, just_resized=False), self.world) / self.steps
+        self.epoch += 1
+        return timed(lambda: train_epoch(self.trainer, self.epoch, just_resized=False), self.world) / self.steps
 
     def bare(self) -> float:
         """What anybody would write for the same work: the same memory format, precision and fused SGD."""
@@ -321,17 +322,20 @@ class _Loops:
 
     def close(self) -> None:
         self.trainer.sinks.close()
-        self.train_loader.close()
-        self.val_loader.close()
+
+    def _loaders(self) -> tuple[Loader, Loader]:
+        """A contender's own: a loader goes on where it was left."""
+        return build_loaders(self.config, rank=0, world_size=1, device=self.world.device, seed=0)
 
     def _trainer(self) -> Trainer:
         state = self.bench.state({})
+        train_loader, val_loader = self._loaders()
         return Trainer(
             config=TrainConfig(epochs=1, precision=self.bench.precision_name),
             optim=OptimConfig(),
             world=self.world,
-            train_loader=self.train_loader,
-            val_loader=self.val_loader,
+            train_loader=train_loader,
+            val_loader=val_loader,
             mix=build_mixing(0.0, 0.0, self.bench.classes),
             state=state,
             resizer=Resizer(CupConfig(enabled=False), state.model, self.bench.example, epochs=1),
@@ -340,20 +344,20 @@ class _Loops:
             progress=Progress(),
         )
 
-    def _network(self, memory_format: torch.memory_format | None) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
+    def _network(self, memory_format: torch.memory_format | None) -> tuple[nn.Module, SGD, GradScaler, Loader]:
         model = build_model(self.bench.name, self.bench.classes)
         model.to(self.world.device, memory_format=memory_format).train()
         fused = True if memory_format is not None else None
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, fused=fused)
-        scaler = torch.amp.GradScaler(self.world.device.type, enabled=self.bench.precision_name == "fp16")
-        return model, optimizer, scaler
+        optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, fused=fused)
+        scaler = GradScaler(self.world.device.type, enabled=self.bench.precision_name == "fp16")
+        return model, optimizer, scaler, self._loaders()[0]
 
     def _plain_epoch(self, memory_format: torch.memory_format | None) -> None:
-        model, optimizer, scaler = self.networks[memory_format]
+        model, optimizer, scaler, loader = self.networks[memory_format]
         device, mixed = self.world.device.type, self.bench.precision_name != "fp32"
         dtype = torch.float16 if self.bench.precision_name == "fp16" else torch.bfloat16
-        self.train_loader.set_epoch(0)
-        for images, labels, _ in self.train_loader:
+        loader.set_epoch(self.epoch)
+        for images, labels, _ in loader:
             if memory_format is not None:
                 images = images.contiguous(memory_format=memory_format)
             with torch.autocast(device, dtype=dtype, enabled=mixed):
