@@ -33,6 +33,7 @@ from launch.benches.step import (
 )
 from train.checkpoint import load_checkpoint, stored_architecture
 from train.cli import non_negative_int, positive_int
+from train.engine import TrainConfig
 from train.rundir import RunDir, read_log
 from train.world import open_world
 
@@ -114,7 +115,8 @@ def measure(options: argparse.Namespace) -> None:
     world = open_world(options.device)
     torch.backends.cudnn.benchmark = world.device.type == "cuda"  # as the trainer
     name, classes = model_of_run(options.run), options.classes or _classes_of_run(options.run)
-    bench = StepBench(name, classes, options.image_size, options.measure_batch_size, options.precision, world)
+    config = TrainConfig(precision=options.precision, compile=options.compile)
+    bench = StepBench(name, classes, options.image_size, options.measure_batch_size, config, world)
     schedule = Schedule(
         options.epochs, options.images, options.val_images, options.batch_size, options.measure_batch_size
     )

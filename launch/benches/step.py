@@ -6,6 +6,7 @@ made, so nothing waits for a disk. The widths come from a run's log, from a file
 
 import argparse
 import functools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from cup.planners import round_up
 from data import DataConfig, Loader, build_loaders
 from launch.benches.measure import machine, rounds_in_turn, summary, timed, with_spread, write_result
 from train.cli import positive_int
+from train.compiling import BlockCompiler, repeated_blocks
 from train.engine import Progress, TrainConfig, Trainer, train_epoch, training_step
 from train.errors import ConfigError, TrainError
 from train.ledger import Ledger
@@ -70,6 +72,9 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
         "--image-size", type=positive_int, metavar="PIXELS", help="default: what the network is made for"
     )
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="default: fp32")
+    parser.add_argument(
+        "--compile", choices=("none", "blocks"), default="none", help="as train.compile (default: none)"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto = GPU if any")
     parser.add_argument("--rounds", type=positive_int, default=5, metavar="N", help="after a warm-up (default: 5)")
 
@@ -89,7 +94,7 @@ def measure(options: argparse.Namespace) -> None:
         options.classes,
         options.image_size,
         options.batch_size,
-        options.precision,
+        TrainConfig(precision=options.precision, compile=options.compile),
         world,
     )
     networks = {"dense": bench.dense_widths, **_networks(options, bench)}
@@ -141,11 +146,12 @@ class StepBench:
     """Builds networks at given widths and times the trainer's step on them, one device, made batches."""
 
     def __init__(
-        self, name: str, classes: int, image_size: int | None, batch_size: int, precision: str, world: World
+        self, name: str, classes: int, image_size: int | None, batch_size: int, config: TrainConfig, world: World
     ) -> None:
+        """config: its precision and `compile` count; compiled are all networks, however few steps they make here."""
         channels, side, _ = native_input_shape(name)
         self.name, self.classes, self.batch_size, self.world = name, classes, batch_size, world
-        self.precision_name = precision
+        self.config = config
         self.shape = (channels, image_size or side, image_size or side)
         self.example = torch.zeros(1, *self.shape)
         model = build_model(name, classes)
@@ -155,13 +161,15 @@ class StepBench:
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(batch_size, *self.shape, generator=generator)
         self.images = images.to(world.device).contiguous(memory_format=MEMORY_FORMAT)
+        self._compiled = 0
         self.labels = torch.randint(classes, (batch_size,), generator=generator).to(world.device)
 
     @property
     def title(self) -> str:
         device = torch.cuda.get_device_name() if self.world.device.type == "cuda" else "CPU"
         side = self.shape[1]
-        return f"{self.name}, batch {self.batch_size}, {side} x {side} pixels, {self.precision_name}, {device}"
+        how = self.config.precision + (", compiled blocks" if self.config.compile == "blocks" else "")
+        return f"{self.name}, batch {self.batch_size}, {side} x {side} pixels, {how}, {device}"
 
     @property
     def dense_widths(self) -> dict[str, int]:
@@ -190,6 +198,8 @@ class StepBench:
         model = build_model(self.name, self.classes)
         cup.shrink_to(model, widths, self.example)
         model.to(self.world.device, memory_format=MEMORY_FORMAT).train()
+        if self.config.compile == "blocks":
+            self._compile(model)
         return TrainState(model, model, build_optimizer(model, OptimConfig()), self._precision())
 
     def step_timer(self, state: TrainState, steps: int = 1) -> Callable[[], float]:
@@ -197,7 +207,7 @@ class StepBench:
 
         def run() -> None:
             for _ in range(steps):
-                training_step(state, self.images, self.labels, label_smoothing=0.0)
+                training_step(state, self.images, self.labels, self.config)
 
         return lambda: timed(run, self.world) / steps
 
@@ -206,7 +216,11 @@ class StepBench:
 
         def run() -> None:
             state.model.eval()
-            with torch.no_grad(), state.precision.autocast():
+            with (
+                torch.no_grad(),
+                state.precision.autocast(),
+                torch.compiler.set_stance("force_eager"),
+            ):  # as the trainer
                 state.model(self.images)
             state.model.train()
 
@@ -261,7 +275,7 @@ class StepBench:
     @functools.cached_property
     def _matrix(self) -> torch.Tensor:
         side = 8192 if self.world.device.type == "cuda" else 1024
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision_name]
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.config.precision]
         return torch.randn(side, side, device=self.world.device).to(dtype)
 
     @functools.cached_property
@@ -283,11 +297,22 @@ class StepBench:
             for shape, channels, times in ((call.input_shape, call.reads, 3), (call.output_shape, call.writes, 2)):
                 share = 1.0 if channels is None else alive[channels].mean()
                 elements += times * int(torch.Size(shape).numel() * share)
-        size = 4 if self.precision_name == "fp32" else 2
+        size = 4 if self.config.precision == "fp32" else 2
         return elements * self.batch_size * size + 5 * 4 * self.cost(widths).params
 
     def _precision(self) -> Precision:
-        return Precision(self.precision_name, self.world.device)
+        return Precision(self.config.precision, self.world.device)
+
+    def _compile(self, model: nn.Module) -> None:
+        """As the trainer does. Blocks of all networks share code, and torch counts what it compiles by code."""
+        blocks = repeated_blocks(model)
+        if not blocks:
+            raise ConfigError(f"--compile: found blocks, but {self.name} has none that repeat; allowed for it: none")
+        self._compiled += len(blocks)
+        for limit in ("recompile_limit", "accumulated_recompile_limit"):
+            setattr(torch._dynamo.config, limit, max(getattr(torch._dynamo.config, limit), 2 * self._compiled))
+        for block in blocks:
+            block.compile(fullgraph=True, dynamic=False)
 
 
 class _Loops:
@@ -304,38 +329,52 @@ class _Loops:
             synthetic_images=max(4, bench.batch_size * steps),
             synthetic_classes=max(2, bench.classes),
         )
-        self.epoch = 0
+        self.epochs: Counter[str] = Counter()
         self.trainer = self._trainer()
         self.networks = {memory_format: self._network(memory_format) for memory_format in (MEMORY_FORMAT, None)}
 
     def ours(self) -> float:
-        self.epoch += 1
-        return timed(lambda: train_epoch(self.trainer, self.epoch, just_resized=False), self.world) / self.steps
+        epoch = self._next_epoch(OUR_LOOP)
+        return timed(lambda: train_epoch(self.trainer, epoch, just_resized=False), self.world) / self.steps
 
     def bare(self) -> float:
         """What anybody would write for the same work: the same memory format, precision and fused SGD."""
-        return timed(lambda: self._plain_epoch(MEMORY_FORMAT), self.world) / self.steps
+        epoch = self._next_epoch(BARE_LOOP)
+        return timed(lambda: self._plain_epoch(MEMORY_FORMAT, epoch), self.world) / self.steps
 
     def torchvision_style(self) -> float:
         """As torchvision's references/classification: default memory format, SGD as torch chooses."""
-        return timed(lambda: self._plain_epoch(None), self.world) / self.steps
+        epoch = self._next_epoch(TORCHVISION_LOOP)
+        return timed(lambda: self._plain_epoch(None, epoch), self.world) / self.steps
 
     def close(self) -> None:
         self.trainer.sinks.close()
 
+    def _next_epoch(self, loop: str) -> int:
+        """From 1; a loader goes on where it was left, so each loop has its own and every epoch is a new one."""
+        self.epochs[loop] += 1
+        return self.epochs[loop]
+
     def _loaders(self) -> tuple[Loader, Loader]:
-        """A contender's own: a loader goes on where it was left."""
         return build_loaders(self.config, rank=0, world_size=1, device=self.world.device, seed=0)
 
     def _trainer(self) -> Trainer:
         state = self.bench.state({})
         train_loader, val_loader = self._loaders()
         return Trainer(
-            config=TrainConfig(epochs=1, precision=self.bench.precision_name),
+            config=TrainConfig(epochs=1, precision=self.bench.config.precision),
             optim=OptimConfig(),
             world=self.world,
             train_loader=train_loader,
             val_loader=val_loader,
+            compiler=BlockCompiler(
+                state.model,
+                enabled=False,
+                enough_steps=1,
+                epochs=1,
+                may_cut=lambda epoch: False,
+                image_side=lambda epoch: self.config.image_size,
+            ),
             mix=build_mixing(0.0, 0.0, self.bench.classes),
             state=state,
             resizer=Resizer(CupConfig(enabled=False), state.model, self.bench.example, epochs=1),
@@ -349,18 +388,18 @@ class _Loops:
         model.to(self.world.device, memory_format=memory_format).train()
         fused = True if memory_format is not None else None
         optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, fused=fused)
-        scaler = GradScaler(self.world.device.type, enabled=self.bench.precision_name == "fp16")
+        scaler = GradScaler(self.world.device.type, enabled=self.bench.config.precision == "fp16")
         return model, optimizer, scaler, self._loaders()[0]
 
-    def _plain_epoch(self, memory_format: torch.memory_format | None) -> None:
+    def _plain_epoch(self, memory_format: torch.memory_format | None, epoch: int) -> None:
         model, optimizer, scaler, loader = self.networks[memory_format]
-        device, mixed = self.world.device.type, self.bench.precision_name != "fp32"
-        dtype = torch.float16 if self.bench.precision_name == "fp16" else torch.bfloat16
-        loader.set_epoch(self.epoch)
+        device, precision = self.world.device.type, self.bench.config.precision
+        dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+        loader.set_epoch(epoch - 1)
         for images, labels, _ in loader:
             if memory_format is not None:
                 images = images.contiguous(memory_format=memory_format)
-            with torch.autocast(device, dtype=dtype, enabled=mixed):
+            with torch.autocast(device, dtype=dtype, enabled=precision != "fp32"):
                 loss = F.cross_entropy(model(images), labels)
             scaler.scale(loss).backward()
             scaler.step(optimizer)
