@@ -333,6 +333,7 @@ def test_the_way_of_shrinking_in_words(tmp_path: Path):
         return setting(read_run(write_run(tmp_path / "cup", cup=True, **with_settings(tmp_path / "cup", cup=cup))))
 
     assert words(target_reduction=2.2) == "k 0.03, b 0.3, stop at FR 2.2"
+    assert words(round_to="measured") == "k 0.03, b 0.3, no stop, widths rounded as measured"
     assert words(ramp="reduction", target_reduction=2.0, last_epoch=6, round_to=8, every=2, scope="all") == (
         "FR 2 in a straight line by epoch 6, every 2 epochs, widths rounded to 8, residual streams too"
     )

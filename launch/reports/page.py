@@ -131,7 +131,7 @@ def _table_of(title: str, rows: list[Row]) -> Table:
 
 def _every_run(groups: list[Group]) -> Table:
     lines = []
-    for outcome in outcomes([run for group in groups for run in group.runs]):
+    for outcome in (outcome for _, measured in outcomes(groups) for outcome in measured):
         run, best = outcome.run, outcome.run.done.get("best_top1")
         cells = cells_of(row_of(Group(run.name, (run,)), [outcome])).values()
         seed = "" if run.seed is None else str(run.seed)
