@@ -296,6 +296,7 @@ def test_the_page_needs_no_other_file_and_escapes_what_users_named(tmp_path: Pat
     text = (tmp_path / "out/report.html").read_text()
     found = Resources(text)
     assert len(found.fetched) == 5 and all(one.startswith("data:image/png;base64,") for one in found.fetched)
+    assert "Beside the paper" in text and "3 Titan Xp" in text
     assert "script" not in found.tags and "link" not in found.tags
     assert "url(" not in text and "@import" not in text and "&lt;script&gt;" in text
 

@@ -4,7 +4,7 @@ programs."""
 import csv
 import io
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,7 @@ class Outcome:
             "change5": self.change5,
             "hours": self.run.hours,
             "saving": self.saving,
+            "gflops": done["flops"] / 1e9 if "flops" in done else None,
         }
 
 
@@ -51,7 +52,7 @@ class Outcome:
 class Row:
     """One line of the table, ours or published.
 
-    source: "" for ours. hours: GPU hours, ranks x wall time where `on_cpu`.
+    source: "" for ours. hours: GPU hours, ranks x wall time where `on_cpu`. gflops: of one image, at the end.
     """
 
     name: str
@@ -69,9 +70,10 @@ class Row:
     change5: Spread | None = None
     hours: Spread | None = None
     saving: Spread | None = None
+    gflops: Spread | None = None
 
 
-MEASURES = ("reduction", "top1", "top5", "change1", "change5", "hours", "saving")
+MEASURES = ("reduction", "top1", "top5", "change1", "change5", "hours", "saving", "gflops")
 # (heading, field, decimals); the unit is in the heading
 COLUMNS = (
     ("FR", "reduction", 2),
@@ -80,6 +82,12 @@ COLUMNS = (
     ("top-1 against dense (points)", "change1", 2),
     ("GPU hours", "hours", 2),
     ("saving (%)", "saving", 1),
+)
+ALL_COLUMNS = (
+    *COLUMNS[:4],
+    ("top-5 against dense (points)", "change5", 2),
+    ("GFLOPs", "gflops", 2),
+    *COLUMNS[4:],
 )
 
 
@@ -172,17 +180,17 @@ def markdown(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def cells_of(row: Row) -> dict[str, str]:
+def cells_of(row: Row, columns: Sequence[tuple[str, str, int]] = COLUMNS) -> dict[str, str]:
     """Heading -> text of the measured columns, with +- where there are several runs."""
     cells = {}
-    for heading, field, digits in COLUMNS:
+    for heading, field, digits in columns:
         value = getattr(row, field)
         if value is None:
             cells[heading] = ""
         elif field == "hours":
             cells[heading] = in_words(value, 4 if value.mean < 1 else digits) + (" (CPU)" if row.on_cpu else "")
         else:
-            cells[heading] = in_words(value, digits, sign="+" if field == "change1" else "")
+            cells[heading] = in_words(value, digits, sign="+" if field.startswith("change") else "")
     return cells
 
 
@@ -232,7 +240,7 @@ def runs_csv(groups: list[Group]) -> str:
                 "seed": outcome.run.seed,
                 **{_CSV_NAMES[key]: value for key, value in outcome.values.items()},
                 "best_top1_percent": outcome.run.done.get("best_top1"),
-                **{key: outcome.run.done.get(key) for key in ("flops", "macs", "params")},
+                **{key: outcome.run.done.get(key) for key in ("macs", "params")},
                 "wall_s": outcome.run.done.get("time_s"),
                 **{f"{kind}_s": outcome.run.done.get("seconds", {}).get(kind) for kind in kinds},
                 "ranks": outcome.run.first["world_size"],
@@ -260,6 +268,7 @@ _CSV_NAMES = {
     "change5": "top5_change_points",
     "hours": "gpu_hours",
     "saving": "saving_percent",
+    "gflops": "gflops",
 }
 
 
