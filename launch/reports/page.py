@@ -240,7 +240,7 @@ def _differing(groups: list[Group]) -> Table | None:
 def _no_difference(groups: list[Group]) -> str:
     if any(not group.one.settings for group in groups):
         return "The logs are of an older version and do not hold the settings."
-    return "The runs differ in nothing but their names and seeds."
+    return "All runs have the same settings, but for names and seeds."
 
 
 def _hardware(runs: list[Run]) -> Table:
