@@ -56,6 +56,7 @@ def run(config: RunConfig, world: World, ledger: Ledger) -> dict[str, Any]:
         notes += world.together(lambda: _restore(trainer, stored))
     elif source is not None:
         notes += world.together(lambda: _start_from(trainer, source, config))
+    trainer.resizer.measure_widths(trainer.state, config.data.batch_size // world.size, world)
     # Only now, so that a run that cannot start leaves no directory that the corrected one would stumble over.
     world.on_rank_zero(lambda: create_run_dir(run_dir, config))
     trainer.save = lambda trainer, is_best: _save(config, trainer, run_dir, is_best)
@@ -243,6 +244,7 @@ def _save(config: RunConfig, trainer: Trainer, run_dir: RunDir, is_best: bool) -
             "config": config.to_dict(),
             "plans": plans_to_store(trainer.resizer.plans),
             "widths": trainer.resizer.widths,
+            "allowed_widths": trainer.resizer.allowed_widths,
             "progress": vars(trainer.progress),
             "gpu_hours": None if before is None else before + trainer.ledger.gpu_hours(trainer.ledger.total_s),
             "log_bytes": trainer.sinks.log_bytes,
@@ -298,6 +300,7 @@ def _restore(trainer: Trainer, stored: dict[str, Any]) -> list[str]:
     """
     state, world = trainer.state, trainer.world
     trainer.resizer.replay(state, stored_plans(stored))
+    trainer.resizer.allowed_widths = stored.get("allowed_widths")
     try:
         state.model.load_state_dict(stored["model"])
         if state.ema is not None:
