@@ -92,11 +92,11 @@ def evaluate_checkpoint(
         raise TrainError(
             f"{config.data.path} has {val_loader.num_classes} classes, the network {architecture.num_classes}"
         )
-    if val_loader.num_excluded and world.is_main:
-        warnings.warn(
-            f"{config.data.path}: {val_loader.num_excluded} validation images are excluded and not counted",
-            stacklevel=2,
-        )
+    notes = _unmatched(config, val_loader)
+    if val_loader.num_excluded:
+        notes.append(f"{config.data.path}: {val_loader.num_excluded} validation images are excluded and not counted")
+    for note in notes if world.is_main else ():
+        warnings.warn(note, stacklevel=2)
     model.to(world.device, memory_format=MEMORY_FORMAT)
     try:
         result = evaluate(model, val_loader, Precision(config.train.precision, world.device), world)
@@ -207,11 +207,15 @@ def _excluded(config: RunConfig, trainer: Trainer) -> list[str]:
     train, val = trainer.train_loader.num_excluded, trainer.val_loader.num_excluded
     listed = exclude_file(config.data.path, config.data.exclude)
     notes = [f"{listed} leaves out {train} training and {val} validation images"] if train or val else []
-    unmatched = trainer.train_loader.unmatched
-    if unmatched:
-        named = ", ".join(unmatched[:3]) + (f" and {len(unmatched) - 3} more" if len(unmatched) > 3 else "")
-        notes.append(f"{listed} names what is not in the data set, expected SPLIT/CLASS/FILE or SPLIT/CLASS/: {named}")
-    return notes
+    return notes + _unmatched(config, trainer.train_loader)
+
+
+def _unmatched(config: RunConfig, loader: Loader) -> list[str]:
+    """What the exclude list names without effect, in words for the user."""
+    names, listed = loader.unmatched, exclude_file(config.data.path, config.data.exclude)
+    named = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    note = f"{listed} names what is not in the data set, expected SPLIT/CLASS/FILE or SPLIT/CLASS/: {named}"
+    return [note] if names else []
 
 
 def _check_equal(state: TrainState, world: World) -> None:
