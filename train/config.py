@@ -105,7 +105,7 @@ class RunConfig:
             )
 
     def without_effect(self) -> list[str]:
-        """What was set and changes nothing, in words for the user."""
+        """What was set and changes nothing, in words for the user, a line for each reason."""
         data = self.data
         on_gpu = self.run.device == "cuda" or (self.run.device == "auto" and torch.cuda.is_available())
         rules = [
@@ -122,12 +122,12 @@ class RunConfig:
             (not data.start_size, data, ["grow_epochs", "size_step"], "data.start_size: 0"),
         ]
         names = {id(self.cup): "cup", id(self.optim): "optim", id(self.train): "train", id(self.data): "data"}
-        return [
-            f"{names[id(section)]}.{key} has no effect with {reason}"
-            for applies, section, keys, reason in rules
-            for key in keys
-            if applies and getattr(section, key) != getattr(type(section)(), key)
-        ]
+        notes = []
+        for applies, section, keys, reason in rules:
+            changed = [key for key in keys if getattr(section, key) != getattr(type(section)(), key)]
+            if applies and changed:
+                notes.append(f"no effect with {reason}: {', '.join(f'{names[id(section)]}.{key}' for key in changed)}")
+        return notes
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain data, as YAML and JSON hold it."""

@@ -56,7 +56,7 @@ def run(config: RunConfig, world: World, ledger: Ledger) -> dict[str, Any]:
         notes += world.together(lambda: _restore(trainer, stored))
     elif source is not None:
         notes += world.together(lambda: _start_from(trainer, source, config))
-    trainer.resizer.measure_widths(trainer.state, config.data.batch_size // world.size, world)
+    notes += trainer.resizer.measure_widths(trainer.state, config.data.batch_size // world.size, world)
     # Only now, so that a run that cannot start leaves no directory that the corrected one would stumble over.
     world.on_rank_zero(lambda: create_run_dir(run_dir, config))
     trainer.save = lambda trainer, is_best: _save(config, trainer, run_dir, is_best)
