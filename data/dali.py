@@ -9,10 +9,8 @@ validation.
 DALI is imported inside functions only; `import data` must work, and be quick, without it.
 """
 
-import ctypes
 import os
 import warnings
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +75,6 @@ class DaliSource:
         self._checkpoint: bytes | None = None
 
     def start(self, epoch: int, step: int) -> None:
-        _return_freed_memory()
         reached = self._sharding.stream_step(*divmod(self._next, self._sharding.steps))
         wanted = self._sharding.stream_step(epoch, step)
         if reached != wanted:
@@ -142,16 +139,6 @@ class DaliSource:
 
     def _step_inputs(self) -> "_StepInputs":
         return _StepInputs(self._config, self._images, self._sharding, self._first)
-
-
-def _return_freed_memory() -> None:
-    """Give the system back what glibc's malloc holds free, so that memory does not grow from epoch to epoch.
-
-    DALI allocates a buffer for each image by its size and frees it; malloc keeps them, and what lies between pieces in
-    use no longer fits the next image. DALI's own pool (DALI_MALLOC_POOL_THRESHOLD) and fewer arenas do not help.
-    """
-    with suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 @dataclass(frozen=True)

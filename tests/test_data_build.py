@@ -109,10 +109,10 @@ def test_class_numbers_that_are_no_outputs_and_options_without_effect_are_said_o
     for split in ("train", "val"):
         (tmp_path / f"{split}.txt").write_bytes(b"\xef\xbb\xbf" + b"".join(b"a.jpg %d\n" % n for n in (1, 2, 4)))
     with pytest.warns(UserWarning, match=r"not 0 to 2 in order; .* output 0 is class 1, its last one \(2\) class 4"):
-        build(tmp_path, "folder", batch_size=2, world_size=2)
+        build(tmp_path, "folder", batch_size=2, world_size=2, threads=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        build(tmp_path, "folder", batch_size=2, rank=1, world_size=2)
+        build(tmp_path, "folder", batch_size=2, rank=1, world_size=2, threads=1)
     assert list_split(tmp_path, "train").names == ["a.jpg"] * 3  # the mark at the file's beginning is no name
 
 

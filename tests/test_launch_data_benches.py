@@ -1,19 +1,14 @@
 """What the measurements of the loaders measure: rates, waiting, memory, and pixels and top-1 beside torchvision's."""
 
-import ctypes
 import dataclasses
 import json
-import os
-import platform
-from pathlib import Path
 
 import pytest
 import torch
 from launching import ALONE, write_network
 from test_data_images import needs_dali, photos
 
-from data import Batch, DataConfig, dali
-from data.sharding import TrainSharding
+from data import Batch, DataConfig
 from launch.bench import main
 from launch.benches import loader as loader_bench
 from launch.benches import memory
@@ -21,8 +16,6 @@ from train.checkpoint import save_network
 from train.config import RunConfig
 
 __all__ = ["photos"]  # the fixture
-
-ONE_STEP = {"num_images": 1, "batch_size": 1, "rank": 0, "world_size": 1, "seed": 0}
 
 
 @needs_dali
@@ -96,29 +89,6 @@ def test_memory_that_an_epoch_takes_shows_in_its_peak_alone(monkeypatch):
     assert peaks[1] > max(peaks[0], peaks[2]) + 150
     assert all(peak >= now for peak, now in zip(peaks, resident, strict=True))
     assert memory.growth([50, 100, 90, 104, 101]) == pytest.approx(0.04)
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc's malloc that keeps what is freed")
-def test_dali_s_freed_buffers_go_back_to_the_system_at_every_epoch_s_start():
-    """Freed blocks under one that is still in use, as malloc keeps them."""
-    libc = ctypes.CDLL(None)
-    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-    libc.free.argtypes = [ctypes.c_void_p]
-    blocks = [libc.malloc(64 << 10) for _ in range(2000)]
-    for block in blocks:
-        ctypes.memset(block, 1, 64 << 10)
-    for block in blocks[:-1]:
-        libc.free(block)
-    held = resident_mib()
-    source = dali.DaliSource.__new__(dali.DaliSource)  # the order of calls is all that is of interest here
-    source._sharding, source._next, source._iterator = TrainSharding(**ONE_STEP), 0, object()
-    source.start(0, 0)
-    assert resident_mib() < held - 100
-    libc.free(blocks[-1])
-
-
-def resident_mib() -> float:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
 
 
 def test_memory_of_too_few_epochs_is_one_line(photos, capsys):
