@@ -250,8 +250,8 @@ def _hardware(runs: list[Run]) -> Table:
         versions = ", ".join(f"{name} {version}" for name, version in run.first.get("versions", {}).items())
         machine = (_devices(run), run.first["precision"], run.first["loader"], versions)
         lines.setdefault(machine, []).append(run.name)
-    headings = ["runs", "devices", "precision", "loader", "versions"]
-    return Table(headings, [Line([", ".join(names), *machine]) for machine, names in lines.items()], texts=5)
+    headings = ["devices", "precision", "loader", "versions", "runs"]
+    return Table(headings, [Line([*machine, ", ".join(names)]) for machine, names in lines.items()], texts=5)
 
 
 def _devices(run: Run) -> str:
