@@ -93,7 +93,7 @@ def _subtitle(runs: list[Run]) -> str:
 
 def _headline(row: Row) -> dict[str, Any]:
     numbers = [
-        ("GPU hours saved", row.saving, lambda value: f"{value:.1f}%", 1),
+        ("process hours saved" if row.on_cpu else "GPU hours saved", row.saving, lambda value: f"{value:.1f}%", 1),
         ("FLOPs reduction", row.reduction, lambda value: f"{value:.2f}x", 2),
         ("top-1 against dense", row.change1, lambda value: f"{value:+.2f} points", 2),
     ]
@@ -202,7 +202,8 @@ def _machine(runs: list[Run]) -> Table | None:
             )
     headings = ["run", *(f"peak memory, {when} (GiB)" for when in ("first epoch", "last epoch", "all"))]
     headings += ["data wait (% of training)", "all-reduce (% of training)"]
-    return Table(headings, lines, caption="Memory: the highest of all ranks.") if lines else None
+    caption = "Memory of the rank that needs most: of tensors on a GPU in that epoch, on a CPU of the process so far."
+    return Table(headings, lines, caption=caption) if lines else None
 
 
 def _percent(part: float, whole: float) -> str:
