@@ -7,6 +7,7 @@ line that names the key, the value found and what is allowed.
 import dataclasses
 import difflib
 import keyword
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -47,13 +48,27 @@ class RunOptions:
     """Seed of initial weights, order of images and augmentation."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto = a GPU a rank where there are any, else the CPU."""
+    save_every_minutes: float = 10.0
+    """Minutes between two checkpoints in the middle of an epoch; there is one at each epoch's end anyway. 0 = only
+    there."""
+    keep: int = 3
+    """How many checkpoints stay: last.pt, and those before it as last-1.pt, last-2.pt."""
+    timeout_minutes: float = 10.0
+    """A rank that waits longer than this for the others gives up; longer than a checkpoint takes to be written."""
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the field, the value found and what is allowed."""
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             raise ValueError(f"name: found {self.name!r}, allowed: letters, digits, '.', '_' and '-', no slashes")
-        if self.seed < 0:
-            raise ValueError(f"seed: found {self.seed}, allowed: a whole number from 0")
+        checks = [
+            ("seed", self.seed >= 0, "a whole number from 0"),
+            ("save_every_minutes", 0 <= self.save_every_minutes < math.inf, "a number from 0"),
+            ("keep", self.keep >= 1, "a whole number from 1"),
+            ("timeout_minutes", 0 < self.timeout_minutes < 1e6, "a number above 0"),
+        ]
+        for name, ok, allowed in checks:
+            if not ok:
+                raise ValueError(f"{name}: found {getattr(self, name)!r}, allowed: {allowed}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """The training loop.
 
     fit:
-        for each epoch:
+        for each epoch, or what is left of it after a resume:
             resize the network, if the schedule says so         # train/resize.py
             train_epoch: for each batch, mixup or cutmix, learning rate, forward, backward, step, EMA
             average batch-norm statistics over the ranks
@@ -9,13 +9,14 @@
             write one epoch line, save `last` (and `best`)
         write the closing line
 
+Between any two steps, of training or evaluation, the run may be saved, and may stop (train/watch.py).
 Every function here is called by all ranks.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,12 +25,21 @@ from data import Loader
 from train.errors import TrainError
 from train.ledger import Ledger
 from train.mixing import Mixing
+from train.nonfinite import StepGuard
 from train.optim import OptimConfig, learning_rate, set_learning_rate
 from train.precision import Precision, PrecisionName
 from train.resize import ResizeOutcome, Resizer
 from train.sinks import Sinks
 from train.state import MEMORY_FORMAT, TrainState
+from train.watch import Watch
 from train.world import World
+
+NOT_TRAINING = ("startup", "eval", "save", "lost")
+"""Kinds of seconds that do not count when images a second are told."""
+AFTER_NONFINITE = (
+    "lower optim.lr, take bf16 in place of fp16, or leave such steps out with train.nonfinite: skip; the last "
+    "checkpoint, if any, is untouched"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +58,11 @@ class TrainConfig:
     """Alpha of cutmix, which puts a rectangle of one image into another; 0 = none. With both, either at random."""
     ema_decay: float = 0.0
     """Decay of the moving average of the weights a step, evaluated instead of them; 0 = none."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """What a loss that is NaN or infinite does: stop = it ends the run; skip = a step whose gradients are not finite
+    changes nothing, on all ranks alike."""
+    nonfinite_limit: int = 25
+    """With skip: as many such steps in a row end the run. fp16 leaves out about ten by itself to find its scale."""
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the field, the value found and what is allowed."""
@@ -57,6 +72,7 @@ class TrainConfig:
             ("mixup", self.mixup >= 0, "a number from 0"),
             ("cutmix", self.cutmix >= 0, "a number from 0"),
             ("ema_decay", 0 <= self.ema_decay < 1, "from 0 to below 1"),
+            ("nonfinite_limit", self.nonfinite_limit >= 1, "a whole number from 1"),
         ]
         for name, ok, allowed in checks:
             if not ok:
@@ -78,8 +94,19 @@ class Trainer:
     ledger: Ledger
     sinks: Sinks
     progress: "Progress"
+    watch: Watch
+    batch_size: int
+    """Images a step, all ranks together."""
+    guard: StepGuard | None = None
+    """Leaves out steps that are not finite; None with train.nonfinite: stop."""
+    so_far: "EpochSoFar | None" = None
+    """The epoch that is under way; None between two epochs."""
     save: Callable[["Trainer", bool], None] = lambda trainer, is_best: None
     """Writes a checkpoint of this trainer; the flag says whether it is the best so far. All ranks call it."""
+
+
+class Stopped(Exception):
+    """Somebody asked the run to stop; it was saved after its last step. Raised on all ranks."""
 
 
 @dataclass
@@ -99,6 +126,51 @@ class Progress:
     """The epoch event of the last finished epoch."""
 
 
+@dataclass
+class EpochSoFar:
+    """The epoch that a run is in the middle of, on one rank; goes into the checkpoint for a resume to go on there."""
+
+    threshold: float | None
+    """Height t of the cut at its start, None where there was none."""
+    seconds_before: dict[str, float]
+    """The ledger at its start."""
+    loss_sum: torch.Tensor
+    """Of this rank's steps, float32 scalar."""
+    skipped: torch.Tensor
+    """Steps left out because they were not finite, float32 scalar; equal on all ranks."""
+    step: int = 0
+    """Steps of the epoch that are made."""
+    is_averaged: bool = False
+    """Whether the ranks' batch-norm statistics are averaged already: only the evaluation is left."""
+
+    @classmethod
+    def beginning(cls, trainer: Trainer, threshold: float | None) -> "EpochSoFar":
+        nothing = torch.zeros((), device=trainer.world.device)
+        return cls(threshold, trainer.ledger.seconds, nothing, nothing.clone())
+
+    @classmethod
+    def restored(cls, ranks: Sequence[dict[str, Any]], stored_batch_size: int, trainer: Trainer) -> "EpochSoFar":
+        """This rank's part of an epoch that `ranks` were in the middle of, who may have been fewer or more.
+
+        The same images are done then, to within a batch, and the mean of the losses so far stays what it is.
+        """
+        world = trainer.world
+        own = dict(ranks[min(world.rank, len(ranks) - 1)])
+        loss_sum, skipped = own.pop("loss_sum").to(world.device), own.pop("skipped").to(world.device)
+        so_far = cls(**own, loss_sum=loss_sum, skipped=skipped)
+        if (len(ranks), stored_batch_size) != (world.size, trainer.batch_size):
+            kept = max(so_far.step - float(skipped), 1)
+            mean = sum(float(rank["loss_sum"]) for rank in ranks) / (kept * len(ranks))
+            so_far.step = so_far.step * stored_batch_size // trainer.batch_size
+            so_far.skipped = (skipped * stored_batch_size / trainer.batch_size).floor()
+            kept = so_far.step - float(so_far.skipped)
+            so_far.loss_sum.fill_(mean * kept * world.size if world.is_main else 0.0)
+        return so_far
+
+    def state_dict(self) -> dict[str, Any]:
+        return vars(self) | {"loss_sum": self.loss_sum.cpu(), "skipped": self.skipped.cpu()}
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Exact accuracy over the whole validation set, all ranks together."""
@@ -111,40 +183,47 @@ class Evaluation:
 
 
 def fit(trainer: Trainer) -> dict[str, Any]:
-    """Train from where `trainer.progress` stands to the last epoch; returns the closing event."""
+    """Train from where `trainer.progress` stands to the last epoch; returns the closing event.
+
+    Raises Stopped, after a checkpoint, if somebody asked for it.
+    """
     for epoch in range(trainer.progress.epoch + 1, trainer.config.epochs + 1):
-        outcome = _resize(trainer, epoch)
-        loss, images_per_s = train_epoch(trainer, epoch, just_resized=bool(outcome.removed))
+        just_resized = False
+        if trainer.so_far is None:
+            outcome = _resize(trainer, epoch)
+            just_resized = bool(outcome.removed)
+            trainer.so_far = EpochSoFar.beginning(trainer, outcome.threshold)
+        loss, images_per_s = train_epoch(trainer, epoch, just_resized)
         if not math.isfinite(loss):  # the mean over all ranks, so all of them stop here
-            raise TrainError(
-                f"the loss is {loss} in epoch {epoch}: lower optim.lr, or take bf16 in place of fp16; the checkpoint "
-                f"of epoch {epoch - 1}, if any, is untouched"
-            )
+            raise TrainError(f"the loss is {loss} in epoch {epoch}: {AFTER_NONFINITE}")
         with trainer.ledger.charge("eval"):
-            trainer.world.average_buffers(trainer.state.model)
-            if trainer.state.ema is not None:
-                trainer.world.average_buffers(trainer.state.ema)
-            result = evaluate(trainer.state.best_model, trainer.val_loader, trainer.state.precision, trainer.world)
-        line = _epoch_line(trainer, epoch, outcome, loss, images_per_s, result)
+            result = _evaluate(trainer)
+        line = _epoch_line(trainer, epoch, trainer.so_far, loss, images_per_s, result)
+        trainer.so_far = None
         is_best = _advance(trainer.progress, line)
         trainer.sinks.write(line)
         with trainer.ledger.charge("save"):
             trainer.save(trainer, is_best)
+        if epoch < trainer.config.epochs and trainer.watch.look().stop:
+            raise Stopped
     return _closing_line(trainer)
 
 
 def train_epoch(trainer: Trainer, epoch: int, just_resized: bool) -> tuple[float, float]:
-    """One pass over the training set; returns (mean loss, images a second, all ranks together)."""
-    state, loader, world = trainer.state, trainer.train_loader, trainer.world
+    """The rest of a pass over the training set; returns (mean loss, images a second, all ranks together).
+
+    Both are of the whole pass, whatever part of it an earlier process made.
+    """
+    state, loader, world, so_far = trainer.state, trainer.train_loader, trainer.world, trainer.so_far
     state.parallel.train()
-    loader.set_epoch(epoch - 1)
+    loader.go_to(epoch - 1, so_far.step)
     steps = len(loader)
-    loss_sum = torch.zeros((), device=world.device)
-    images_seen = 0
-    before = trainer.ledger.seconds
+    trainer.watch.restart()
+    if trainer.guard is not None:
+        trainer.guard.begin(state)
     what = f"epoch {epoch}/{trainer.config.epochs}, FR {trainer.resizer.reduction:.2f}"
     batches = iter(loader)
-    for step in range(steps):
+    for step in range(so_far.step, steps):
         with trainer.ledger.charge("data_wait"):
             batch = next(batches)
         # The first step after a resize builds DDP's buckets and picks kernels for the new shapes.
@@ -153,21 +232,71 @@ def train_epoch(trainer: Trainer, epoch: int, just_resized: bool) -> tuple[float
             lr = learning_rate(trainer.optim, epoch - 1 + step / steps, trainer.config.epochs)
             set_learning_rate(state.optimizer, lr)
             images, labels = trainer.mix(batch.images, batch.labels)
-            loss_sum += training_step(state, images, labels, trainer.config.label_smoothing)
+            loss = training_step(state, images, labels, trainer.config.label_smoothing, trainer.guard)
+            if trainer.guard is not None:
+                loss = trainer.guard.counted(loss)
+                so_far.skipped += trainer.guard.unfit
+            so_far.loss_sum += loss
             if warms_up:
                 world.synchronize()
-        images_seen += len(batch.labels)
+        so_far.step += 1
         trainer.progress.step += 1
         trainer.sinks.progress(what, step + 1, steps)
+        _look(trainer, epoch)
 
     with trainer.ledger.charge("step"):
-        mean_loss = world.sum(loss_sum).item() / (steps * world.size)
-    seconds = {kind: total - before[kind] for kind, total in trainer.ledger.seconds.items()}
-    return mean_loss, images_seen * world.size / sum(seconds.values())
+        kept = steps - so_far.skipped.item()
+        loss_sum = world.sum(so_far.loss_sum.clone()).item()
+        mean_loss = loss_sum / (kept * world.size) if kept else math.nan
+    seconds = {kind: total - so_far.seconds_before[kind] for kind, total in trainer.ledger.seconds.items()}
+    images = steps * trainer.batch_size
+    return mean_loss, images / sum(spent for kind, spent in seconds.items() if kind not in NOT_TRAINING)
+
+
+def _look(trainer: Trainer, epoch: int) -> None:
+    """After a step: save, stop or give up, if the ranks have agreed to. Raises Stopped or TrainError on all of them."""
+
+    def is_broken() -> bool:
+        if trainer.guard is not None:
+            return bool(trainer.guard.longest >= trainer.config.nonfinite_limit)
+        return not bool(torch.isfinite(trainer.so_far.loss_sum))
+
+    decision = trainer.watch.step(is_broken)
+    if decision is None:
+        return
+    where = f"in epoch {epoch}, at or before step {trainer.so_far.step}"
+    if decision.broken and trainer.guard is not None:
+        raise TrainError(
+            f"{trainer.config.nonfinite_limit} steps in a row were not finite {where} (train.nonfinite_limit): lower "
+            "optim.lr, or look at the data; the last checkpoint, if any, is untouched"
+        )
+    if decision.broken:
+        raise TrainError(f"the loss is not finite {where}: {AFTER_NONFINITE}")
+    if decision.save or decision.stop:
+        with trainer.ledger.charge("save"):
+            trainer.save(trainer, False)
+    if decision.stop:
+        raise Stopped
+
+
+def _evaluate(trainer: Trainer) -> Evaluation:
+    state, world, so_far = trainer.state, trainer.world, trainer.so_far
+    if not so_far.is_averaged:
+        world.average_buffers(state.model)
+        if state.ema is not None:
+            world.average_buffers(state.ema)
+        so_far.is_averaged = True
+    trainer.watch.restart()
+    epoch = trainer.progress.epoch + 1
+    return evaluate(state.best_model, trainer.val_loader, state.precision, world, lambda: _look(trainer, epoch))
 
 
 def training_step(
-    state: TrainState, images: torch.Tensor, labels: torch.Tensor, label_smoothing: float
+    state: TrainState,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    label_smoothing: float,
+    guard: StepGuard | None = None,
 ) -> torch.Tensor:
     """Forward, backward, optimizer step and EMA on one batch; returns this rank's loss, a detached scalar tensor.
 
@@ -176,14 +305,26 @@ def training_step(
     with state.precision.autocast():
         logits = state.parallel(images.contiguous(memory_format=MEMORY_FORMAT))
         loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
-    state.precision.step(loss, state.optimizer)
+    state.precision.backward(loss)
+    if guard is None or guard.allows(state):
+        state.precision.step(state.optimizer)
+    else:
+        state.optimizer.zero_grad()
+    if guard is not None:
+        guard.mend_buffers()
     if state.ema is not None:
         state.ema.update_parameters(state.model)
     return loss.detach()
 
 
 @torch.no_grad()
-def evaluate(model: torch.nn.Module, loader: Loader, precision: Precision, world: World) -> Evaluation:
+def evaluate(
+    model: torch.nn.Module,
+    loader: Loader,
+    precision: Precision,
+    world: World,
+    after_batch: Callable[[], None] = lambda: None,
+) -> Evaluation:
     """Exact top-1 and top-5 of `model` in evaluation mode; what the validity mask marks as padding is not counted."""
     was_training = model.training
     model.eval()
@@ -194,6 +335,7 @@ def evaluate(model: torch.nn.Module, loader: Loader, precision: Precision, world
         guesses = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits = (guesses == batch.labels[:, None]) & batch.valid[:, None]
         counts += torch.stack([hits[:, 0].sum(), hits.sum(), batch.valid.sum()])
+        after_batch()
     model.train(was_training)
     top1, top5, images = world.sum(counts).tolist()
     return Evaluation(100 * top1 / images, 100 * top5 / images, images)
@@ -232,7 +374,7 @@ def _resize(trainer: Trainer, epoch: int) -> ResizeOutcome:
 
 
 def _epoch_line(
-    trainer: Trainer, epoch: int, outcome: ResizeOutcome, loss: float, images_per_s: float, result: Evaluation
+    trainer: Trainer, epoch: int, so_far: EpochSoFar, loss: float, images_per_s: float, result: Evaluation
 ) -> dict[str, Any]:
     """The epoch event of DESIGN.md "The log line"; its seconds are means over the ranks since the line before."""
     reports = trainer.world.gather(trainer.ledger.since_last_report())
@@ -242,7 +384,7 @@ def _epoch_line(
         "event": "epoch",
         "time_s": time_s,
         "epoch": epoch,
-        "threshold": outcome.threshold,
+        "threshold": so_far.threshold,
         "flops_reduction": dense.flops / cost.flops,
         "macs_reduction": dense.macs / cost.macs,
         "flops": cost.flops,
@@ -254,6 +396,7 @@ def _epoch_line(
         "top5": result.top5,
         "lr": trainer.state.optimizer.param_groups[0]["lr"],
         "images_per_s": images_per_s,
+        "skipped_steps": int(so_far.skipped),
         "seconds": {kind: sum(report[kind] for report in reports) / len(reports) for kind in reports[0]},
         "gpu_hours": trainer.ledger.gpu_hours(time_s),
         "device": trainer.world.device.type,

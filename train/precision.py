@@ -19,9 +19,16 @@ class Precision:
     def autocast(self) -> AbstractContextManager:
         return torch.autocast(self._device_type, dtype=self._dtype, enabled=self._dtype != torch.float32)
 
-    def step(self, loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
-        """Backward pass and optimizer step; gradients are cleared."""
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of one (micro-)batch's loss."""
         self.scaler.scale(loss).backward()
+
+    def step(self, optimizer: torch.optim.Optimizer, clip_norm: float = 0.0) -> None:
+        """Clip the gradients to `clip_norm` (0 = not at all), step, and clear them."""
+        if clip_norm > 0:
+            self.scaler.unscale_(optimizer)
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, clip_norm, foreach=True)
         self.scaler.step(optimizer)
         self.scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
