@@ -1,6 +1,8 @@
 """The small parts of a run: ledger, learning rate, optimizer groups, models, checkpoints, run directories, report."""
 
 import json
+import math
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,17 +13,19 @@ from torch import nn
 
 from data import Batch
 from launch import report, train
+from train import optim
 from train.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from train.config import RunConfig, parse_config
-from train.engine import evaluate
+from train.engine import TrainConfig, evaluate, training_step
 from train.errors import ConfigError, TrainError
 from train.ledger import Ledger
 from train.models import build_model
-from train.optim import OptimConfig, build_optimizer, learning_rate, zero_momentum
+from train.optim import OptimConfig, build_optimizer, forget_momentum, learning_rate
 from train.precision import Precision
 from train.run import _excluded
 from train.rundir import RunDir, create_run_dir, find_run_dir, read_log
 from train.sinks import JsonLines
+from train.state import TrainState
 from train.world import World
 
 
@@ -101,12 +105,96 @@ def test_an_overflow_in_the_first_fp16_step_leaves_no_garbage_in_the_momentum(re
     optimizer = build_optimizer(model, OptimConfig(lr=0.1))
     if restart:
         optimizer.step()
-        zero_momentum(optimizer)
+        forget_momentum(optimizer)
     before = model.weight.detach().clone()
     precision = Precision("fp16", torch.device("cpu"))
-    precision.step(model(torch.full((2, 4), 1e30)).sum() * 1e30, optimizer)  # overflows: the scaler skips the step
+    precision.backward(model(torch.full((2, 4), 1e30)).sum() * 1e30)
+    precision.step(optimizer)  # the gradients overflowed: the scaler skips the step
     assert torch.equal(model.weight, before)
     assert all(not state["momentum_buffer"].any() for state in optimizer.state.values())
+
+
+def made_step(config: TrainConfig) -> tuple[nn.Module, float]:
+    """A small network after one step on one batch, and its loss."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.ReLU(), nn.Linear(5, 3))
+    optimizer = build_optimizer(model, OptimConfig(lr=0.5))
+    state = TrainState(model, model, optimizer, Precision("fp32", torch.device("cpu")))
+    loss = training_step(state, torch.randn(7, 3, 2, 2), torch.arange(7) % 3, config)
+    return model, loss.item()
+
+
+def test_a_batch_in_pieces_makes_the_step_of_the_whole_batch():
+    whole, loss = made_step(TrainConfig())
+    pieces, loss_of_pieces = made_step(TrainConfig(accumulate=3))  # 3 + 3 + 1 images
+    assert loss_of_pieces == pytest.approx(loss, rel=1e-6)
+    for one, other in zip(whole.parameters(), pieces.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_gradients_are_clipped_to_the_norm_asked_for():
+    before, _ = made_step(TrainConfig(clip_norm=1e-30))
+    free, _ = made_step(TrainConfig())
+    clipped, _ = made_step(TrainConfig(clip_norm=0.01))
+    moved = [(new - old).detach().norm() for new, old in zip(clipped.parameters(), before.parameters(), strict=True)]
+    assert torch.stack(moved).norm().item() == pytest.approx(0.5 * 0.01, rel=2e-2)  # lr times the norm
+    loose, _ = made_step(TrainConfig(clip_norm=1e9))
+    for one, other in zip(free.parameters(), loose.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_clipping_sees_gradients_without_the_scale_of_fp16():
+    model = nn.Linear(2, 1, bias=False)
+    model.weight.data.zero_()
+    optimizer = build_optimizer(model, OptimConfig(lr=1.0, momentum=0, weight_decay=0))
+    precision = Precision("fp16", torch.device("cpu"))
+    precision.backward(model(torch.ones(1, 2)).sum())  # the gradient is (1, 1), scaled by 65536
+    precision.step(optimizer, clip_norm=0.5)
+    assert model.weight.norm().item() == pytest.approx(0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["apex_sgd", "apex_lamb"])
+def test_apex_is_refused_clearly_where_it_cannot_run(name: str, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(ConfigError, match=f"optim.name: {name} needs a GPU, this run has none; allowed here: sgd"):
+        build_optimizer(nn.Linear(2, 2), OptimConfig(name=name))
+    monkeypatch.setitem(sys.modules, "amp_C", None)  # as if it were not installed
+    with pytest.raises(
+        ConfigError, match=f"optim.name: {name} needs NVIDIA's apex .* not installed .* PyPI is another"
+    ):
+        optim._apex_optimizer(name)
+
+
+def test_apex_is_taken_by_name_with_its_own_clipping_off(monkeypatch: pytest.MonkeyPatch):
+    """apex cannot run here: a stand-in takes down how it is called, on parameters that claim to be on a GPU."""
+    calls = []
+
+    def stand_in(name: str):
+        def build(groups: list, **settings: object) -> torch.optim.Optimizer:
+            calls.append((name, settings))
+            return torch.optim.SGD(groups, lr=settings["lr"], momentum=settings.get("momentum", 0))
+
+        return build
+
+    optimizers = SimpleNamespace(FusedSGD=stand_in("FusedSGD"), FusedLAMB=stand_in("FusedLAMB"))
+    monkeypatch.setitem(sys.modules, "amp_C", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "apex", SimpleNamespace(optimizers=optimizers))
+    model = nn.Linear(2, 2, device="meta")
+    monkeypatch.setattr(optim, "_is_on_gpu", lambda parameter: True)
+    build_optimizer(model, OptimConfig(name="apex_sgd", lr=0.2, momentum=0.8))
+    build_optimizer(model, OptimConfig(name="apex_lamb", lr=0.2))
+    assert calls == [
+        ("FusedSGD", {"lr": 0.2, "momentum": 0.8, "nesterov": False}),
+        ("FusedLAMB", {"lr": 0.2, "max_grad_norm": math.inf}),
+    ]
+
+
+def test_forgetting_the_momentum_starts_averages_and_their_correction_anew():
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.param_groups[0]["step"] = 7  # as FusedLAMB counts
+    optimizer.state[model.weight] = {"exp_avg": torch.ones(2, 2)}
+    forget_momentum(optimizer)
+    assert not optimizer.state and "step" not in optimizer.param_groups[0]
 
 
 def test_momentum_that_starts_at_zero_makes_torch_s_own_steps():

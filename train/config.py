@@ -129,6 +129,8 @@ class RunConfig:
             (not self.cup.enabled, self.cup, [f.name for f in dataclasses.fields(CupConfig)][1:], "cup.enabled: false"),
             (self.cup.ramp == "reduction", self.cup, ["slope", "offset"], "cup.ramp: reduction"),
             (self.optim.schedule == "cosine", self.optim, ["milestones", "gamma"], "optim.schedule: cosine"),
+            (self.optim.name == "apex_lamb", self.optim, ["momentum", "nesterov"], "optim.name: apex_lamb"),
+            (self.train.compile == "none", self.train, ["compile_steps"], "train.compile: none"),
             (data.loader == "synthetic", data, [*ON_DISK, *AUGMENTING], "data.loader: synthetic"),
             (data.loader == "folder", data, ["mmap"], "data.loader: folder"),
             (data.loader == "folder" or self.run.device == "cpu", data, DECODING_ON_GPU, "no decoding on a GPU"),
@@ -136,7 +138,7 @@ class RunConfig:
             (data.auto_augment != "randaugment", data, RANDAUGMENT, f"data.auto_augment: {data.auto_augment}"),
             (not data.start_size, data, ["grow_epochs", "size_step"], "data.start_size: 0"),
         ]
-        names = {id(self.cup): "cup", id(self.optim): "optim", id(self.data): "data"}
+        names = {id(self.cup): "cup", id(self.optim): "optim", id(self.train): "train", id(self.data): "data"}
         return [
             f"{names[id(section)]}.{key} has no effect with {reason}"
             for applies, section, keys, reason in rules

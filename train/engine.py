@@ -15,6 +15,7 @@ Every function here is called by all ranks.
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -22,8 +23,9 @@ import torch
 import torch.nn.functional as F
 
 from data import Loader
+from train.compiling import BlockCompiler, compile_errors
 from train.errors import TrainError
-from train.ledger import Ledger
+from train.ledger import Kind, Ledger
 from train.mixing import Mixing
 from train.nonfinite import StepGuard
 from train.optim import OptimConfig, learning_rate, set_learning_rate
@@ -32,7 +34,7 @@ from train.resize import ResizeOutcome, Resizer
 from train.sinks import Sinks
 from train.state import MEMORY_FORMAT, TrainState
 from train.watch import Watch
-from train.world import World
+from train.world import World, exchange_wait_s, without_exchange
 
 NOT_TRAINING = ("startup", "eval", "save", "lost")
 """Kinds of seconds that do not count when images a second are told."""
@@ -56,6 +58,16 @@ class TrainConfig:
     """Alpha of mixup: images and labels are mixed with shares drawn from Beta(alpha, alpha); 0 = none."""
     cutmix: float = 0.0
     """Alpha of cutmix, which puts a rectangle of one image into another; 0 = none. With both, either at random."""
+    accumulate: int = 1
+    """Pieces that a rank's batch is cut into, one forward and backward pass each, to one optimizer step: the same step
+    in less memory, but for batch norm, which sees a piece at a time."""
+    clip_norm: float = 0.0
+    """Gradients are scaled down to this L2 norm over the whole network where theirs is larger; 0 = never."""
+    compile: Literal["none", "blocks"] = "none"
+    """blocks = torch.compile on the network's repeated blocks, where enough steps at the same widths and image size lie
+    ahead."""
+    compile_steps: int = 2000
+    """How many steps at the same widths and image size are enough; compiling takes about a minute."""
     ema_decay: float = 0.0
     """Decay of the moving average of the weights a step, evaluated instead of them; 0 = none."""
     nonfinite: Literal["stop", "skip"] = "stop"
@@ -71,6 +83,9 @@ class TrainConfig:
             ("label_smoothing", 0 <= self.label_smoothing < 1, "from 0 to below 1"),
             ("mixup", self.mixup >= 0, "a number from 0"),
             ("cutmix", self.cutmix >= 0, "a number from 0"),
+            ("accumulate", self.accumulate >= 1, "a whole number from 1"),
+            ("clip_norm", self.clip_norm >= 0, "a number from 0"),
+            ("compile_steps", self.compile_steps >= 1, "a whole number from 1"),
             ("ema_decay", 0 <= self.ema_decay < 1, "from 0 to below 1"),
             ("nonfinite_limit", self.nonfinite_limit >= 1, "a whole number from 1"),
         ]
@@ -89,6 +104,7 @@ class Trainer:
     train_loader: Loader
     val_loader: Loader
     mix: Mixing
+    compiler: BlockCompiler
     state: TrainState
     resizer: Resizer
     ledger: Ledger
@@ -118,6 +134,8 @@ class Progress:
     step: int = 0
     """Optimizer steps made."""
     resizes: int = 0
+    compiled: bool = False
+    """Whether the network's blocks ran compiled in the last epoch that began."""
     gpu_hours_before: float | None = 0.0
     """Spent on the weights before this run started from them; None where nobody knows."""
     best_top1: float = -1.0
@@ -221,23 +239,26 @@ def train_epoch(trainer: Trainer, epoch: int, just_resized: bool) -> tuple[float
     trainer.watch.restart()
     if trainer.guard is not None:
         trainer.guard.begin(state)
+    compiled, compiles = trainer.compiler.at_epoch_start(epoch, steps, just_resized, trainer.progress.compiled)
+    trainer.progress.compiled = compiled
+    # The first step after a resize builds DDP's buckets and picks kernels for the new shapes.
+    first_step, first_kind = so_far.step, "compile" if compiles else "resize_warmup" if just_resized else "step"
     what = f"epoch {epoch}/{trainer.config.epochs}, FR {trainer.resizer.reduction:.2f}"
     batches = iter(loader)
     for step in range(so_far.step, steps):
         with trainer.ledger.charge("data_wait"):
             batch = next(batches)
-        # The first step after a resize builds DDP's buckets and picks kernels for the new shapes.
-        warms_up = just_resized and step == 0
-        with trainer.ledger.charge("resize_warmup" if warms_up else "step"):
+        kind: Kind = first_kind if step == first_step else "step"
+        with trainer.ledger.charge(kind), compile_errors() if kind == "compile" else nullcontext():
             lr = learning_rate(trainer.optim, epoch - 1 + step / steps, trainer.config.epochs)
             set_learning_rate(state.optimizer, lr)
             images, labels = trainer.mix(batch.images, batch.labels)
-            loss = training_step(state, images, labels, trainer.config.label_smoothing, trainer.guard)
+            loss = training_step(state, images, labels, trainer.config, trainer.guard)
             if trainer.guard is not None:
                 loss = trainer.guard.counted(loss)
                 so_far.skipped += trainer.guard.unfit
             so_far.loss_sum += loss
-            if warms_up:
+            if kind != "step":
                 world.synchronize()
         so_far.step += 1
         trainer.progress.step += 1
@@ -288,33 +309,40 @@ def _evaluate(trainer: Trainer) -> Evaluation:
         so_far.is_averaged = True
     trainer.watch.restart()
     epoch = trainer.progress.epoch + 1
-    return evaluate(state.best_model, trainer.val_loader, state.precision, world, lambda: _look(trainer, epoch))
+    with trainer.compiler.paused():
+        return evaluate(state.best_model, trainer.val_loader, state.precision, world, lambda: _look(trainer, epoch))
 
 
 def training_step(
     state: TrainState,
     images: torch.Tensor,
     labels: torch.Tensor,
-    label_smoothing: float,
+    config: TrainConfig,
     guard: StepGuard | None = None,
 ) -> torch.Tensor:
     """Forward, backward, optimizer step and EMA on one batch; returns this rank's loss, a detached scalar tensor.
 
-    labels: int64 (B,), or float (B, classes) where images were mixed.
+    images: (B, C, H, W). labels: int64 (B,), or float (B, classes) where images were mixed. With config.accumulate the
+    batch goes through in pieces, whose gradients add up to the batch's; the ranks exchange them once, with the last.
+    guard: leaves the step out where gradients are not finite.
     """
-    with state.precision.autocast():
-        logits = state.parallel(images.contiguous(memory_format=MEMORY_FORMAT))
-        loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
-    state.precision.backward(loss)
-    if guard is None or guard.allows(state):
-        state.precision.step(state.optimizer)
+    mean_loss = torch.zeros((), device=images.device)
+    pieces = list(zip(images.chunk(config.accumulate), labels.chunk(config.accumulate), strict=True))
+    for number, (some_images, some_labels) in enumerate(pieces, start=1):
+        with nullcontext() if number == len(pieces) else without_exchange(state.parallel):
+            with state.precision.autocast():
+                logits = state.parallel(some_images.contiguous(memory_format=MEMORY_FORMAT))
+                loss = F.cross_entropy(logits, some_labels, label_smoothing=config.label_smoothing)
+            loss = loss * (len(some_labels) / len(labels))
+            state.precision.backward(loss)
+        mean_loss += loss.detach()
+    if guard is None:
+        state.precision.step(state.optimizer, config.clip_norm)
     else:
-        state.optimizer.zero_grad()
-    if guard is not None:
-        guard.mend_buffers()
+        guard.step(state, config.clip_norm)
     if state.ema is not None:
         state.ema.update_parameters(state.model)
-    return loss.detach()
+    return mean_loss
 
 
 @torch.no_grad()
@@ -376,8 +404,14 @@ def _resize(trainer: Trainer, epoch: int) -> ResizeOutcome:
 def _epoch_line(
     trainer: Trainer, epoch: int, so_far: EpochSoFar, loss: float, images_per_s: float, result: Evaluation
 ) -> dict[str, Any]:
-    """The epoch event of DESIGN.md "The log line"; its seconds are means over the ranks since the line before."""
+    """The epoch event of DESIGN.md "The log line"; its seconds are means over the ranks since the line before.
+
+    all_reduce_s: the part of the steps' seconds in which a rank waits for the exchange of gradients, mean over ranks.
+    peak_memory: bytes, of the rank that needs most. compiled: whether blocks ran compiled.
+    """
     reports = trainer.world.gather(trainer.ledger.since_last_report())
+    peak_memory = max(trainer.world.gather(trainer.world.peak_memory()))
+    exchange_s = trainer.world.gather(exchange_wait_s(trainer.state.parallel))
     cost, dense = trainer.resizer.now, trainer.resizer.dense
     time_s = trainer.ledger.total_s
     return {
@@ -397,7 +431,11 @@ def _epoch_line(
         "lr": trainer.state.optimizer.param_groups[0]["lr"],
         "images_per_s": images_per_s,
         "skipped_steps": int(so_far.skipped),
+        "compiled": trainer.progress.compiled,
         "seconds": {kind: sum(report[kind] for report in reports) / len(reports) for kind in reports[0]},
+        "seconds_by_rank": reports,
+        "all_reduce_s": None if None in exchange_s else sum(exchange_s) / len(exchange_s) * len(trainer.train_loader),
+        "peak_memory": peak_memory,
         "gpu_hours": trainer.ledger.gpu_hours(time_s),
         "device": trainer.world.device.type,
     }

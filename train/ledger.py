@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
-Kind = Literal["startup", "data_wait", "step", "resize", "resize_warmup", "eval", "save", "lost", "other"]
+Kind = Literal["startup", "data_wait", "step", "resize", "resize_warmup", "compile", "eval", "save", "lost", "other"]
 
 
 class Ledger:

@@ -28,25 +28,26 @@ class StepGuard:
         self._sizes = [buffer.numel() for buffer in self._buffers]
         self._good = self._flat_buffers()
 
-    def allows(self, state: TrainState) -> bool:
-        """Look at the gradients before the optimizer's step; False if the caller must not make it.
-
-        A fused optimizer may always be called: it has been told to change nothing.
-        """
+    def step(self, state: TrainState, clip_norm: float) -> None:
+        """Make the optimizer's step with the gradients that are there, or leave it out and clear them."""
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         largest = torch.nn.utils.get_total_norm(gradients, norm_type=math.inf, foreach=True)
         self.unfit = (~torch.isfinite(largest)).float()
         self._in_a_row = (self._in_a_row + 1) * self.unfit
         self.longest = torch.maximum(self.longest, self._in_a_row)
-        if state.precision.scaler.is_enabled():  # which looks for itself, and lowers its scale
-            return True
-        if getattr(state.optimizer, "_step_supports_amp_scaling", False):
-            state.optimizer.found_inf = self.unfit
-            return True
-        return not bool(self.unfit)
+        optimizer = state.optimizer
+        if getattr(optimizer, "_step_supports_amp_scaling", False):
+            optimizer.found_inf = self.unfit  # a gradient scaler, which looks for itself, puts its own in place
+        # Others have to be asked not to, and only the host can ask.
+        elif not state.precision.scaler.is_enabled() and bool(self.unfit):
+            optimizer.zero_grad()
+            self._mend_buffers()
+            return
+        state.precision.step(optimizer, clip_norm)
+        self._mend_buffers()
 
-    def mend_buffers(self) -> None:
-        """After the step: put running statistics back to what they were before it, if it was left out."""
+    def _mend_buffers(self) -> None:
+        """Put running statistics back to what they were before the step, if it was left out."""
         if self._buffers:
             self._good = torch.where(self.unfit > 0, self._good, self._flat_buffers())
             parts = zip(self._good.split(self._sizes), self._buffers, strict=True)

@@ -2,16 +2,23 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from train.errors import ConfigError
+
+OptimizerName = Literal["sgd", "apex_sgd", "apex_lamb"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """SGD with momentum, and its schedule."""
+    """The optimizer and its schedule."""
 
+    name: OptimizerName = "sgd"
+    """sgd = PyTorch's fused SGD; apex_sgd and apex_lamb = FusedSGD and FusedLAMB of NVIDIA's apex, where that is
+    installed and on a GPU."""
     lr: float = 0.1
     """Learning rate at its highest, for the whole batch of all ranks."""
     momentum: float = 0.9
@@ -48,27 +55,43 @@ class OptimConfig:
                 raise ValueError(f"{name}: found {getattr(self, name)!r}, allowed: {allowed}")
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.SGD:
-    """Fused SGD over the model's trainable parameters; two parameter groups where norms and biases are not decayed."""
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """The optimizer over the model's trainable parameters; two parameter groups where norms and biases are not decayed.
+
+    Raises ConfigError where apex is asked for and missing, or the parameters are on no GPU.
+    """
     decayed = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}]
     if not config.decay_norms_and_biases:
         spared = _norms_and_biases(model)
         groups[0]["params"] = [p for p in decayed if id(p) not in spared]
         groups.append({"params": [p for p in decayed if id(p) in spared], "weight_decay": 0.0})
-    optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
-    zero_momentum(optimizer)
+    settings: dict[str, Any] = {"lr": config.lr}
+    if config.name != "apex_lamb":
+        settings |= {"momentum": config.momentum, "nesterov": config.nesterov}
+    if config.name == "sgd":
+        optimizer = torch.optim.SGD(groups, fused=True, **settings)
+    else:
+        if not all(_is_on_gpu(parameter) for group in groups for parameter in group["params"]):
+            raise ConfigError(f"optim.name: {config.name} needs a GPU, this run has none; allowed here: sgd")
+        if config.name == "apex_lamb":
+            settings |= {"max_grad_norm": math.inf}  # train.clip_norm clips, for every optimizer alike
+        optimizer = _apex_optimizer(config.name)(groups, **settings)
+    forget_momentum(optimizer)
     return optimizer
 
 
-def zero_momentum(optimizer: torch.optim.Optimizer) -> None:
+def forget_momentum(optimizer: torch.optim.Optimizer) -> None:
     """Start momentum at zero, in place, which makes the same first step as none at all.
 
     Left to itself, fused SGD allocates momentum without filling it; a first step that the gradient scaler skips (an
-    overflow in fp16) would then leave garbage in it.
+    overflow in fp16) would then leave garbage in it. apex's FusedSGD overwrites the momentum of a whole group where
+    that of its last parameter is missing.
     """
+    optimizer.state.clear()
     for group in optimizer.param_groups:
-        if group["momentum"] > 0:
+        group.pop("step", None)  # FusedLAMB counts here, for the correction of averages that began at zero
+        if group.get("momentum", 0) > 0:
             for parameter in group["params"]:
                 optimizer.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
 
@@ -86,6 +109,23 @@ def learning_rate(config: OptimConfig, progress: float, epochs: int) -> float:
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr
+
+
+def _is_on_gpu(parameter: nn.Parameter) -> bool:
+    return parameter.device.type == "cuda"
+
+
+def _apex_optimizer(name: OptimizerName) -> type[torch.optim.Optimizer]:
+    """NVIDIA's apex is built from source or comes in NVIDIA's containers; the apex of PyPI is another project."""
+    try:
+        import amp_C  # noqa: F401  (its CUDA kernels, which a build may lack)
+        from apex import optimizers
+    except ImportError as error:
+        raise ConfigError(
+            f"optim.name: {name} needs NVIDIA's apex with its CUDA extensions, which is not installed ({error}); build "
+            "it from github.com/NVIDIA/apex (the package apex on PyPI is another project), or take sgd"
+        ) from error
+    return {"apex_sgd": optimizers.FusedSGD, "apex_lamb": optimizers.FusedLAMB}[name]
 
 
 def _norms_and_biases(model: nn.Module) -> set[int]:

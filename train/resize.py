@@ -15,7 +15,7 @@ from threadpoolctl import threadpool_limits
 import cup
 from cup import PlanOptions, PrunePlan
 from train.errors import TrainError
-from train.optim import zero_momentum
+from train.optim import forget_momentum
 from train.state import TrainState, state_digest
 from train.world import World, available_cores
 
@@ -116,6 +116,12 @@ class Resizer:
         """FR: FLOPs at full width over FLOPs now, in the paper's counting."""
         return self.dense.flops / self.now.flops
 
+    def may_cut(self, epoch: int) -> bool:
+        """Whether the schedule, as things stand now, looks at a cut at the start of `epoch`."""
+        config, target = self.config, self.config.target_reduction
+        reached = target is not None and cup.has_reached(self.reduction, target, cup.REDUCTION_TOLERANCE)
+        return config.enabled and cup.is_cut_epoch(epoch, config.every, self.last_epoch) and not reached
+
     def replay(self, state: TrainState, plans: list[PrunePlan]) -> None:
         """Bring a full-width state to stored widths. Every rank calls it with the same plans, before DDP."""
         for plan in plans:
@@ -150,9 +156,7 @@ class Resizer:
     def _plan(self, epoch: int, model: torch.nn.Module) -> PrunePlan | None:
         """The plan for this epoch; None where the schedule asks for none or the target is reached."""
         config, target = self.config, self.config.target_reduction
-        if not config.enabled or not cup.is_cut_epoch(epoch, config.every, self.last_epoch):
-            return None
-        if target is not None and cup.has_reached(self.reduction, target, cup.REDUCTION_TOLERANCE):
+        if not self.may_cut(epoch):
             return None
         if config.ramp == "reduction":
             goal = cup.reduction_at(epoch, target, self.last_epoch)
@@ -184,7 +188,7 @@ class Resizer:
         resized = cup.apply_plan(state.model, plan, self.groups)
         cup.carry_optimizer(state.optimizer, resized)
         if self.config.momentum == "reset":
-            zero_momentum(state.optimizer)
+            forget_momentum(state.optimizer)
         if state.ema is not None:
             cup.carry_ema(state.ema, resized)
         self.groups = resized.groups

@@ -26,6 +26,7 @@ from train.checkpoint import (
     stored_plans,
     stored_weights,
 )
+from train.compiling import BlockCompiler
 from train.config import RunConfig, config_from_dict
 from train.engine import Evaluation, Progress, Stopped, Trainer, evaluate, fit
 from train.errors import ConfigError, TrainError
@@ -190,6 +191,14 @@ def _build_trainer(config: RunConfig, world: World, ledger: Ledger) -> Trainer:
         world=world,
         train_loader=train_loader,
         val_loader=val_loader,
+        compiler=BlockCompiler(
+            model,
+            enabled=config.train.compile == "blocks",
+            enough_steps=config.train.compile_steps,
+            epochs=config.train.epochs,
+            may_cut=resizer.may_cut,
+            image_side=lambda epoch: train_size(config.data, max(epoch, 1) - 1),
+        ),
         mix=build_mixing(config.train.mixup, config.train.cutmix, train_loader.num_classes),
         state=TrainState(model, model, optimizer, precision, ema),
         resizer=resizer,
@@ -343,6 +352,7 @@ def _first_line(config: RunConfig, trainer: Trainer, run_dir: RunDir) -> dict[st
         "time_s": trainer.ledger.total_s,
         "directory": str(run_dir.path),
         "config_digest": hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest(),
+        "config": config.to_dict(),
         "model": config.model.name,
         "from": config.model.from_,
         "gpu_hours_before": trainer.progress.gpu_hours_before,

@@ -7,7 +7,10 @@ Decisions are made on rank 0 and travel as plain data. A step that can fail runs
 import inspect
 import json
 import os
+import resource
+import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -128,6 +131,15 @@ class World:
             for buffer, mean in zip(buffers, means.split([buffer.numel() for buffer in buffers]), strict=True):
                 buffer.copy_(mean.view_as(buffer))
 
+    def peak_memory(self) -> int:
+        """Bytes at the highest: of tensors on the GPU since the last call, else of this process since it began."""
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            return peak
+        kilobyte = 1 if sys.platform == "darwin" else 1024  # the unit in which the system counts
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte
+
     def synchronize(self) -> None:
         """Wait for the device, so that a clock read now means what it says."""
         if self.device.type == "cuda":
@@ -171,6 +183,30 @@ def open_world(device: str = "auto", timeout_minutes: float = COLLECTIVE_TIMEOUT
             "cpu:gloo,cuda:nccl" if use_cuda else "gloo", timeout=timedelta(minutes=timeout_minutes)
         )
     return World(rank, size, local_rank, local_size, where)
+
+
+def without_exchange(parallel: nn.Module) -> AbstractContextManager:
+    """Inside, a backward pass keeps its gradients to this rank; the first one outside exchanges all that came together.
+
+    parallel: from `World.wrap`. The forward pass has to be inside as well.
+    """
+    is_ddp = isinstance(parallel, nn.parallel.DistributedDataParallel)
+    return parallel.no_sync() if is_ddp else nullcontext()
+
+
+def exchange_wait_s(parallel: nn.Module) -> float | None:
+    """Seconds in which a step waits for the all-reduce of gradients with nothing left to compute beside it.
+
+    As DDP itself measures it, a mean over the steps that it samples since `World.wrap`: the first ten, then every
+    hundredth. None for one process, and before the second step.
+    """
+    if not isinstance(parallel, nn.parallel.DistributedDataParallel):
+        return None
+    measured = parallel._get_ddp_logging_data()
+    if "avg_backward_comm_time" not in measured:
+        return None
+    hidden = measured["avg_backward_compute_comm_overlap_time"]
+    return max(0, measured["avg_backward_comm_time"] - hidden) / 1e9  # from nanoseconds
 
 
 def available_cores() -> int:
