@@ -113,6 +113,8 @@ class Trainer:
     watch: Watch
     batch_size: int
     """Images a step, all ranks together."""
+    image_shape: Callable[[int], tuple[int, int, int]]
+    """Epoch (1, 2, ...) -> (channels, height, width) of its training images."""
     guard: StepGuard | None = None
     """Leaves out steps that are not finite; None with train.nonfinite: stop."""
     so_far: "EpochSoFar | None" = None
@@ -134,6 +136,8 @@ class Progress:
     step: int = 0
     """Optimizer steps made."""
     resizes: int = 0
+    wrapped_at: int = 0
+    """`step` when the network was last put into DDP in an undisturbed run: at the start and after each resize."""
     compiled: bool = False
     """Whether the network's blocks ran compiled in the last epoch that began."""
     gpu_hours_before: float | None = 0.0
@@ -205,6 +209,8 @@ def fit(trainer: Trainer) -> dict[str, Any]:
 
     Raises Stopped, after a checkpoint, if somebody asked for it.
     """
+    if trainer.progress.step > trainer.progress.wrapped_at:
+        _form_buckets(trainer)
     for epoch in range(trainer.progress.epoch + 1, trainer.config.epochs + 1):
         just_resized = False
         if trainer.so_far is None:
@@ -326,6 +332,18 @@ def training_step(
     batch goes through in pieces, whose gradients add up to the batch's; the ranks exchange them once, with the last.
     guard: leaves the step out where gradients are not finite.
     """
+    mean_loss = _gradients(state, images, labels, config)
+    if guard is None:
+        state.precision.step(state.optimizer, config.clip_norm)
+    else:
+        guard.step(state, config.clip_norm)
+    if state.ema is not None:
+        state.ema.update_parameters(state.model)
+    return mean_loss
+
+
+def _gradients(state: TrainState, images: torch.Tensor, labels: torch.Tensor, config: TrainConfig) -> torch.Tensor:
+    """Forward and backward pass; returns the loss."""
     mean_loss = torch.zeros((), device=images.device)
     pieces = list(zip(images.chunk(config.accumulate), labels.chunk(config.accumulate), strict=True))
     for number, (some_images, some_labels) in enumerate(pieces, start=1):
@@ -336,13 +354,28 @@ def training_step(
             loss = loss * (len(some_labels) / len(labels))
             state.precision.backward(loss)
         mean_loss += loss.detach()
-    if guard is None:
-        state.precision.step(state.optimizer, config.clip_norm)
-    else:
-        guard.step(state, config.clip_norm)
-    if state.ema is not None:
-        state.ema.update_parameters(state.model)
     return mean_loss
+
+
+def _form_buckets(trainer: Trainer) -> None:
+    """After a resume: let DDP see one backward pass on empty images, which changes nothing.
+
+    DDP lays its buckets out anew after the first step that it sees, and with three or more ranks the layout decides in
+    which order gradients are summed. An undisturbed run had that first step behind it.
+    """
+    world, state = trainer.world, trainer.state
+    if world.size == 1:
+        return
+    buffers = {name: buffer.clone() for name, buffer in state.model.named_buffers()}
+    state.parallel.train()
+    with torch.random.fork_rng(devices=[world.device] if world.device.type == "cuda" else []):
+        shape = trainer.image_shape(trainer.progress.epoch + 1)
+        images = torch.zeros(trainer.batch_size // world.size, *shape, device=world.device)
+        labels = torch.zeros(len(images), dtype=torch.int64, device=world.device)
+        _gradients(state, images, labels, trainer.config)
+    state.optimizer.zero_grad()
+    for name, buffer in state.model.named_buffers():
+        buffer.copy_(buffers[name])
 
 
 @torch.no_grad()
@@ -380,6 +413,7 @@ def _resize(trainer: Trainer, epoch: int) -> ResizeOutcome:
         trainer.sinks.write({"event": "note", "time_s": trainer.ledger.total_s, "message": outcome.note})
     if outcome.removed:
         trainer.progress.resizes += 1
+        trainer.progress.wrapped_at = trainer.progress.step
         trainer.sinks.write(
             {
                 "event": "resize",

@@ -207,6 +207,7 @@ def _build_trainer(config: RunConfig, world: World, ledger: Ledger) -> Trainer:
         progress=Progress(),
         watch=Watch(world, lambda: False),
         batch_size=config.data.batch_size,
+        image_shape=lambda epoch: (config.data.channels, *[train_size(config.data, epoch - 1)] * 2),
         guard=StepGuard(world.device) if config.train.nonfinite == "skip" else None,
     )
 
