@@ -219,7 +219,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="write the table's numbers here, JSON")
+    parser.add_argument("--out", type=Path, help="JSON; what is in it already is added to")
     options = parser.parse_args()
     prepare()
     generator = random.Random(options.seed)
@@ -227,7 +227,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         models = {ranks: undisturbed(Path(folder) / f"undisturbed-{ranks}", ranks) for ranks in (2, 4)}
         while (so_far := sum(len(run["kills"]) for run in runs)) < options.kills:
-                ranks = 4 if len(runs) % 3 == 2 else 2
+            ranks = 4 if len(runs) % 3 == 2 else 2
             most = min(generator.randint(2, MOST_KILLS_A_RUN), options.kills - so_far)
             kills = [draw(generator, ranks, models[ranks].seconds) for _ in range(most)]
             root = Path(folder) / f"run-{len(runs)}"
@@ -236,8 +236,10 @@ def main() -> int:
             shutil.rmtree(root)
     print(table(runs))
     if options.out:
+        before = json.loads(options.out.read_text())["runs"] if options.out.exists() else []
         machine = {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()}
-        record = {"command": " ".join(sys.argv), "seed": options.seed, **machine, "runs": runs, "table": table(runs)}
+        every = before + [{"seed": options.seed, **run} for run in runs]
+        record = {**machine, "settings": SETTINGS, "table": table(every).splitlines(), "runs": every}
         options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 0 if all(run["bit_equal"] and run["log_equal"] for run in runs) else 1
 

@@ -1,16 +1,21 @@
 """Start real runs, in this process or as launch/*.py, alone or under torchrun, and read what they left."""
 
+import itertools
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
 import cup
+from train import engine
 from train.checkpoint import StoredNetwork, save_network
 from train.config import parse_config
 from train.ledger import Ledger
@@ -31,6 +36,39 @@ def train(root: Path, **changes: object) -> list[dict]:
     overrides = options(**changes)[2:]
     done = run(parse_config([*overrides, "--run.root", str(root)], "train.py", str(TINY)), ALONE, Ledger())
     return read_log(Path(done["directory"]) / "log.jsonl")
+
+
+def numbers(log: list[dict]) -> list[tuple]:
+    """What a log says of training, epoch by epoch."""
+    keys = ("epoch", "train_loss", "top1", "lr", "flops", "threshold")
+    return [tuple(event[key] for key in keys) for event in events(log, "epoch")]
+
+
+@contextmanager
+def broken_off(patch: pytest.MonkeyPatch, at_step: int) -> Iterator[None]:
+    """Inside, a run in this process is broken off before its training step `at_step` (1, 2, ...), as by a crash."""
+    honest, taken = engine.training_step, itertools.count(1)
+
+    def step(*arguments: object) -> object:
+        if next(taken) == at_step:
+            raise Crash
+        return honest(*arguments)
+
+    with patch.context() as inside, pytest.raises(Crash):
+        inside.setattr(engine, "training_step", step)
+        yield
+
+
+class Crash(Exception):
+    """Stands for the end of a process."""
+
+
+def interrupted(root: Path, patch: pytest.MonkeyPatch, at_step: int, **changes: object) -> list[dict]:
+    """What `train` returns where the run was broken off before that step, and taken up again by another process."""
+    with broken_off(patch, at_step):
+        train(root, **changes)
+    torch.manual_seed(12345)
+    return train(root, **changes)
 
 
 def events(log: list[dict], kind: str) -> list[dict]:
