@@ -5,7 +5,7 @@ computed from weights whose inputs the groups before it have already lost (paper
 """
 
 import itertools
-import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -41,8 +41,10 @@ class PlanOptions:
     """inner = groups that no residual addition touches (the paper's); all = residual groups too."""
     sequential: bool = True
     """Compute a group's features after the cuts before it (the reference); False = all from the weights as they are."""
-    round_to: int = 1
-    """Widths are rounded up to a multiple of this, cutting the same dendrogram; never above the old width."""
+    round_to: int | Mapping[str, Sequence[int]] = 1
+    """Widths are rounded up, cutting the same dendrogram: to a multiple of this number, or to the next of a group's
+    allowed widths (group -> ascending widths; a group that is not named may get any). The old width is always allowed,
+    and none above it."""
     min_channels: int = 1
     """No group gets narrower than this."""
 
@@ -50,16 +52,36 @@ class PlanOptions:
         checks = [
             ("features", self.features in get_args(FeatureVariant), "both, incoming or outgoing"),
             ("scope", self.scope in ("inner", "all"), "inner or all"),
-            ("round_to", isinstance(self.round_to, int) and self.round_to >= 1, "a whole number from 1"),
+            ("round_to", _can_round_to(self.round_to), "a whole number from 1, or ascending ones for each group"),
             ("min_channels", isinstance(self.min_channels, int) and self.min_channels >= 1, "a whole number from 1"),
         ]
         for name, ok, allowed in checks:
             if not ok:
                 raise CupError(f"{name}: found {getattr(self, name)!r}, allowed: {allowed}")
 
-    def width(self, clusters: int, width: int) -> int:
-        """The width for a cluster count: at least min_channels, rounded up to round_to, at most the width there is."""
-        return min(width, math.ceil(max(clusters, self.min_channels) / self.round_to) * self.round_to)
+    def allowed_widths(self, group: ChannelGroup) -> tuple[int, ...]:
+        """The widths that a plan may give the group, ascending; the last one is the width it has."""
+        widths: Iterable[int]
+        if isinstance(self.round_to, int):
+            widths = range(self.round_to, group.width, self.round_to)
+        else:
+            widths = self.round_to.get(group.name, range(1, group.width))
+        return (*(width for width in widths if self.min_channels <= width < group.width), group.width)
+
+
+def round_up(clusters: int, allowed: Sequence[int]) -> int:
+    """The smallest of a group's allowed widths that has room for so many clusters; the widest where none has."""
+    return allowed[min(bisect_left(allowed, clusters), len(allowed) - 1)]
+
+
+def _can_round_to(found: Any) -> bool:
+    if not isinstance(found, Mapping):
+        return isinstance(found, int) and found >= 1
+    return all(
+        all(isinstance(width, int) and width >= 1 for width in widths)
+        and all(one < other for one, other in itertools.pairwise(widths))
+        for widths in found.values()
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,17 +170,25 @@ def cut_groups(
     """
     check_groups(model, groups)
     shrinkable = _some_prunable(groups, options.scope)
+    if unknown := _unknown_names(options, groups):
+        raise CupError(f"round_to: no channel group {unknown[0]!r}; there are: {', '.join(g.name for g in groups)}")
     if features is None:
         features = Features(model, shrinkable, options.features, options.use_bias)
     masks: Masks = {}
     cuts: list[GroupCut] = []
     for group in shrinkable:
         found = features.dendrogram(group, masks)
-        labels_C = cut(found.tree, options.width(clusters(group, found.tree), group.width))
+        labels_C = cut(found.tree, round_up(clusters(group, found.tree), options.allowed_widths(group)))
         cuts.append(GroupCut(group, found.tree, labels_C, representatives(found.squares_C, labels_C)))
         if options.sequential:
             add_masks(masks, group, cuts[-1].kept)
     return cuts
+
+
+def _unknown_names(options: PlanOptions, groups: Iterable[ChannelGroup]) -> list[str]:
+    """What round_to names that is no group."""
+    named = options.round_to if isinstance(options.round_to, Mapping) else {}
+    return sorted(set(named) - {group.name for group in groups})
 
 
 def _some_prunable(groups: Iterable[ChannelGroup], scope: str) -> list[ChannelGroup]:
@@ -195,8 +225,7 @@ class _Search:
     ) -> None:
         self.model, self.groups, self.options, self.target = model, groups, options, target
         self.shrinkable = _some_prunable(groups, options.scope)
-        self.floor = {group.name: self.options.width(1, group.width) for group in self.shrinkable}
-        self.full = {group.name: group.width for group in self.shrinkable}
+        self.allowed = {group.name: options.allowed_widths(group) for group in self.shrinkable}
         self.features = Features(model, self.shrinkable, options.features, options.use_bias)
         now = complexity(model, meta_input(groups[0].network.input_shape, batch=1))
         self.flops = FlopsByWidths(model, groups, now)
@@ -207,7 +236,7 @@ class _Search:
         return self.target <= reduction <= self.target * (1 + REDUCTION_TOLERANCE)
 
     def bracket(self) -> tuple[_Candidate, _Candidate]:
-        """Two cuts around the target, shallow below it and deep at or above it, near it or few channels apart.
+        """Two cuts around the target, shallow below it and deep at or above it, near it or one step apart.
 
         The trees of one trial, cut at other heights, tell about where the next trial should be. deep falls short of
         the target only where the smallest widths there are do.
@@ -218,11 +247,7 @@ class _Search:
         if deep.reduction < self.target:
             return shallow, deep
         for trial in itertools.count(1):
-            if (
-                self.is_near(deep.reduction)
-                or high - low <= 1e-6 * high
-                or _distance(shallow, deep) <= self.options.round_to
-            ):
+            if self.is_near(deep.reduction) or high - low <= 1e-6 * high or self._steps(shallow, deep) <= 1:
                 return shallow, deep
             halve = trial % 3 == 0  # so that the bracket closes even where the guesses creep up on the target
             t = (low + high) / 2 if halve else self._guess(last.cuts, low, high)
@@ -238,7 +263,8 @@ class _Search:
         first, last = low, high
         for _ in range(20):
             middle = (first + last) / 2
-            widths = {d.group.name: self.options.width(clusters_at(d.tree, middle), d.group.width) for d in cuts}
+            clusters = {done.group.name: clusters_at(done.tree, middle) for done in cuts}
+            widths = {name: round_up(count, self.allowed[name]) for name, count in clusters.items()}
             first, last = (middle, last) if self._reduction(widths) < inside else (first, middle)
         margin = 0.01 * (high - low)  # the ends are known already
         return min(max((first + last) / 2, low + margin), high - margin)
@@ -252,7 +278,7 @@ class _Search:
         passed = [shallow.plan.new_widths]
         for name, goal in deep.plan.new_widths.items():
             while passed[-1][name] > goal and self._reduction(passed[-1]) < self.target:
-                passed.append(self._moved(passed[-1], {name: -1}, floor=goal))
+                passed.append(self._moved(passed[-1], {name: -1}))
         nearest = min(passed, key=self._miss)
         if self._miss(nearest) > 0:
             nearest = self._settled(nearest)
@@ -260,9 +286,9 @@ class _Search:
 
     def _settled(self, widths: Mapping[str, int]) -> dict[str, int]:
         """Move one group, or two, by one step at a time for as long as that comes nearer to the target."""
-        steps = [{name: sign} for name in self.floor for sign in (1, -1)]
-        if len(self.floor) <= MOST_PAIRED_GROUPS:
-            pairs = itertools.combinations(self.floor, 2)
+        steps = [{name: sign} for name in self.allowed for sign in (1, -1)]
+        if len(self.allowed) <= MOST_PAIRED_GROUPS:
+            pairs = itertools.combinations(self.allowed, 2)
             steps += [{one: a, other: b} for one, other in pairs for a in (1, -1) for b in (1, -1)]
         best = dict(widths)
         while self._miss(best) > 0:
@@ -277,13 +303,21 @@ class _Search:
         reduction = self._reduction(widths)
         return 0.0 if self.is_near(reduction) else abs(reduction - self.target)
 
-    def _moved(self, widths: Mapping[str, int], steps: Mapping[str, int], floor: int = 0) -> dict[str, int]:
-        """The widths with so many steps of round_to more or less in the named groups, as far as there is room."""
+    def _moved(self, widths: Mapping[str, int], steps: Mapping[str, int]) -> dict[str, int]:
+        """The widths with so many allowed steps more or less in the named groups, as far as there is room."""
         moved = dict(widths)
-        for name, sign in steps.items():
-            width = widths[name] + sign * self.options.round_to
-            moved[name] = min(max(width, floor, self.floor[name]), self.full[name])
+        for name, step in steps.items():
+            allowed = self.allowed[name]
+            moved[name] = allowed[min(max(bisect_left(allowed, widths[name]) + step, 0), len(allowed) - 1)]
         return moved
+
+    def _steps(self, one: _Candidate, other: _Candidate) -> int:
+        """Steps between allowed widths that lie between two plans, all groups together."""
+        widths, others = one.plan.new_widths, other.plan.new_widths
+        return sum(
+            abs(bisect_left(allowed, widths[name]) - bisect_left(allowed, others[name]))
+            for name, allowed in self.allowed.items()
+        )
 
     def _with_widths(self, widths: Mapping[str, int], t: float | None) -> PrunePlan:
         found = self._candidate(lambda group, tree: widths[group.name], t)
@@ -302,9 +336,3 @@ class _Search:
         cuts = cut_groups(self.model, self.groups, clusters, self.options, self.features)
         plan = _plan(cuts, t)
         return _Candidate(plan, cuts, self.dense_flops / self.flops.after(plan.kept))
-
-
-def _distance(one: _Candidate, other: _Candidate) -> int:
-    """Channels by which two plans' widths differ, all groups together."""
-    widths, others = one.plan.new_widths, other.plan.new_widths
-    return sum(abs(widths[name] - others[name]) for name in widths)

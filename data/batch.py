@@ -14,6 +14,14 @@ STD_RGB = (0.229, 0.224, 0.225)
 # Mean and deviation by number of channels; grey takes the mean of the colours'.
 NORMALISATION = {1: ((0.449,), (0.226,)), 3: (MEAN_RGB, STD_RGB)}
 
+# Options that change nothing about the images of a data set: which and where they are, how they are read,
+ON_DISK = ("path", "prepare", "exclude", "threads", "mmap")
+# and how a GPU decodes them.
+DECODING_ON_GPU = (
+    *("hw_decoder_load", "decoder_width_hint", "decoder_height_hint"),
+    *("decoder_device_memory", "decoder_host_memory"),
+)
+
 # What RandAugment and TrivialAugment put where an image is moved away: grey, as DALI does by default.
 FILL = 128
 

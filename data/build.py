@@ -7,7 +7,7 @@ import warnings
 import torch
 
 from data import dali
-from data.batch import DataConfig, DataError, Loader, Split
+from data.batch import DECODING_ON_GPU, ON_DISK, DataConfig, DataError, Loader, Split
 from data.folder import FolderSource
 from data.images import ImageList, list_splits, require_local
 from data.loader import SplitLoader
@@ -16,10 +16,7 @@ from data.synthetic import SyntheticSource, synthetic_splits
 
 MOST_THREADS = 8
 # Options that do not decide which pixels come at which step: a run may be resumed with others.
-WITHOUT_PIXELS = {
-    *("path", "exclude", "prepare", "threads", "mmap", "hw_decoder_load", "decoder_width_hint", "decoder_height_hint"),
-    *("decoder_device_memory", "decoder_host_memory", "synthetic_images", "synthetic_classes"),
-}
+WITHOUT_PIXELS = {*ON_DISK, *DECODING_ON_GPU, "synthetic_images", "synthetic_classes"}
 INSTALL_DALI = "pip install nvidia-dali-cuda130 (with CUDA 12: nvidia-dali-cuda120)"
 
 
@@ -46,6 +43,8 @@ def build_loaders(
         train, val = list_splits(config.path, config.exclude)
         if kind == "folder":
             require_local(train, val)
+        for note in _surprises(config, train) if rank == 0 else ():
+            warnings.warn(note, stacklevel=2)
     ranks = {"batch_size": batch_size_per_rank(config.batch_size, world_size), "rank": rank, "world_size": world_size}
     shardings = {
         "train": TrainSharding(num_images=len(train.names), **ranks, seed=seed, shard_sizes=train.shard_sizes),
@@ -88,6 +87,20 @@ def _choose(config: DataConfig, *, warn: bool) -> str:
             stacklevel=3,
         )
     return "folder"
+
+
+def _surprises(config: DataConfig, images: ImageList) -> list[str]:
+    """What a user might take for granted and is not so, in words."""
+    notes = []
+    numbers = [int(name) for name in images.classes if name.isdecimal()]
+    if len(numbers) == len(images.classes) and numbers != list(range(len(numbers))):
+        notes.append(
+            f"{config.path}: the classes are numbers, but not 0 to {len(numbers) - 1} in order; the network's output 0 "
+            f"is class {numbers[0]}, its last one ({len(numbers) - 1}) class {numbers[-1]}"
+        )
+    if not config.mmap and images.places is not None:
+        notes.append("data.mmap has no effect with shards, which are always read")
+    return notes
 
 
 def _identity(

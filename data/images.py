@@ -1,5 +1,6 @@
 """Which images a data set holds and where their bytes lie: image folders, file lists and shards, listed alike."""
 
+import codecs
 import hashlib
 import io
 import os
@@ -118,7 +119,7 @@ def read_exclude_list(file: Path, must_exist: bool) -> dict[str, str]:
     """
     try:
         # Not splitlines(): names may hold what else it takes for the end of a line.
-        lines = os.fsdecode(file.read_bytes()).replace("\r\n", "\n").split("\n")
+        lines = os.fsdecode(file.read_bytes().removeprefix(codecs.BOM_UTF8)).replace("\r\n", "\n").split("\n")
     except FileNotFoundError as error:
         if must_exist:
             raise DataError(f"exclude: there is no {file}; launch/prepare.py check writes such a list") from error
@@ -197,7 +198,9 @@ def _last_words(error: Exception) -> str:
 def _list_folder(root: Path) -> ImageList:
     """ROOT/CLASS/FILE in sorted order; hidden ones, and files that are not named as images, are left out."""
     if not root.is_dir():
-        raise DataError(f"{root}: there is no such folder; expected {EXPECTED}")
+        tars = "; the tar files beside it belong into train/ and val/, for launch/prepare.py index"
+        hint = tars if any(root.parent.glob("*.tar")) else ""
+        raise DataError(f"{root}: there is no such folder; expected {EXPECTED}{hint}")
     try:
         # A link to nowhere counts as a class, so that it is not passed over.
         folders = [entry for entry in os.scandir(root) if entry.is_dir() or not Path(entry.path).exists()]
@@ -206,7 +209,7 @@ def _list_folder(root: Path) -> ImageList:
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from error
     if not classes:
-        no_manifest = f"tar files without {MANIFEST}; launch/prepare.py shards makes both"
+        no_manifest = f"tar files without {MANIFEST}: launch/prepare.py index {root.parent} makes it"
         found = no_manifest if any(root.glob("*.tar")) else f"no class folders; expected {EXPECTED}"
         raise DataError(f"{root}: found {found}")
     members = [[file for file in files if is_image_name(file)] for files in members]
@@ -222,7 +225,7 @@ def _list_lines(file: Path) -> ImageList:
     """
     names, found = [], []
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: cannot be read ({error})") from error
     for number, line in enumerate(lines, start=1):
@@ -234,11 +237,16 @@ def _list_lines(file: Path) -> ImageList:
             found.append(class_name)
     if not names:
         raise DataError(f"{file}: lists no images; expected FILE CLASS on each line")
+    classes, labels = numbered_classes(found)
+    return ImageList(root=file.parent, names=names, labels=labels, classes=classes)
+
+
+def numbered_classes(found: list[str]) -> tuple[list[str], np.ndarray]:
+    """The classes in sorted order, those that are all numbers by number, and the label int64 (N,) of each image."""
     numeric = all(class_name.isdecimal() for class_name in found)
     classes = sorted(set(found), key=int if numeric else None)
     label_of = {class_name: label for label, class_name in enumerate(classes)}
-    labels = np.array([label_of[class_name] for class_name in found], dtype=np.int64)
-    return ImageList(root=file.parent, names=names, labels=labels, classes=classes)
+    return classes, np.array([label_of[class_name] for class_name in found], dtype=np.int64)
 
 
 def _unmatched(splits: dict[str, ImageList], excluded: dict[str, str]) -> tuple[str, ...]:
@@ -261,6 +269,11 @@ def _without(images: ImageList, split: str, excluded: dict[str, str]) -> ImageLi
     ]
     labels = np.array([new_labels[label] for label in images.labels[kept].tolist()], dtype=np.int64)
     for class_name, count in zip(classes, np.bincount(labels, minlength=len(classes)), strict=True):
+        if count == 0 and images.classes.index(class_name) in images.labels:
+            raise DataError(
+                f"{images.root}: the exclude list leaves out every image of class {class_name!r}: keep one, or leave "
+                f"out the class in both splits (train/{class_name}/ and val/{class_name}/ on lines of their own)"
+            )
         if count == 0:
             raise DataError(
                 f"{images.root / class_name}: found no images ({' '.join(IMG_EXTENSIONS)}); add some, or remove the "

@@ -4,6 +4,8 @@
     train/train-00000.idx   where they lie in it; the format of DALI's wds2idx
     train/manifest.json     the classes, and the images and bytes of every shard
 
+Shards that others wrote keep their names; their manifest holds the label of every image, too.
+
 Any WebDataset reader takes them. Ours reads single images by the index instead of streaming whole files: so training
 has the exact order, the resume in the middle of an epoch and the exclude list of any other data set. The order keeps
 reads close together (data/sharding.py), and the kernel is told of them ahead.
@@ -11,13 +13,16 @@ reads close together (data/sharding.py), and the kernel is told of them ahead.
 
 import json
 import os
+import re
 import tarfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from data.batch import DataError
 
@@ -30,6 +35,8 @@ MANIFEST_ENTRIES = {
 INDEX_VERSION = "v1.2"
 LABEL_EXTENSION = "cls"
 OPEN_SHARDS = 64
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +88,7 @@ def read_shards(root: Path) -> tuple[list[str], np.ndarray, list[str], TarPlaces
     manifest = _read_manifest(root)
     classes = [entry["name"] for entry in manifest["classes"]]
     names: list[str] = []
+    labels: list[int] = []
     places: list[tuple[int, int, int]] = []
     for number, entry in enumerate(manifest["shards"]):
         tar = root / entry["file"]
@@ -91,65 +99,131 @@ def read_shards(root: Path) -> tuple[list[str], np.ndarray, list[str], TarPlaces
         members = read_index(tar.with_suffix(".idx"))
         if len(members) != entry["images"]:
             raise DataError(f"{tar}: its index has {len(members)} images, {MANIFEST} says {entry['images']}")
-        names += [name for name, _, _ in members]
+        if "labels" in entry:
+            names += [f"{entry['file']}/{name}" for name, _, _ in members]  # another shard may have the same ones
+            labels += entry["labels"]
+        else:
+            names += [name for name, _, _ in members]
+            labels += [_label_in(name, len(classes)) for name, _, _ in members]
         places += [(number, offset, size) for _, offset, size in members]
-    prefixes = [name.split("-", 1)[0] for name in names]
-    labels = np.array([int(prefix) if prefix.isdecimal() else len(classes) for prefix in prefixes], dtype=np.int64)
-    counts = np.bincount(labels, minlength=len(classes)).tolist()
-    if counts != [entry["images"] for entry in manifest["classes"]]:
+    labels_N = np.array(labels, dtype=np.int64)
+    counts = np.bincount(labels_N, minlength=len(classes)).tolist()
+    if len(labels) != len(names) or counts != [entry["images"] for entry in manifest["classes"]]:
         raise DataError(f"{root}: the images of each class are not as many as {MANIFEST} says: make the shards again")
     shard, offset, size = np.array(places, dtype=np.int64).reshape(-1, 3).T
     shards = [str(root / entry["file"]) for entry in manifest["shards"]]
-    return names, labels, classes, TarPlaces(shards=shards, shard=shard, offset=offset, size=size)
+    return names, labels_N, classes, TarPlaces(shards=shards, shard=shard, offset=offset, size=size)
 
 
-def write_manifest(root: Path, classes: list[str], labels: np.ndarray, tars: list[Path]) -> None:
-    """Write ROOT/manifest.json about finished shards and their indices."""
+def write_manifest(
+    root: Path, classes: list[str], labels: np.ndarray, tars: list[Path], *, with_labels: bool = False
+) -> None:
+    """Write ROOT/manifest.json about finished shards and their indices.
+
+    labels: int64 (N,), in the order of the shards if the manifest is to hold them, which it must where names do not.
+    """
     counts = np.bincount(labels, minlength=len(classes)).tolist()
+    shards, first = [], 0
+    for tar in tars:
+        images = len(read_index(tar.with_suffix(".idx")))
+        entry = {"file": tar.name, "images": images, "bytes": tar.stat().st_size}
+        if with_labels:
+            entry["labels"] = labels[first : first + images].tolist()
+        shards.append(entry)
+        first += images
     content = {
         "format": MANIFEST_FORMAT,
         "images": len(labels),
         "classes": [{"name": name, "images": count} for name, count in zip(classes, counts, strict=True)],
-        "shards": [
-            {"file": tar.name, "images": len(read_index(tar.with_suffix(".idx"))), "bytes": tar.stat().st_size}
-            for tar in tars
-        ],
+        "shards": shards,
     }
     # ASCII: a class folder's name need not be UTF-8, and its bytes come back from escapes only.
-    (root / MANIFEST).write_text(json.dumps(content, indent=1, ensure_ascii=True) + "\n", encoding="utf-8")
+    _write_whole(root / MANIFEST, json.dumps(content, indent=None if with_labels else 1, ensure_ascii=True) + "\n")
 
 
 def write_index(tar: Path) -> None:
-    """Write TAR's index beside it: a line a sample, for each of its files extension, offset, size and name."""
+    """Write TAR's index beside it: a line a sample, for each of its files extension, offset, size and name.
+
+    Raises tarfile.TarError if it is no whole tar file.
+    """
     samples: dict[str, list[str]] = {}
     with tarfile.open(tar, "r:") as members:
         for member in members:
-            key, extension = member.name.rsplit(".", 1)
-            samples.setdefault(key, []).append(f"{extension} {member.offset_data} {member.size} {member.name}")
+            folder, slash, file = member.name.rpartition("/")
+            stem, _, extension = file.partition(".")  # WebDataset's key ends at the first dot
+            if member.isfile() and stem and extension:
+                name = re.sub(r"\s", "_", member.name)  # a blank ends a field
+                place = f"{extension} {member.offset_data} {member.size} {name}"
+                samples.setdefault(f"{folder}{slash}{stem}", []).append(place)
     lines = [f"{INDEX_VERSION} {len(samples)}", *(" ".join(files) for files in samples.values())]
-    tar.with_suffix(".idx").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    _write_whole(tar.with_suffix(".idx"), "\n".join(lines) + "\n")
 
 
 def read_index(file: Path) -> list[tuple[str, int, int]]:
     """Name, offset and size of every image; DataError if it is no such index or is cut short."""
+    return _of_every_sample(file, _image_of)
+
+
+def read_classes(tar: Path) -> list[str]:
+    """What stands in the .cls file of every sample, by TAR's index. DataError where a sample has none."""
+    places = _of_every_sample(tar.with_suffix(".idx"), _label_of)
+    with tar.open("rb") as content:
+        return [os.pread(content.fileno(), size, offset).decode().strip() for offset, size in places]
+
+
+def _of_every_sample(file: Path, chosen: Callable[[list[list[str]]], T]) -> list[T]:
+    """`chosen` of the files of each sample, [extension, offset, size, name] each."""
     try:
         header, *lines = file.read_text(encoding="utf-8").splitlines()
         version, count = header.split()
-        images = [_image_of(line.split(" ")) for line in lines]
     except (OSError, ValueError) as error:
         raise DataError(f"{file}: cannot be read as an index of a shard ({error}): make the shards again") from error
-    if version != INDEX_VERSION or len(images) != int(count):
+    try:
+        found = [chosen(_quartered(line.split(" "))) for line in lines] if version == INDEX_VERSION else []
+    except ValueError as error:
+        raise DataError(f"{file}: {error}") from error
+    if version != INDEX_VERSION or len(found) != int(count):
         raise DataError(
-            f"{file}: found {version} with {len(images)} of {count} samples, expected {INDEX_VERSION} with all of them"
+            f"{file}: found {version} with {len(found)} of {count} samples, expected {INDEX_VERSION} with all of them: "
+            "make it again"
         )
-    return images
+    return found
 
 
-def _image_of(fields: list[str]) -> tuple[str, int, int]:
-    """The file of a sample that is not its label."""
-    files = [fields[start : start + 4] for start in range(0, len(fields), 4)]
-    [(_, offset, size, name)] = [file for file in files if file[0] != LABEL_EXTENSION]
+def _quartered(fields: list[str]) -> list[list[str]]:
+    return [fields[start : start + 4] for start in range(0, len(fields), 4)]
+
+
+def _image_of(files: list[list[str]]) -> tuple[str, int, int]:
+    """The file of a sample that is not its label; of several, such as more labels, the one named as an image."""
+    images = [file for file in files if file[0] != LABEL_EXTENSION]
+    if len(images) > 1:
+        images = [file for file in images if f".{file[0].lower()}" in IMG_EXTENSIONS]
+    if len(images) != 1 or len(images[0]) != 4:
+        raise ValueError(f"found {len(images)} images in the sample of {files[0][-1]}, expected one")
+    _, offset, size, name = images[0]
     return name, int(offset), int(size)
+
+
+def _label_of(files: list[list[str]]) -> tuple[int, int]:
+    """Offset and size of a sample's class."""
+    labels = [file for file in files if file[0] == LABEL_EXTENSION]
+    if len(labels) != 1:
+        raise ValueError(f"the sample of {files[0][-1]} has no .{LABEL_EXTENSION} file, which must hold its class")
+    return int(labels[0][1]), int(labels[0][2])
+
+
+def _label_in(name: str, num_classes: int) -> int:
+    """The label at the beginning of a name of our own; `num_classes`, which no image can have, where there is none."""
+    prefix = name.split("-", 1)[0]
+    return int(prefix) if prefix.isdecimal() else num_classes
+
+
+def _write_whole(file: Path, text: str) -> None:
+    """Write the file in one step, so that an interrupted attempt leaves no half of it."""
+    unfinished = file.with_name(f".{file.name}.part")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(file)
 
 
 def _read_manifest(root: Path) -> dict[str, Any]:

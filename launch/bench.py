@@ -1,7 +1,11 @@
 """Measurements, each side by side with its peer in the same process.
 
 python launch/bench.py loader --data FOLDER [--rounds N] [--out results/FILE.json]
+python launch/bench.py memory --data FOLDER [--epochs N] [--out results/FILE.json]
+python launch/bench.py agreement --data FOLDER [--checkpoint FILE] [--out results/FILE.json]
 python launch/bench.py resize [--rounds N] [--out results/FILE.json]      (--help after a measurement names its options)
+python launch/bench.py step --model NAME [--run DIR | --widths FILE | --reduction FR] [--round-to 1 8 measured]
+python launch/bench.py savings --run DIR --images 1281167 --epochs 90 [--round-to 1 8 measured]
 """
 
 import sys
@@ -11,10 +15,18 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.benches import loader, models, resize
+from launch.benches import agreement, loader, memory, models, resize, savings, step
 from train.cli import Parser, exit_code_of
 
-BENCHES = {"loader": loader, "models": models, "resize": resize}
+BENCHES = {
+    "agreement": agreement,
+    "loader": loader,
+    "memory": memory,
+    "models": models,
+    "resize": resize,
+    "savings": savings,
+    "step": step,
+}
 
 
 def main(argv: list[str]) -> int:

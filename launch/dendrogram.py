@@ -66,21 +66,25 @@ def cut_height(cut: GroupCut, threshold: float | None) -> float:
 def _draw(cut: GroupCut, threshold: float | None, path: Path) -> None:
     count, kept = len(cut.labels_C), len(cut.kept)
     wide = count > MOST_LABELS
+    is_cut = kept < count or threshold is not None
     fig, axis = plt.subplots(figsize=(min(26, max(8, 0.15 * count)), 6 if wide else 4.5), layout="constrained")
     order = leaf_order(cut.tree)
     colors = _cluster_colors(cut.labels_C[order])
     height = cut_height(cut, threshold)
     top = 1.05 * max(height, cut.tree[:, 2].max(initial=0)) or 1.0
     _draw_tree(axis, cut, order, colors)
-    axis.axhline(height, color="black", linestyle="--", linewidth=1, label=f"cut at {height:.3f}")
-    _draw_leaves(axis, cut, order, colors, strip=0.05 * top)
+    if is_cut:
+        axis.axhline(height, color="black", linestyle="--", linewidth=1, label=f"cut at {height:.3f}")
+    _draw_leaves(axis, cut, order, colors, strip=0.05 * top, mark=is_cut)
     at = "" if threshold is None else f", t {threshold:.3f}"
-    axis.set_title(f"{cut.group.name}: {count} -> {kept} channels{at}", loc="left")
+    becomes = f" -> {kept}" if kept < count else ""
+    axis.set_title(f"{cut.group.name}: {count}{becomes} channels{at}", loc="left")
     axis.set_ylabel("Ward height")
     axis.set_ylim(-0.05 * top, top)
     axis.set_xlim(-1, count)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, borderaxespad=0.2)
+    if is_cut:
+        axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, borderaxespad=0.2)
     fig.savefig(path, dpi=100)
     plt.close(fig)
 
@@ -106,12 +110,15 @@ def _draw_tree(axis: Axes, cut: GroupCut, order: np.ndarray, colors: dict[int, s
     axis.add_collection(LineCollection(links, colors=link_colors, linewidths=1.2 if count <= MOST_LABELS else 0.8))
 
 
-def _draw_leaves(axis: Axes, cut: GroupCut, order: np.ndarray, colors: dict[int, str], strip: float) -> None:
-    """A triangle at each filter that stays, in a strip under the tree, and channel numbers, as many as fit."""
-    stays = np.flatnonzero(np.isin(order, cut.kept))
-    clusters = [colors[int(label)] for label in cut.labels_C[order[stays]]]
-    axis.scatter(stays, np.full(len(stays), -strip / 2), marker="^", s=30, color=clusters)
-    axis.scatter([], [], marker="^", s=30, color="black", label="stays")
+def _draw_leaves(
+    axis: Axes, cut: GroupCut, order: np.ndarray, colors: dict[int, str], strip: float, mark: bool
+) -> None:
+    """A triangle (if `mark`) at each filter that stays, in a strip under the tree; channel numbers, as many as fit."""
+    if mark:
+        stays = np.flatnonzero(np.isin(order, cut.kept))
+        clusters = [colors[int(label)] for label in cut.labels_C[order[stays]]]
+        axis.scatter(stays, np.full(len(stays), -strip / 2), marker="^", s=30, color=clusters)
+        axis.scatter([], [], marker="^", s=30, color="black", label="stays")
     step = math.ceil(len(order) / MOST_LABELS)
     axis.set_xticks(range(0, len(order), step), order[::step], rotation=90, fontsize=7)
     axis.set_xlabel("channel" if step == 1 else f"channel (one in {step} is named)")

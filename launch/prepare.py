@@ -4,6 +4,7 @@ python launch/prepare.py digits|mnist|cifar10|cifar100 datasets/NAME
 python launch/prepare.py imagenette datasets/imagenette [--size 160px]
 python launch/prepare.py imagenet ARCHIVES datasets/imagenet
 python launch/prepare.py shards SOURCE datasets/NAME-shards [--images-per-shard 1000]
+python launch/prepare.py index datasets/SHARDS
 python launch/prepare.py check datasets/NAME
 """
 
@@ -33,6 +34,7 @@ MAKERS = {
         seed=options.seed,
         exclude=options.exclude,
     ),
+    "index": lambda options: prepare.index_shards(options.path),
 }
 
 
@@ -60,12 +62,14 @@ def _parser() -> Parser:
     imagenette = commands.add_parser("imagenette", help="13,394 photographs of ten ImageNet classes; a download")
     imagenet = commands.add_parser("imagenet", help="ImageNet from its official archives; goes on where it stopped")
     shards = commands.add_parser("shards", help="pack a data set into WebDataset shards, shuffled across classes")
+    index = commands.add_parser("index", help="make a data set of WebDataset shards from elsewhere, where they lie")
     check = commands.add_parser("check", help="decode every image, list what training must leave out, compare classes")
 
     imagenet.add_argument("archives", type=Path, metavar="ARCHIVES", help="folder of the three official archives")
     shards.add_argument("source", type=Path, metavar="SOURCE", help="data set: image folder, file lists or shards")
     for maker in (digits, mnist, cifar10, cifar100, imagenette, imagenet, shards):
         maker.add_argument("path", type=Path, metavar="FOLDER", help="where to write it; a finished set is kept")
+    index.add_argument("path", type=Path, metavar="FOLDER", help="shards: train/*.tar and val/*.tar")
     imagenette.add_argument("--size", choices=("full", "320px", "160px"), default="full", help="of the shorter side")
     shards.add_argument("--images-per-shard", type=positive_int, default=1000, metavar="N", help="default: 1000")
     shards.add_argument("--seed", type=non_negative_int, default=0, metavar="N", help="of the order (default: 0)")

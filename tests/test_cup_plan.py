@@ -106,6 +106,46 @@ def test_widths_are_rounded_up_and_never_below_the_minimum_nor_above_the_old_wid
         assert plan[name] == min(rounded, free.widths[name])
 
 
+# Of LeNet's three groups: the first may not go below 4, the second keeps its width, the third may get any.
+ALLOWED = {"conv1": (4, 9, 13), "conv2": ()}
+
+
+@pytest.mark.parametrize("t", [0.5, 1.5, 3.0])
+def test_cuts_by_height_are_rounded_up_to_the_next_allowed_width(t):
+    model, _, groups = planned("lenet")
+    free = cup.plan_by_threshold(model, groups, t, sequential=False).new_widths
+    widths = cup.plan_by_threshold(model, groups, t, round_to=ALLOWED, sequential=False).new_widths
+    assert widths["conv1"] == min(width for width in (4, 9, 13, 20) if width >= free["conv1"])
+    assert (widths["conv2"], widths["fc1"]) == (50, free["fc1"])
+
+
+def test_counts_and_min_channels_are_rounded_up_to_the_next_allowed_width_too():
+    model, _, groups = planned("lenet")
+    counts = {"conv1": 5, "conv2": 3, "fc1": 7}
+    widths = cup.plan_by_counts(model, groups, counts, round_to=ALLOWED).new_widths
+    assert widths == {"conv1": 9, "conv2": 50, "fc1": 7}
+    widths = cup.plan_by_counts(model, groups, counts, round_to=ALLOWED, min_channels=10).new_widths
+    assert widths == {"conv1": 13, "conv2": 50, "fc1": 10}
+
+
+@pytest.mark.parametrize("target", [1.3, 1.75, 2.2])
+def test_a_target_is_reached_on_allowed_widths_alone(target):
+    """Widths that no single number's multiples are, 1, 4, 7, ...; the search must walk them to come near the target."""
+    model, images, groups = planned("resnet56_cifar")
+    allowed = {group.name: tuple(range(1, group.width, 3)) for group in cup.prunable_groups(groups)}
+    plan = cup.plan_by_reduction(model, groups, target, round_to=allowed)
+    for name, width in plan.new_widths.items():
+        assert width in (*allowed[name], plan.widths[name])
+    assert plan.note == ""
+    assert flops_reduction(model, images, groups, plan) == pytest.approx(target, rel=0.01)
+
+
+def test_a_later_cut_never_widens_what_is_narrower_than_the_allowed_widths():
+    model, _, groups = planned("lenet")
+    groups = cup.apply_plan(model, cup.plan_by_counts(model, groups, {"conv1": 6}), groups).groups
+    assert cup.plan_by_counts(model, groups, {"conv1": 5}, round_to=ALLOWED).new_widths["conv1"] == 6
+
+
 def test_a_deeper_cut_never_leaves_more_channels():
     model, _, groups = planned("lenet")
     sizes = [sum(cup.plan_by_threshold(model, groups, t).new_widths.values()) for t in (0.1, 0.5, 1.0, 2.0, 4.0, 1e9)]
@@ -310,6 +350,9 @@ MISTAKES = {
     "unknown features": (lambda m, g: cup.plan_by_threshold(m, g, 1.0, features="all"), "features"),
     "unknown scope": (lambda m, g: cup.plan_by_threshold(m, g, 1.0, scope="some"), "scope"),
     "round_to of zero": (lambda m, g: cup.plan_by_threshold(m, g, 1.0, round_to=0), "round_to"),
+    "allowed widths that descend": (lambda m, g: cup.plan_by_counts(m, g, {}, round_to={"conv1": (9, 4)}), "ascending"),
+    "allowed width of zero": (lambda m, g: cup.plan_by_counts(m, g, {}, round_to={"conv1": (0, 4)}), "round_to"),
+    "allowed widths of nothing": (lambda m, g: cup.plan_by_threshold(m, g, 1.0, round_to={"conv9": (4,)}), "conv9"),
     "min_channels of zero": (lambda m, g: cup.plan_by_counts(m, g, {}, min_channels=0), "min_channels"),
     "groups of another network": (
         lambda m, g: cup.plan_by_threshold(m, cup.channel_groups(make_network("mlp")[0]), 1.0),

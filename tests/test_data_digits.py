@@ -1,6 +1,9 @@
 """The digits come whole or not at all, always with the same split, and nothing that stands there is overwritten."""
 
 import hashlib
+import time
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 
 import numpy as np
 import pytest
@@ -31,16 +34,46 @@ def test_split_is_stratified_and_fixed(tmp_path):
 def test_interrupted_preparation_is_not_taken_for_finished(tmp_path):
     def interrupted(folder):
         (folder / "train").mkdir()
-        (folder / "val").mkdir()
+        (folder / "val" / "new").mkdir(parents=True)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         atomic.write_data_set(tmp_path / "set", interrupted)
     assert not (tmp_path / "set").exists()
     # What a killed process leaves, as it cannot clean up.
-    (tmp_path / ".set.preparing-1" / "train").mkdir(parents=True)
+    (tmp_path / ".set.preparing" / "train" / "half").mkdir(parents=True)
+    (tmp_path / ".set.preparing" / ".lock").touch()
     atomic.write_data_set(tmp_path / "set", make_set)
-    assert (tmp_path / "set" / "train" / "new").exists()
+    assert [entry.name for entry in (tmp_path / "set" / "train").iterdir()] == ["new"]
+    assert {entry.name for entry in (tmp_path / "set").iterdir()} == {"train", "val"}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["set"]
+
+
+def test_of_two_that_prepare_the_same_set_one_waits_for_the_other(tmp_path):
+    made, started = [], Event()
+
+    def make_slowly(folder):
+        started.set()
+        made.append(folder)
+        time.sleep(0.3)
+        make_set(folder)
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(atomic.write_data_set, tmp_path / "set", make_slowly)
+        started.wait()
+        with pytest.warns(UserWarning, match="another process is preparing the data set; waiting"):
+            assert not atomic.write_data_set(tmp_path / "set", make_slowly)
+    assert first.result() and len(made) == 1
+    assert [entry.name for entry in tmp_path.iterdir()] == ["set"]
+
+
+def test_what_cannot_be_read_elsewhere_is_not_blamed_on_the_place(tmp_path):
+    def read(folder):
+        (tmp_path / "source.tar").open()
+
+    with pytest.raises(DataError, match=r"source\.tar: cannot be read \(No such file or directory\)$"):
+        atomic.write_data_set(tmp_path / "set", read)
+    assert not list(tmp_path.iterdir())
 
 
 def test_finished_set_is_left_as_it_is(tmp_path):
@@ -70,5 +103,5 @@ def test_nothing_is_prepared_unasked(tmp_path):
 
 
 def make_set(folder):
-    (folder / "train" / "new").mkdir(parents=True)
-    (folder / "val").mkdir()
+    for split in ("train", "val"):
+        (folder / split / "new").mkdir(parents=True)

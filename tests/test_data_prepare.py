@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import io
 import pickle
+import socket
 import tarfile
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -20,7 +21,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, MNIST, Imagenette, imagenet
 
 from data.batch import DataError
 from data.images import list_splits
-from data.prepare import prepare_imagenet
+from data.prepare import downloads, prepare_imagenet
 from launch import prepare
 
 __all__ = ["photos"]  # the fixture
@@ -156,6 +157,16 @@ def test_a_failed_download_is_one_line_and_leaves_nothing(served, tmp_path, monk
     assert {entry.name for entry in tmp_path.iterdir()} <= {"served"}
 
 
+def test_a_server_that_says_nothing_ends_the_download(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(downloads, "SILENCE_S", 0.2)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{server.getsockname()[1]}/cifar.tar.gz")
+        assert prepare.main(["cifar10", str(tmp_path / "set")]) == 1
+    assert "the download failed (timed out)" in capsys.readouterr().err
+    assert socket.getdefaulttimeout() is None
+
+
 def full_after(files: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """From here on the disk has room for so many images."""
     honest, written = Image.Image.save, []
@@ -267,20 +278,17 @@ def test_a_missing_or_damaged_archive_is_named(archives, tmp_path, capsys):
     (archives / "ILSVRC2012_img_train.tar").unlink()
     assert prepare.main(["imagenet", str(archives), str(tmp_path / "set")]) == 1
     assert "ILSVRC2012_img_train.tar: there is no such file; get it from image-net.org" in capsys.readouterr().err
-    assert not (tmp_path / "set").exists()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["archives"]
 
 
-def test_two_processes_do_not_unpack_into_the_same_folder(archives, tmp_path):
-    import fcntl
-    import os
+def test_an_archive_that_cannot_be_read_is_named_and_leaves_nothing(archives, tmp_path, monkeypatch, capsys):
+    def broken(*arguments):
+        raise OSError(errno.EIO, "Input/output error")
 
-    (tmp_path / ".set.preparing").mkdir()
-    folder = os.open(tmp_path / ".set.preparing", os.O_RDONLY)
-    fcntl.flock(folder, fcntl.LOCK_EX)
-    with pytest.raises(DataError, match="another process is unpacking there"):
-        prepare_imagenet(archives, tmp_path / "set")
-    os.close(folder)
-    prepare_imagenet(archives, tmp_path / "set")
+    monkeypatch.setattr(hashlib, "file_digest", broken)
+    assert prepare.main(["imagenet", str(archives), str(tmp_path / "set")]) == 1
+    assert "ILSVRC2012_img_train.tar: cannot be read (Input/output error)" in capsys.readouterr().err
+    assert [entry.name for entry in tmp_path.iterdir()] == ["archives"]
 
 
 @pytest.mark.parametrize(

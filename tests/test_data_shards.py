@@ -1,22 +1,25 @@
 """Shards and file lists: the same images, orders and resumes as an image folder's, whole or refused."""
 
+import io
 import json
 import os
 import shutil
+import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 import numpy as np
 import pytest
-from test_data_images import build, disk_loaders, equal, needs_dali, photos, taken, write_split
+from test_data_images import build, disk_loaders, equal, made_photo, needs_dali, photos, taken, write_split
 
 from data import shards as shards_module
 from data.batch import DataError
-from data.images import list_split, list_splits
-from data.prepare import check_data, prepare_shards
+from data.images import list_split, list_splits, open_image
+from data.prepare import check_data, index_shards, prepare_shards
 from data.sharding import SHARDS_AT_A_TIME, TrainSharding
 from data.shards import read_index
+from launch.prepare import main as prepare_main
 
 __all__ = ["photos"]  # the fixture
 
@@ -185,6 +188,88 @@ def test_names_that_tar_keys_and_indices_cannot_hold_are_changed_and_stay_apart(
     assert train.classes == ["a b.c", "雪 豹"] and len(set(train.names)) == 5
     assert all(" " not in name and name.count(".") == 1 for name in train.names)
     assert contents(train) == contents(list_split(tmp_path / "files", "train"))
+
+
+def write_foreign(root, split, per_shard, label=str, extensions=("cls", "jpg", "json")):
+    """Two shards as the webdataset library writes them: no index, no manifest, keys that come back, more files."""
+    (root / split).mkdir(parents=True)
+    for shard in range(2):
+        with tarfile.open(root / split / f"{split}-{shard}.tar", "w") as tar:
+            for number in range(per_shard):
+                image = io.BytesIO()
+                made_photo(10 * shard + number).save(image, format="jpeg")
+                files = {"cls": f"{label((shard + number) % 3)}\n".encode(), "jpg": image.getvalue(), "json": b"{}"}
+                for extension in extensions:
+                    member = tarfile.TarInfo(f"./a b/{number:04d}.{extension}")
+                    member.size = len(files[extension])
+                    tar.addfile(member, io.BytesIO(files[extension]))
+
+
+@disk_loaders
+def test_shards_from_elsewhere_train_once_they_are_indexed(tmp_path, loader, capsys):
+    write_foreign(tmp_path, "train", 6)
+    write_foreign(tmp_path, "val", 3)
+    with pytest.raises(DataError, match=f"tar files without manifest.json: launch/prepare.py index {tmp_path}"):
+        list_splits(tmp_path)
+    for words in ("ready: {}", "{}: a data set is there already; kept as it is"):
+        assert prepare_main(["index", str(tmp_path)]) == 0
+        assert capsys.readouterr().out == words.format(tmp_path) + "\n"
+    train, val = list_splits(tmp_path)
+    assert train.classes == ["0", "1", "2"]
+    assert train.labels.tolist() == [0, 1, 2, 0, 1, 2, 1, 2, 0, 1, 2, 0]
+    assert len(set(train.names)) == 12 and val.names[0] == "val-0.tar/./a_b/0000.jpg"
+    assert open_image(val.read(5), "RGB").size == made_photo(12).size
+    for of_split, count in zip(build(tmp_path, loader), (12, 6), strict=True):
+        batches = taken(of_split)
+        assert sum(int(valid.sum()) for _, _, valid in batches) == count
+        of_split.close()
+    (tmp_path / "exclude.txt").write_text(f"train/{train.names[0]}\n")
+    assert list_splits(tmp_path)[0].names == train.names[1:]
+
+
+def test_names_as_classes_of_shards_from_elsewhere_are_sorted(tmp_path):
+    for split in ("train", "val"):
+        write_foreign(tmp_path, split, 3, label=("cat", "bee", "ant").__getitem__)
+    index_shards(tmp_path)
+    assert list_splits(tmp_path)[0].classes == ["ant", "bee", "cat"]
+    assert list_splits(tmp_path)[0].labels.tolist() == [2, 1, 0, 1, 0, 2]
+
+
+@pytest.mark.parametrize(
+    ("extensions", "damage", "message"),
+    [
+        (("cls", "jpg"), lambda tar: tar.write_bytes(tar.read_bytes()[:3000]), "train-0.tar: cannot be read as a tar"),
+        (("cls", "jpg"), lambda tar: [file.unlink() for file in tar.parent.iterdir()], "train: found no tar files"),
+        (("jpg", "json"), lambda tar: None, "has no .cls file, which must hold its class"),
+        (("cls", "json", "json"), lambda tar: None, "found 0 images in the sample of ./a_b/0000"),
+    ],
+    ids=["cut", "none", "no class", "no image"],
+)
+def test_shards_from_elsewhere_that_do_not_fit_are_named(tmp_path, capsys, extensions, damage, message):
+    for split in ("train", "val"):
+        write_foreign(tmp_path, split, 3, extensions=extensions)
+    damage(tmp_path / "train" / "train-0.tar")
+    assert prepare_main(["index", str(tmp_path)]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "train" / "manifest.json").exists()
+
+
+def test_shards_beside_the_splits_are_told_where_they_belong(tmp_path):
+    write_foreign(tmp_path, "train", 1)
+    (tmp_path / "train").rename(tmp_path / "all")
+    with pytest.raises(DataError, match=r"tar files beside it belong into train/ and val/"):
+        list_splits(tmp_path / "all")
+
+
+def test_files_without_a_suffix_are_packed(photos, tmp_path):
+    (tmp_path / "lists").mkdir()
+    for split in ("train", "val"):
+        for label, name in enumerate(("ant", "bee")):
+            shutil.copy(photos / split / name / "0.jpg", tmp_path / "lists" / f"{split}{label}")
+        (tmp_path / "lists" / f"{split}.txt").write_text(f"{split}0 ant\n{split}1 bee\n")
+    prepare_shards(tmp_path / "lists", tmp_path / "set")
+    for packed, files in zip(list_splits(tmp_path / "set"), list_splits(tmp_path / "lists"), strict=True):
+        assert contents(packed) == contents(files)
 
 
 def write_lists(path, photos, label=str):

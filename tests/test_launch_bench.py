@@ -4,11 +4,16 @@ import copy
 import json
 
 import pytest
-from launching import ROOT
+import torch
+import torch.nn.functional as F
+from launching import ALONE, ROOT
 
+import cup
 from launch.bench import main
-from launch.benches import models
+from launch.benches import models, savings, step
 from launch.benches.measure import machine, rounds_in_turn
+from train.engine import TrainConfig
+from train.models import build_model
 
 
 def test_a_resize_is_measured_beside_its_peers_and_written_with_the_machine(tmp_path, capsys):
@@ -58,10 +63,155 @@ def test_contenders_take_turns_after_a_round_of_warm_up():
     assert "".join(calls) == "ababab"
 
 
+# --- step and savings ---
+
+DENSE = {"conv1": 20, "conv2": 50, "fc1": 500}
+CUT = {"conv1": 11, "conv2": 27, "fc1": 300}
+DEEP = {"conv1": 9, "conv2": 17, "fc1": 100}
+
+
+@pytest.fixture
+def lenet_run(tmp_path):
+    """The log of a run of LeNet on two ranks: five epochs, two resizes."""
+    events = [{"event": "run", "model": "lenet", "world_size": 2}]
+    for epoch, widths in enumerate([DENSE, CUT, CUT, DEEP, DEEP], start=1):
+        if epoch in (2, 4):
+            events.append({"event": "resize", "epoch": epoch, "seconds": epoch / 4})
+        events.append({"event": "epoch", "epoch": epoch, "widths": widths})
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    return run
+
+
+QUICK = ["--classes", "10", "--rounds", "1"]
+
+
+def test_steps_at_the_widths_of_a_run_stand_beside_the_dense_network_and_the_loops(lenet_run, tmp_path, capsys):
+    out = tmp_path / "step.json"
+    assert main(["step", "--run", str(lenet_run), "--round-to", "1", "16", *QUICK, "--out", str(out)]) == 0
+    result = json.loads(out.read_text())
+    rows = {row["name"]: row for row in result["networks"]}
+    assert list(rows) == [
+        *("dense", "from epoch 2", "from epoch 4"),
+        *("from epoch 2, round_to 16", "from epoch 4, round_to 16"),
+    ]
+    assert rows["from epoch 2"]["widths"] == CUT
+    assert rows["from epoch 4, round_to 16"]["widths"] == {"conv1": 16, "conv2": 32, "fc1": 112}
+    dense = cup.complexity(build_model("lenet", 10), torch.empty(1, 1, 28, 28)).flops
+    cut = build_model("lenet", 10)
+    cup.shrink_to(cut, DEEP, torch.empty(1, 1, 28, 28))
+    row = rows["from epoch 4"]
+    assert row["flops_reduction"] == pytest.approx(dense / cup.complexity(cut, torch.empty(1, 1, 28, 28)).flops)
+    assert row["speed_up"]["median"] == pytest.approx(rows["dense"]["step_s"]["median"] / row["step_s"]["median"])
+    assert row["speed_up_over_fr"] == pytest.approx(row["speed_up"]["median"] / row["flops_reduction"])
+    assert set(result["loops_s"]) == {step.OUR_LOOP, step.BARE_LOOP, step.TORCHVISION_LOOP}
+    assert all(seconds["min"] > 0 for seconds in result["loops_s"].values())
+    assert "from epoch 4" in capsys.readouterr().out
+
+
+def test_steps_are_measured_at_a_planned_reduction_on_the_widths_that_are_worth_having(tmp_path, monkeypatch):
+    allowed = {"conv1": [5, 13, 20], "conv2": [11, 29, 50], "fc1": [70, 130, 330, 500]}
+    monkeypatch.setattr(step, "measured_widths", lambda *args: allowed)
+    out = tmp_path / "step.json"
+    argv = ["step", "--model", "lenet", "--reduction", "2", "--round-to", "measured", *QUICK, "--out", str(out)]
+    assert main(argv) == 0
+    _, row = json.loads(out.read_text())["networks"]
+    assert row["flops_reduction"] == pytest.approx(2, rel=0.2)
+    assert all(width in allowed[name] for name, width in row["widths"].items())
+
+
+def test_every_loop_takes_all_steps_of_every_round(monkeypatch):
+    """A loader goes on where it was left: a loop that found none left would look infinitely fast."""
+    bench = step.StepBench("lenet", 10, None, 4, TrainConfig(), ALONE)
+    loops, batches = step._Loops(bench, steps=3), []
+    entropy = F.cross_entropy
+    monkeypatch.setattr(F, "cross_entropy", lambda *args, **kwargs: batches.append(1) or entropy(*args, **kwargs))
+    for loop in (loops.ours, loops.bare, loops.torchvision_style) * 2:
+        batches.clear()
+        assert loop() > 0
+        assert len(batches) == 3
+    loops.close()
+
+
+def test_the_bare_loop_learns_what_ours_does():
+    """The same work: from equal weights and batches, equal weights after an epoch."""
+    torch.manual_seed(0)
+    bench = step.StepBench("lenet", 10, None, 4, TrainConfig(), ALONE)
+    loops = step._Loops(bench, steps=3)
+    bare, *_ = loops.networks[step.MEMORY_FORMAT]
+    bare.load_state_dict(loops.trainer.state.model.state_dict())
+    loops.ours()
+    loops.bare()
+    loops.close()
+    for one, other in zip(loops.trainer.state.model.parameters(), bare.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_the_epochs_of_a_run_are_spread_over_a_schedule_in_proportion():
+    assert savings.spread("abc", 9) == list("aaabbbccc")
+    assert savings.spread("abc", 7) == list("aaabbcc")
+    assert savings.spread("abcdef", 3) == list("ace")
+
+
+def test_hours_are_steps_times_seconds_with_evaluation_resizes_and_warm_up():
+    schedule = savings.Schedule(epochs=4, images=1000, val_images=90, step_images=64, batch_size=16)
+    assert (schedule.steps_per_epoch, schedule.val_steps_per_epoch) == (960 // 16, 6)
+    costs = {20: savings.Costs(step_s=2.0, val_s=1.0, first_s=2.5), 10: savings.Costs(1.0, 0.5, 4.0)}
+    path = [{"conv1": 20}, {"conv1": 10}, {"conv1": 10}, {"conv1": 10}]
+    first, second = savings.segments(path, lambda w: costs[w["conv1"]], lambda w: 20 / w["conv1"], schedule, resize_s=7)
+    assert (first.first, first.last, second.first, second.last) == (1, 1, 2, 4)
+    assert first.hours == pytest.approx((60 * 2.0 + 6 * 1.0 + 0.5) / 3600)
+    assert second.hours == pytest.approx((180 * 1.0 + 18 * 0.5 + 3.0 + 7) / 3600)
+    assert savings.hours([first, second]) == pytest.approx(first.hours + second.hours)
+
+
+def test_a_projection_adds_up_and_says_that_it_is_one(lenet_run, tmp_path, capsys):
+    out = tmp_path / "savings.json"
+    argv = ["savings", "--run", str(lenet_run), "--images", "5000", "--val-images", "500", "--epochs", "10"]
+    argv += ["--measure-batch-size", "4", "--round-to", "1", "16", *QUICK, "--out", str(out)]
+    assert main(argv) == 0
+    result = json.loads(out.read_text())
+    assert [row["round_to"] for row in result["rows"]] == [1, 16]
+    assert result["resize_s"] == pytest.approx(2 * (0.5 + 1.0) / 2), "both ranks wait for a resize"
+    parts = result["segments"]["1"]
+    assert [(part["first"], part["last"]) for part in parts] == [(1, 2), (3, 6), (7, 10)]
+    hours = sum(p["steps"] * p["step_s"] + p["val_steps"] * p["val_s"] + p["resize_s"] for p in parts) / 3600
+    row = result["rows"][0]
+    assert row["hours"] == pytest.approx(hours)
+    assert row["saving"] == pytest.approx(100 * (1 - hours / result["dense_hours"]))
+    assert row["saving_if_time_were_flops"] == pytest.approx(100 * (1 - 1 / parts[-1]["flops_reduction"]))
+    printed = capsys.readouterr().out
+    assert "A projection, not a training" in printed
+    assert "epochs   3 to   6" in printed
+
+
+@pytest.mark.parametrize("round_to", [8, {"conv1": [4, 12, 16], "conv2": [8, 24, 40], "fc1": [100, 200, 250]}])
+def test_rounded_widths_can_be_brought_back_to_the_reduction_that_they_had(round_to):
+    bench = step.StepBench("lenet", 10, None, 1, TrainConfig(), ALONE)
+    free = bench.cost(CUT).flops
+    rounded, equal = bench.rounded(CUT, round_to), savings.at_equal_reduction(bench, CUT, round_to)
+    assert equal == bench.rounded(equal, round_to), "these are widths that rounding gives"
+    assert bench.cost(rounded).flops > free
+    assert abs(bench.cost(equal).flops - free) < abs(bench.cost(rounded).flops - free)
+
+
+def test_a_projection_needs_a_run_and_its_classes(lenet_run, capsys):
+    assert main(["savings", "--run", str(lenet_run)]) == 1
+    assert "last.pt" in capsys.readouterr().err
+    (lenet_run / "log.jsonl").write_text('{"event": "run", "model": "lenet", "world_size": 1}\n')
+    assert main(["savings", "--run", str(lenet_run)]) == 1
+    assert "holds no epoch" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("argv", "word"),
     [
         (["speed"], "speed"),
+        (["step", "--round-to", "0"], "--round-to"),
+        (["step", "--run", "nowhere"], "nowhere"),
+        (["step", "--run", "a", "--reduction", "2"], "--reduction"),
+        (["savings"], "--run"),
         (["models", "--models", "resnet1"], "resnet1"),
         (["resize", "--rounds", "0"], "--rounds"),
         (["resize", "--model", "lenet", "--rounds", "1", "--out", f"{ROOT}/README.md/x.json"], "README.md"),

@@ -1,4 +1,4 @@
-"""The small parts of a run: ledger, learning rate, optimizer groups, models, checkpoints, run directories, report."""
+"""The small parts of a run: ledger, learning rate, optimizer groups, models, checkpoints, run directories."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from launching import TINY
 from torch import nn
 
 from data import Batch
-from launch import report, train
+from launch import train
 from train import optim
 from train.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from train.config import RunConfig, parse_config
@@ -371,81 +371,6 @@ def test_two_processes_cannot_write_one_log(tmp_path: Path):
     first.close()
     JsonLines(tmp_path / "log.jsonl", keep_bytes=0).close()
     assert read_log(tmp_path / "log.jsonl") == []
-
-
-def write_run(directory: Path, cup: bool, hours: float, reduction: float, epochs: int = 1, **start: object) -> Path:
-    """A finished run of one epoch, as its log tells it. start: the checkpoint that it started from, and its hours."""
-    directory.mkdir(parents=True)
-    epoch = {"epoch": 1, "threshold": None, "flops_reduction": reduction, "top1": 70.0}
-    epoch["seconds"] = dict.fromkeys(("data_wait", "step", "resize", "resize_warmup"), 1.0)
-    done = {"flops_reduction": reduction, "top1": 70.0, "top5": 90.0, "gpu_hours": hours, "device": "cuda"}
-    setting = {"epochs": epochs, "batch_size": 256, "train_images": 1281167, "precision": "bf16", "loader": "dali"}
-    setting |= {"world_size": 8, "devices": ["NVIDIA H100"] * 8}
-    lines = [
-        {"event": "run", "model": "resnet50", "cup": cup, **setting, **start},
-        {"event": "epoch", **epoch},
-        {"event": "done", **done},
-    ]
-    (directory / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return directory
-
-
-def test_the_report_measures_the_saving_against_the_dense_run(tmp_path: Path, capsys: pytest.CaptureFixture):
-    dense = write_run(tmp_path / "dense", cup=False, hours=66.0, reduction=1.0)
-    shrunk = write_run(tmp_path / "shrunk", cup=True, hours=54.48, reduction=2.2)
-    assert report.main([str(dense), str(shrunk), "--out", str(tmp_path / "out")]) == 0
-    table = (tmp_path / "out/savings.md").read_text()
-    assert "| dense: resnet50, dense | 1.00 | 70.00 | 90.00 | 66.00 |  |" in table
-    assert "| shrunk: resnet50, CUP-SS | 2.20 | 70.00 | 90.00 | 54.48 | 17.5 |" in table
-    assert "| paper: ResNet-50 CUP-SS (k 0.03, b 0.3) | 2.20 | 74.40 | 91.99 | 54.48 | 17.5 |" in table
-    assert table in capsys.readouterr().out
-    assert len((tmp_path / "out/savings.csv").read_text().splitlines()) == 1 + 2 + len(report.PUBLISHED)
-    assert (tmp_path / "out/epochs.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_report_gives_no_saving_against_a_run_of_another_length(tmp_path: Path, capsys: pytest.CaptureFixture):
-    dense = write_run(tmp_path / "dense", cup=False, hours=66.0, reduction=1.0, epochs=30)
-    shrunk = write_run(tmp_path / "shrunk", cup=True, hours=54.48, reduction=2.2, epochs=90)
-    assert report.main([str(dense), str(shrunk), "--out", str(tmp_path / "out")]) == 0
-    assert "| shrunk: resnet50, CUP-SS | 2.20 | 70.00 | 90.00 | 54.48 |  |" in (tmp_path / "out/savings.md").read_text()
-    assert "shrunk: no saving" in capsys.readouterr().out
-
-
-def test_the_report_adds_retraining_to_the_training_before_it(tmp_path: Path, capsys: pytest.CaptureFixture):
-    """A retrained run never shrinks, yet it is no dense run to measure savings against."""
-    dense = write_run(tmp_path / "dense", cup=False, hours=60.0, reduction=1.0)
-    start = {"from": "cut.pt", "gpu_hours_before": 60.0}
-    retrained = write_run(tmp_path / "retrained", cup=False, hours=30.0, reduction=2.2, **start)
-    again = write_run(tmp_path / "again", cup=True, hours=30.0, reduction=2.2, **start)
-    foreign = write_run(
-        tmp_path / "foreign", cup=False, hours=30.0, reduction=2.2, **start | {"gpu_hours_before": None}
-    )
-    runs = [str(run) for run in (dense, retrained, again, foreign)]
-    assert report.main([*runs, "--out", str(tmp_path / "out")]) == 0
-    table = (tmp_path / "out/savings.md").read_text()
-    assert "| dense: resnet50, dense | 1.00 | 70.00 | 90.00 | 60.00 |  |" in table
-    assert "| retrained: resnet50, retrained | 2.20 | 70.00 | 90.00 | 90.00 | -50.0 |" in table
-    assert "| again: resnet50, CUP-SS on a cut network | 2.20 | 70.00 | 90.00 | 90.00 | -50.0 |" in table
-    assert "| foreign: resnet50, retrained | 2.20 | 70.00 | 90.00 | 30.00 |  |" in table
-    out = capsys.readouterr().out
-    assert "retrained: 60.0000 GPU hours went into cut.pt, 30.0000 into retraining it" in out
-    assert "foreign: GPU hours of its own alone" in out
-
-
-def test_the_report_refuses_what_is_no_finished_run(tmp_path: Path, capsys: pytest.CaptureFixture):
-    assert report.main([str(tmp_path / "nothing")]) == 1
-    assert "nothing is no run directory" in capsys.readouterr().err
-    unfinished = write_run(tmp_path / "unfinished", cup=True, hours=1, reduction=2)
-    (unfinished / "log.jsonl").write_text('{"event": "run"}\n')
-    assert report.main([str(unfinished), "--out", str(tmp_path / "out")]) == 1
-    assert "not finished" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-def test_published_savings_follow_from_the_published_hours():
-    dense = report.PUBLISHED[0].hours
-    for row in report.PUBLISHED[1:]:
-        assert row.saving == pytest.approx(100 * (1 - row.hours / dense), abs=0.06)
 
 
 def test_lines_of_an_exclude_list_that_match_nothing_are_a_note():

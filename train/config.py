@@ -14,9 +14,11 @@ from dataclasses import dataclass, field
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import torch
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from data import DataConfig
+from data.batch import DECODING_ON_GPU, ON_DISK
 from train.engine import TrainConfig
 from train.errors import ConfigError
 from train.models import check_model_name
@@ -24,13 +26,8 @@ from train.optim import OptimConfig
 from train.resize import CupConfig
 
 # Settings of `data` that only some loaders, devices or other settings give an effect.
-ON_DISK = ("path", "prepare", "exclude", "threads", "mmap")
 RANDAUGMENT = ("randaugment_ops", "randaugment_magnitude")
 AUGMENTING = ("crop_scale", "crop_ratio", "flip", "color_jitter", "auto_augment", *RANDAUGMENT)
-DECODING_ON_GPU = (
-    *("hw_decoder_load", "decoder_width_hint", "decoder_height_hint"),
-    *("decoder_device_memory", "decoder_host_memory"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +122,7 @@ class RunConfig:
     def without_effect(self) -> list[str]:
         """What was set and changes nothing, in words for the user."""
         data = self.data
+        on_gpu = self.run.device == "cuda" or (self.run.device == "auto" and torch.cuda.is_available())
         rules = [
             (not self.cup.enabled, self.cup, [f.name for f in dataclasses.fields(CupConfig)][1:], "cup.enabled: false"),
             (self.cup.ramp == "reduction", self.cup, ["slope", "offset"], "cup.ramp: reduction"),
@@ -133,7 +131,7 @@ class RunConfig:
             (self.train.compile == "none", self.train, ["compile_steps"], "train.compile: none"),
             (data.loader == "synthetic", data, [*ON_DISK, *AUGMENTING], "data.loader: synthetic"),
             (data.loader == "folder", data, ["mmap"], "data.loader: folder"),
-            (data.loader == "folder" or self.run.device == "cpu", data, DECODING_ON_GPU, "no decoding on a GPU"),
+            (data.loader == "folder" or not on_gpu, data, DECODING_ON_GPU, "no decoding on a GPU"),
             (data.loader in ("folder", "dali"), data, ["synthetic_images", "synthetic_classes"], "images from a disk"),
             (data.auto_augment != "randaugment", data, RANDAUGMENT, f"data.auto_augment: {data.auto_augment}"),
             (not data.start_size, data, ["grow_epochs", "size_step"], "data.start_size: 0"),

@@ -17,12 +17,13 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 
-from data import Loader
+from data import Batch, Loader
 from train.compiling import BlockCompiler, compile_errors
 from train.errors import TrainError
 from train.ledger import Kind, Ledger
@@ -111,14 +112,12 @@ class Trainer:
     sinks: Sinks
     progress: "Progress"
     watch: Watch
-    batch_size: int
-    """Images a step, all ranks together."""
-    image_shape: Callable[[int], tuple[int, int, int]]
-    """Epoch (1, 2, ...) -> (channels, height, width) of its training images."""
     guard: StepGuard | None = None
     """Leaves out steps that are not finite; None with train.nonfinite: stop."""
     so_far: "EpochSoFar | None" = None
     """The epoch that is under way; None between two epochs."""
+    is_resumed: bool = False
+    """Whether the next step is the first of this process, and not of the run."""
     save: Callable[["Trainer", bool], None] = lambda trainer, is_best: None
     """Writes a checkpoint of this trainer; the flag says whether it is the best so far. All ranks call it."""
 
@@ -162,6 +161,8 @@ class EpochSoFar:
     """Steps left out because they were not finite, float32 scalar; equal on all ranks."""
     step: int = 0
     """Steps of the epoch that are made."""
+    images: int = 0
+    """In these steps, all ranks together."""
     is_averaged: bool = False
     """Whether the ranks' batch-norm statistics are averaged already: only the evaluation is left."""
 
@@ -171,20 +172,20 @@ class EpochSoFar:
         return cls(threshold, trainer.ledger.seconds, nothing, nothing.clone())
 
     @classmethod
-    def restored(cls, ranks: Sequence[dict[str, Any]], stored_batch_size: int, trainer: Trainer) -> "EpochSoFar":
+    def restored(cls, ranks: Sequence[dict[str, Any]], world: World, batch_ratio: Fraction) -> "EpochSoFar":
         """This rank's part of an epoch that `ranks` were in the middle of, who may have been fewer or more.
 
-        The same images are done then, to within a batch, and the mean of the losses so far stays what it is.
+        batch_ratio: images a step now over images a step then. The same images are done, to within a batch, and the
+        mean of the losses so far stays what it is.
         """
-        world = trainer.world
         own = dict(ranks[min(world.rank, len(ranks) - 1)])
         loss_sum, skipped = own.pop("loss_sum").to(world.device), own.pop("skipped").to(world.device)
         so_far = cls(**own, loss_sum=loss_sum, skipped=skipped)
-        if (len(ranks), stored_batch_size) != (world.size, trainer.batch_size):
+        if (len(ranks), batch_ratio) != (world.size, 1):
             kept = max(so_far.step - float(skipped), 1)
             mean = sum(float(rank["loss_sum"]) for rank in ranks) / (kept * len(ranks))
-            so_far.step = so_far.step * stored_batch_size // trainer.batch_size
-            so_far.skipped = (skipped * stored_batch_size / trainer.batch_size).floor()
+            so_far.step = math.floor(so_far.step / batch_ratio)
+            so_far.skipped = (skipped / float(batch_ratio)).floor()
             kept = so_far.step - float(so_far.skipped)
             so_far.loss_sum.fill_(mean * kept * world.size if world.is_main else 0.0)
         return so_far
@@ -209,8 +210,6 @@ def fit(trainer: Trainer) -> dict[str, Any]:
 
     Raises Stopped, after a checkpoint, if somebody asked for it.
     """
-    if trainer.progress.step > trainer.progress.wrapped_at:
-        _form_buckets(trainer)
     for epoch in range(trainer.progress.epoch + 1, trainer.config.epochs + 1):
         just_resized = False
         if trainer.so_far is None:
@@ -258,6 +257,9 @@ def train_epoch(trainer: Trainer, epoch: int, just_resized: bool) -> tuple[float
         with trainer.ledger.charge(kind), compile_errors() if kind == "compile" else nullcontext():
             lr = learning_rate(trainer.optim, epoch - 1 + step / steps, trainer.config.epochs)
             set_learning_rate(state.optimizer, lr)
+            if trainer.is_resumed:
+                trainer.is_resumed = False
+                _form_buckets(trainer, batch)
             images, labels = trainer.mix(batch.images, batch.labels)
             loss = training_step(state, images, labels, trainer.config, trainer.guard)
             if trainer.guard is not None:
@@ -267,6 +269,7 @@ def train_epoch(trainer: Trainer, epoch: int, just_resized: bool) -> tuple[float
             if kind != "step":
                 world.synchronize()
         so_far.step += 1
+        so_far.images += len(batch.labels) * world.size
         trainer.progress.step += 1
         trainer.sinks.progress(what, step + 1, steps)
         _look(trainer, epoch)
@@ -276,8 +279,7 @@ def train_epoch(trainer: Trainer, epoch: int, just_resized: bool) -> tuple[float
         loss_sum = world.sum(so_far.loss_sum.clone()).item()
         mean_loss = loss_sum / (kept * world.size) if kept else math.nan
     seconds = {kind: total - so_far.seconds_before[kind] for kind, total in trainer.ledger.seconds.items()}
-    images = steps * trainer.batch_size
-    return mean_loss, images / sum(spent for kind, spent in seconds.items() if kind not in NOT_TRAINING)
+    return mean_loss, so_far.images / sum(spent for kind, spent in seconds.items() if kind not in NOT_TRAINING)
 
 
 def _look(trainer: Trainer, epoch: int) -> None:
@@ -357,22 +359,18 @@ def _gradients(state: TrainState, images: torch.Tensor, labels: torch.Tensor, co
     return mean_loss
 
 
-def _form_buckets(trainer: Trainer) -> None:
-    """After a resume: let DDP see one backward pass on empty images, which changes nothing.
+def _form_buckets(trainer: Trainer, batch: Batch) -> None:
+    """Before the first step after a resume: let DDP see a backward pass, which changes nothing else.
 
-    DDP lays its buckets out anew after the first step that it sees, and with three or more ranks the layout decides in
-    which order gradients are summed. An undisturbed run had that first step behind it.
+    DDP lays its buckets out anew after the first one that it sees, and with three or more ranks the layout decides in
+    which order gradients are summed. An undisturbed run had that pass behind it, unless it had just been put into DDP.
     """
-    world, state = trainer.world, trainer.state
-    if world.size == 1:
+    world, state, progress = trainer.world, trainer.state, trainer.progress
+    if world.size == 1 or progress.step == progress.wrapped_at:
         return
     buffers = {name: buffer.clone() for name, buffer in state.model.named_buffers()}
-    state.parallel.train()
     with torch.random.fork_rng(devices=[world.device] if world.device.type == "cuda" else []):
-        shape = trainer.image_shape(trainer.progress.epoch + 1)
-        images = torch.zeros(trainer.batch_size // world.size, *shape, device=world.device)
-        labels = torch.zeros(len(images), dtype=torch.int64, device=world.device)
-        _gradients(state, images, labels, trainer.config)
+        _gradients(state, batch.images, batch.labels, trainer.config)
     state.optimizer.zero_grad()
     for name, buffer in state.model.named_buffers():
         buffer.copy_(buffers[name])

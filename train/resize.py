@@ -17,6 +17,7 @@ from cup import PlanOptions, PrunePlan
 from train.errors import TrainError
 from train.optim import forget_momentum
 from train.state import TrainState, state_digest
+from train.widths import AllowedWidths, measured_widths
 from train.world import World, available_cores
 
 
@@ -39,8 +40,9 @@ class CupConfig:
     """No cuts after this epoch; the reduction ramp reaches its target there. null = the last epoch of training."""
     every: int = 1
     """Epochs between two cuts."""
-    round_to: int = 1
-    """Widths are rounded up to a multiple of this (8 or more for tensor cores)."""
+    round_to: int | Literal["measured"] = 1
+    """Widths are rounded up to a multiple of this (8 or more for tensor cores); measured = to the next width that is
+    worth having on this device, found by timing each layer at the start of the run (seconds on a GPU)."""
     min_channels: int = 1
     """No layer gets narrower than this, channels."""
     features: Literal["both", "incoming", "outgoing"] = "both"
@@ -62,7 +64,7 @@ class CupConfig:
             ("target_reduction", not needs_target or target is not None, "a number above 1 (ramp: reduction needs it)"),
             ("last_epoch", self.last_epoch is None or self.last_epoch >= 1, "a whole number from 1, or null"),
             ("every", self.every >= 1, "a whole number from 1"),
-            ("round_to", self.round_to >= 1, "a whole number from 1"),
+            ("round_to", self.round_to == "measured" or self.round_to >= 1, "a whole number from 1, or measured"),
             ("min_channels", self.min_channels >= 1, "a whole number from 1"),
         ]
         for name, ok, allowed in checks:
@@ -105,6 +107,8 @@ class Resizer:
         self.groups = _groups(config, model, example_input)
         self.dense = self.now = cup.complexity(model, example_input)
         self.plans: list[PrunePlan] = []
+        self.allowed_widths: AllowedWidths | None = None
+        """With round_to: measured, what was measured: a resumed run must plan with the same numbers."""
 
     @property
     def widths(self) -> dict[str, int]:
@@ -126,6 +130,18 @@ class Resizer:
         """Bring a full-width state to stored widths. Every rank calls it with the same plans, before DDP."""
         for plan in plans:
             self._apply(state, plan)
+
+    def measure_widths(self, state: TrainState, batch_size: int, world: World) -> None:
+        """With round_to: measured, time the layers on rank 0, unless that was done. All ranks call it, before DDP.
+
+        batch_size: images of one rank's step.
+        """
+        if not self.config.enabled or self.config.round_to != "measured" or self.allowed_widths is not None:
+            return
+        groups = cup.prunable_groups(self.groups, self.config.scope)
+        self.allowed_widths = world.on_rank_zero(
+            lambda: measured_widths(state.model, groups, batch_size, state.precision, world.device)
+        )
 
     def at_epoch_start(self, epoch: int, state: TrainState, world: World) -> ResizeOutcome:
         """Resize if the schedule says so. All ranks call it; model, EMA and optimizer are changed in place.
@@ -164,16 +180,22 @@ class Resizer:
         t = cup.threshold_at(epoch, config.slope, config.offset)
         if t <= 0:
             return None
-        plan = cup.plan_by_threshold(model, self.groups, t, **config.plan_options)
+        plan = cup.plan_by_threshold(model, self.groups, t, **self._plan_options)
         if target is None:
             return plan
         reduction = self.dense.flops / cup.flops_after(model, self.groups, plan, self.now)
         return self._plan_to(target, model) if reduction > target * (1 + cup.REDUCTION_TOLERANCE) else plan
 
     def _plan_to(self, reduction: float, model: torch.nn.Module) -> PrunePlan:
-        return cup.plan_by_reduction(
-            model, self.groups, reduction, dense_flops=self.dense.flops, **self.config.plan_options
-        )
+        return cup.plan_by_reduction(model, self.groups, reduction, dense_flops=self.dense.flops, **self._plan_options)
+
+    @property
+    def _plan_options(self) -> dict[str, Any]:
+        options = self.config.plan_options
+        if self.config.round_to == "measured":
+            assert self.allowed_widths is not None, "measure_widths comes before the first plan"
+            options["round_to"] = self.allowed_widths
+        return options
 
     def _resize(self, state: TrainState, plan: PrunePlan, digest: str) -> str:
         """On one rank: check, apply, carry; returns the digest of the state that comes of it."""

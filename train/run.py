@@ -64,9 +64,10 @@ def run(config: RunConfig, world: World, ledger: Ledger) -> dict[str, Any]:
     trainer = world.together(lambda: _build_trainer(fitted, world, ledger))
     notes += words + config.without_effect() + _excluded(config, trainer)
     if stored is not None:
-        notes += world.together(lambda: restore(trainer, stored))
+        notes += world.together(lambda: restore(trainer, stored, fitted.data.batch_size))
     elif source is not None:
         notes += world.together(lambda: _start_from(trainer, source, config))
+    trainer.resizer.measure_widths(trainer.state, fitted.data.batch_size // world.size, world)
     ledger.add_lost(**world.on_rank_zero(lambda: lost_seconds(run_dir, stored)))
     # Only now, so that a run that cannot start leaves no directory that the corrected one would stumble over.
     world.on_rank_zero(lambda: create_run_dir(run_dir, config))
@@ -74,7 +75,8 @@ def run(config: RunConfig, world: World, ledger: Ledger) -> dict[str, Any]:
     if stored is not None:
         restore_buffers(trainer, stored)
     trainer.state.parallel = world.wrap(trainer.state.model)
-    saver = Saver(config, run_dir, _architecture(config, trainer.train_loader.num_classes))
+    architecture = _architecture(config, trainer.train_loader.num_classes)
+    saver = Saver(config, run_dir, architecture, fitted.data.batch_size)
     trainer.save = saver.save
     trainer.sinks, words = world.together(lambda: _open_sinks(run_dir, world, ledger, stored))
     notes += words
@@ -82,7 +84,7 @@ def run(config: RunConfig, world: World, ledger: Ledger) -> dict[str, Any]:
         beat = (lambda: saver.beat(ledger)) if world.is_main else (lambda: None)
         trainer.watch = Watch(world, lambda: signals.stop_wanted, 60 * config.run.save_every_minutes, beat)
         try:
-            trainer.sinks.write(_first_line(config, trainer, run_dir))
+            trainer.sinks.write(_first_line(fitted, trainer, run_dir))
             for note in notes:
                 trainer.sinks.write({"event": "note", "time_s": ledger.total_s, "message": note})
             ledger.end_startup()
@@ -114,11 +116,11 @@ def evaluate_checkpoint(
         raise TrainError(
             f"{config.data.path} has {val_loader.num_classes} classes, the network {architecture.num_classes}"
         )
-    if val_loader.num_excluded and world.is_main:
-        warnings.warn(
-            f"{config.data.path}: {val_loader.num_excluded} validation images are excluded and not counted",
-            stacklevel=2,
-        )
+    notes = _unmatched(config, val_loader)
+    if val_loader.num_excluded:
+        notes.append(f"{config.data.path}: {val_loader.num_excluded} validation images are excluded and not counted")
+    for note in notes if world.is_main else ():
+        warnings.warn(note, stacklevel=2)
     model.to(world.device, memory_format=MEMORY_FORMAT)
     try:
         result = evaluate(model, val_loader, Precision(config.train.precision, world.device), world)
@@ -206,8 +208,6 @@ def _build_trainer(config: RunConfig, world: World, ledger: Ledger) -> Trainer:
         sinks=Sinks([]),
         progress=Progress(),
         watch=Watch(world, lambda: False),
-        batch_size=config.data.batch_size,
-        image_shape=lambda epoch: (config.data.channels, *[train_size(config.data, epoch - 1)] * 2),
         guard=StepGuard(world.device) if config.train.nonfinite == "skip" else None,
     )
 
@@ -256,11 +256,15 @@ def _excluded(config: RunConfig, trainer: Trainer) -> list[str]:
     train, val = trainer.train_loader.num_excluded, trainer.val_loader.num_excluded
     listed = exclude_file(config.data.path, config.data.exclude)
     notes = [f"{listed} leaves out {train} training and {val} validation images"] if train or val else []
-    unmatched = trainer.train_loader.unmatched
-    if unmatched:
-        named = ", ".join(unmatched[:3]) + (f" and {len(unmatched) - 3} more" if len(unmatched) > 3 else "")
-        notes.append(f"{listed} names what is not in the data set, expected SPLIT/CLASS/FILE or SPLIT/CLASS/: {named}")
-    return notes
+    return notes + _unmatched(config, trainer.train_loader)
+
+
+def _unmatched(config: RunConfig, loader: Loader) -> list[str]:
+    """What the exclude list names without effect, in words for the user."""
+    names, listed = loader.unmatched, exclude_file(config.data.path, config.data.exclude)
+    named = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    note = f"{listed} names what is not in the data set, expected SPLIT/CLASS/FILE or SPLIT/CLASS/: {named}"
+    return [note] if names else []
 
 
 def _check_equal(state: TrainState, world: World) -> None:
@@ -362,7 +366,7 @@ def _first_line(config: RunConfig, trainer: Trainer, run_dir: RunDir) -> dict[st
         "first_epoch": trainer.progress.epoch + 1,
         "first_step": 0 if trainer.so_far is None else trainer.so_far.step,
         "job": torchrun_job(),
-        "batch_size": trainer.batch_size,
+        "batch_size": config.data.batch_size,
         "precision": config.train.precision,
         "loader": trainer.train_loader.kind,
         "world_size": world.size,

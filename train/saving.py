@@ -8,6 +8,7 @@ import dataclasses
 import json
 import time
 from contextlib import suppress
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,10 @@ RUN_PARTS = {"progress": dict, "optimizer": dict, "scaler": dict, "ranks": list,
 class Saver:
     """Writes a run's checkpoints. All ranks have one; rank 0's writes."""
 
-    def __init__(self, config: RunConfig, run_dir: RunDir, architecture: Architecture) -> None:
+    def __init__(self, config: RunConfig, run_dir: RunDir, architecture: Architecture, batch_size: int) -> None:
+        """batch_size: images a step of all ranks, as it is; `config` may ask for more (train/run.py)."""
         self._config = config
+        self._batch_size = batch_size
         self._run_dir = run_dir
         self._architecture = architecture
         self._beaten_at = -BEAT_EVERY_S
@@ -93,8 +96,9 @@ class Saver:
             "config": self._config.to_dict(),
             "plans": plans_to_store(trainer.resizer.plans),
             "widths": trainer.resizer.widths,
+            "allowed_widths": trainer.resizer.allowed_widths,
             "progress": vars(trainer.progress),
-            "batch_size": trainer.batch_size,
+            "batch_size": self._batch_size,
             "gpu_hours": None if before is None else before + trainer.ledger.gpu_hours(trainer.ledger.total_s),
             "log_bytes": trainer.sinks.log_bytes,
             "model": _with_means(state.model.state_dict(), model),
@@ -132,22 +136,25 @@ def load_stored(run_dir: RunDir, world: World) -> tuple[dict[str, Any] | None, l
     return stored, notes
 
 
-def restore(trainer: Trainer, stored: dict[str, Any]) -> list[str]:
+def restore(trainer: Trainer, stored: dict[str, Any], batch_size: int) -> list[str]:
     """Bring a fresh trainer to where the checkpoint was written: widths first, then everything that has them.
 
+    batch_size: images a step of all ranks, now.
     Returns what could not be restored and changes nothing but the random numbers, in words for the user. Running
     statistics come later, by `restore_buffers`.
     """
     state = trainer.state
     try:
         trainer.resizer.replay(state, stored_plans(stored))
+        trainer.resizer.allowed_widths = stored["allowed_widths"]
         state.model.load_state_dict(stored["model"])
         if state.ema is not None:
             state.ema.load_state_dict(stored["ema"])
         state.optimizer.load_state_dict(stored["optimizer"])
         state.precision.scaler.load_state_dict(stored["scaler"])
         trainer.progress = Progress(**stored["progress"])
-        return _restore_rank(trainer, stored)
+        trainer.is_resumed = True
+        return _restore_rank(trainer, stored, batch_size)
     except (KeyError, IndexError, RuntimeError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"the stored state does not fit this network: {error}") from error
 
@@ -215,11 +222,12 @@ def _with_means(weights: dict[str, torch.Tensor], buffers: list[dict[str, torch.
     return weights | {name: sum(own[name] for own in buffers) / len(buffers) for name in buffers[0]}
 
 
-def _restore_rank(trainer: Trainer, stored: dict[str, Any]) -> list[str]:
+def _restore_rank(trainer: Trainer, stored: dict[str, Any], batch_size: int) -> list[str]:
     ranks, world = stored["ranks"], trainer.world
     trainer.ledger.load_state_dict(ranks[min(world.rank, len(ranks) - 1)]["ledger"])
     if "so_far" in ranks[0]:
-        trainer.so_far = EpochSoFar.restored([rank["so_far"] for rank in ranks], stored["batch_size"], trainer)
+        parts = [rank["so_far"] for rank in ranks]
+        trainer.so_far = EpochSoFar.restored(parts, world, Fraction(batch_size, stored["batch_size"]))
     if len(ranks) != world.size:
         return [f"resumed on {world.size} ranks, stored by {len(ranks)}: augmentation and dropout draw other numbers"]
     mine = ranks[world.rank]

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -171,7 +172,9 @@ class TensorBoard:
             self.write(event)
 
     def write(self, event: Event) -> None:
-        if event["event"] == "epoch":
+        if event["event"] == "run":
+            self._writer.add_text("config", f"```\n{yaml.safe_dump(event['config'], sort_keys=False)}```")
+        elif event["event"] == "epoch":
             self._write_epoch(event)
         elif event["event"] == "resize":
             self._add("cup/removed(channels)", sum(event["removed"].values()), event)

@@ -5,11 +5,12 @@ from data.prepare.digits import prepare_digits
 from data.prepare.dispatch import prepare_data
 from data.prepare.downloads import prepare_cifar10, prepare_cifar100, prepare_imagenette, prepare_mnist
 from data.prepare.imagenet import prepare_imagenet
-from data.prepare.shards import prepare_shards
+from data.prepare.shards import index_shards, prepare_shards
 
 __all__ = [
     "CheckReport",
     "check_data",
+    "index_shards",
     "prepare_cifar10",
     "prepare_cifar100",
     "prepare_data",

@@ -1,46 +1,47 @@
 """Data sets appear at their place finished or not at all, whatever interrupts their preparation."""
 
+import fcntl
 import os
 import shutil
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from data.batch import DataError
 
+LOCK = ".lock"
 
-def write_data_set(path: str | Path, write: Callable[[Path], None]) -> bool:
-    """Let `write` fill an empty folder with train/ and val/, then rename it to `path` in one step.
 
-    Returns whether it did: it does nothing if `path` holds a finished set. What a killed attempt left beside it
-    (`.NAME.preparing-PID`) is in nobody's way. Raises DataError if something else is at `path` or the place cannot be
-    written, as on a full disk.
+def write_data_set(path: str | Path, write: Callable[[Path], None], *, resumes: bool = False) -> bool:
+    """Let `write` fill a folder with train/ and val/, then rename it to `path` in one step.
+
+    The folder is `.NAME.preparing` beside `path`. It is empty at the beginning; where `write` resumes, it holds what an
+    interrupted or failed attempt left there. Of several processes that prepare the same set one does, the others wait.
+    Returns whether this one did: it does nothing if `path` holds a finished set. Raises DataError if something else is
+    at `path`, the place cannot be written, as on a full disk, or what `write` reads cannot be read.
     """
     path = Path(path)
     if is_there(path):
         return False
     # Beside the target, as a rename is atomic within one file system only.
-    unfinished = path.parent / f".{path.name}.preparing-{os.getpid()}"
+    unfinished = path.parent / f".{path.name}.preparing"
     try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        fill(path, unfinished, write)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return True
-
-
-def fill(path: Path, unfinished: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill the folder `unfinished`, then rename it to `path`; what failed stays in `unfinished`.
-
-    Raises DataError if the place cannot be written, as on a full disk.
-    """
-    try:
-        unfinished.mkdir(parents=True, exist_ok=True)
-        write(unfinished)
-        unfinished.rename(path)
+        with _alone_in(unfinished):
+            if is_there(path):  # another process was quicker
+                return False
+            if not resumes:
+                _empty(unfinished)  # a killed process cannot clean up
+            try:
+                write(unfinished)
+                (unfinished / LOCK).unlink()
+                unfinished.rename(path)
+            finally:
+                if not resumes:
+                    _empty(unfinished)
     except OSError as error:
-        # Another process may have been quicker; its set is as good.
-        if not _is_finished(path):
-            raise DataError(f"{path}: cannot be written ({error}): choose another place, or make room") from error
+        raise _as_data_error(error, path, unfinished) from error
+    return True
 
 
 def is_there(path: Path) -> bool:
@@ -59,3 +60,60 @@ def is_there(path: Path) -> bool:
 
 def _is_finished(path: Path) -> bool:
     return all((path / split).is_dir() and any((path / split).iterdir()) for split in ("train", "val"))
+
+
+def _as_data_error(error: OSError, path: Path, unfinished: Path) -> DataError:
+    """Blames the place, unless the error names a file elsewhere, which can only have been read."""
+    place, named = unfinished.absolute(), error.filename
+    if isinstance(named, str | bytes):
+        file = Path(os.fsdecode(named)).absolute()
+        if not (file.is_relative_to(place) or place.is_relative_to(file)):
+            return DataError(f"{file}: cannot be read ({error.strerror})")
+    return DataError(f"{path}: cannot be written ({error}): choose another place, or make room")
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Make the folder and keep other processes out of it; what is empty at the end is removed."""
+    lock = None
+    while lock is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _locked(folder / LOCK)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            (folder / LOCK).unlink()
+        with suppress(OSError):
+            folder.rmdir()
+        os.close(lock)
+
+
+def _locked(file: Path) -> int | None:
+    """The file's descriptor, once no other process has it; None if the file is another one by then.
+
+    The kernel lets go of it when this process ends, however it ends.
+    """
+    try:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    except FileNotFoundError:  # the folder was removed meanwhile
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        warnings.warn(f"{file.parent}: another process is preparing the data set; waiting for it", stacklevel=2)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(descriptor), file.stat()):
+            return descriptor
+    os.close(descriptor)
+    return None
+
+
+def _empty(folder: Path) -> None:
+    """Remove everything but the lock, as far as it goes."""
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        if entry.name != LOCK:
+            shutil.rmtree(entry, ignore_errors=True)
+            with suppress(OSError):
+                entry.unlink()  # what is no folder

@@ -4,10 +4,12 @@ Images that come as pixels are written as PNG: the same pixels, in 32-pixel imag
 """
 
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
+from ssl import SSLError
 from urllib.error import URLError
 
 from torchvision.datasets import CIFAR10, CIFAR100, MNIST, Imagenette, VisionDataset
@@ -17,6 +19,8 @@ from data.prepare.atomic import write_data_set
 from data.prepare.progress import tracked
 
 DOWNLOADED = ".download"
+SILENCE_S = 60.0
+"""How long a server may say nothing."""
 
 
 def prepare_mnist(path: str | Path) -> bool:
@@ -49,7 +53,7 @@ def prepare_imagenette(path: str | Path, size: str = "full") -> bool:
 def _write_pixels(root: Path, data_set: Callable[..., VisionDataset], classes: list[str] | None = None) -> None:
     """classes: folder names by label; the data set's own if not given."""
     for split in ("train", "val"):
-        with _download_errors():
+        with _downloading():
             images = data_set(root / DOWNLOADED, train=split == "train", download=True)
         folders = [root / split / name for name in classes or images.classes]
         for folder in folders:
@@ -60,7 +64,7 @@ def _write_pixels(root: Path, data_set: Callable[..., VisionDataset], classes: l
 
 
 def _write_imagenette(root: Path, size: str) -> None:
-    with _download_errors():
+    with _downloading():
         Imagenette(root / DOWNLOADED, size=size, download=True)
     [unpacked] = [folder for folder in (root / DOWNLOADED).iterdir() if folder.is_dir()]
     for split in ("train", "val"):
@@ -69,9 +73,14 @@ def _write_imagenette(root: Path, size: str) -> None:
 
 
 @contextmanager
-def _download_errors() -> Iterator[None]:
-    """What a network can do, and torchvision's RuntimeError for a wrong checksum, as DataError."""
+def _downloading() -> Iterator[None]:
+    """What a network can do, and torchvision's RuntimeError for a wrong checksum, as DataError; a dead server, too."""
+    # torchvision opens its connections without a limit; this one is for those of the whole process.
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(SILENCE_S)
     try:
         yield
-    except (URLError, HTTPException, ConnectionError, TimeoutError, RuntimeError) as error:
+    except (URLError, HTTPException, ConnectionError, TimeoutError, SSLError, RuntimeError) as error:
         raise DataError(f"the download failed ({' '.join(str(error).split())}): try again, with a network") from error
+    finally:
+        socket.setdefaulttimeout(before)

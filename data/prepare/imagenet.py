@@ -1,19 +1,15 @@
 """ImageNet (ILSVRC 2012) from its official archives to an image folder, resumable class by class."""
 
-import fcntl
 import hashlib
-import os
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from torchvision.datasets.imagenet import ARCHIVE_META, load_meta_file, parse_devkit_archive
 
 from data.batch import DataError
-from data.prepare.atomic import fill, is_there
+from data.prepare.atomic import write_data_set
 from data.prepare.progress import opened, tracked
 
 
@@ -23,49 +19,35 @@ def prepare_imagenet(archives: str | Path, path: str | Path) -> bool:
     archives: folder with ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, which is
     only read. What an interrupted or failed attempt unpacked is kept in `.NAME.preparing` beside PATH, and the same
     call goes on from there. Returns whether it wrote: a finished set is left as it is. Raises DataError if an archive
-    is missing or its checksum is wrong, if another process does the same, or if the place cannot be written.
+    is missing, cannot be read or has a wrong checksum, or if the place cannot be written.
     """
-    path = Path(path)
-    if is_there(path):
-        return False
-    fill(path, path.parent / f".{path.name}.preparing", lambda root: _unpack(Path(archives), root))
-    return True
+    return write_data_set(path, lambda root: _unpack(Path(archives), root), resumes=True)
 
 
 def _unpack(archives: Path, root: Path) -> None:
-    with _locked(root):
-        files = {kind: archives / name for kind, (name, _) in ARCHIVE_META.items()}
-        for kind, (_, md5) in ARCHIVE_META.items():
-            _verify(files[kind], md5)
-        _unpack_train(files["train"], root / "train")
-        _unpack_val(files["val"], root / "val", _val_wnids(files["devkit"]))
-
-
-@contextmanager
-def _locked(root: Path) -> Iterator[None]:
-    """Keep other processes out of the folder; the kernel lets go of it when this one ends."""
-    folder = os.open(root, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise DataError(f"{root}: another process is unpacking there: let it finish") from error
-    finally:
-        os.close(folder)
+    files = {kind: archives / name for kind, (name, _) in ARCHIVE_META.items()}
+    for kind, (_, md5) in ARCHIVE_META.items():
+        _verify(files[kind], md5)
+    wnids = _val_wnids(files["devkit"], root)
+    _unpack_train(files["train"], root / "train")
+    _unpack_val(files["val"], root / "val", wnids)
 
 
 def _verify(archive: Path, md5: str) -> None:
     if not archive.is_file():
         raise DataError(f"{archive}: there is no such file; get it from image-net.org (ILSVRC 2012), after signing in")
-    with opened(archive, f"checking {archive.name}") as file:
-        found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    try:
+        with opened(archive, f"checking {archive.name}") as file:
+            found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    except OSError as error:  # one in the middle of a file names none
+        raise DataError(f"{archive}: cannot be read ({error.strerror})") from error
     if found != md5:
         raise DataError(f"{archive}: found MD5 {found}, expected {md5}: download it again")
 
 
-def _val_wnids(devkit: Path) -> list[str]:
+def _val_wnids(devkit: Path, scratch: Path) -> list[str]:
     """WordNet id of every validation image, in the order of their numbers."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
         # torchvision reads the archive from the folder that it writes its result to.
         (Path(folder) / devkit.name).symlink_to(devkit.absolute())
         parse_devkit_archive(folder)

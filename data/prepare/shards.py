@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from data.batch import DataError, Split
-from data.images import SPLITS, ImageList, in_words, list_splits, require_local
+from data.images import SPLITS, ImageList, in_words, list_splits, numbered_classes, require_local
 from data.prepare.atomic import is_there, write_data_set
 from data.prepare.progress import tracked
-from data.shards import LABEL_EXTENSION, MANIFEST, write_index, write_manifest
+from data.shards import LABEL_EXTENSION, MANIFEST, read_classes, write_index, write_manifest
 
 
 def prepare_shards(
@@ -43,6 +43,48 @@ def prepare_shards(
     return write_data_set(path, write)
 
 
+def index_shards(path: str | Path) -> bool:
+    """Make a data set of WebDataset shards that others wrote: indices and manifests for PATH/{train,val}/*.tar.
+
+    A sample is one image and its class, a number or a name, in a .cls file; what else it holds is left alone. The tar
+    files are only read. One rank calls it. Returns whether it wrote: manifests are left as they are. Raises DataError
+    if a tar file cannot be read, a sample has no image or class, or the place cannot be written.
+    """
+    written = False
+    for root in (Path(path) / split for split in SPLITS):
+        if (root / MANIFEST).is_file():
+            continue
+        tars = sorted(root.glob("*.tar"))
+        if not tars:
+            raise DataError(
+                f"{root}: found no tar files, expected those of {root.name} there: move or link them, unpacked if they "
+                "are compressed"
+            )
+        _index_split(root, tars)
+        written = True
+    return written
+
+
+def _index_split(root: Path, tars: list[Path]) -> None:
+    found = []
+    for tar in tracked(tars, f"indexing {root.name}", len(tars)):
+        try:
+            if not tar.with_suffix(".idx").is_file():
+                write_index(tar)
+            found += read_classes(tar)
+        except tarfile.TarError as error:
+            raise DataError(f"{tar}: cannot be read as a tar file ({error}): copy or make it again") from error
+        except UnicodeDecodeError as error:
+            raise DataError(f"{tar}: a .{LABEL_EXTENSION} file in it holds no text ({error})") from error
+        except OSError as error:
+            raise DataError(f"{tar}: cannot be indexed ({error})") from error
+    classes, labels = numbered_classes(found)
+    try:
+        write_manifest(root, classes, labels, tars, with_labels=True)
+    except OSError as error:
+        raise DataError(f"{root}: cannot be written ({error})") from error
+
+
 def _require_place_for_shards(source: Path, path: Path) -> None:
     """DataError if the place is the source, or a data set of another kind, which must not pass for the shards."""
     if source.resolve() == path.resolve():
@@ -71,11 +113,12 @@ def _add_sample(tar: tarfile.TarFile, images: ImageList, index: int) -> None:
     """LABEL-CLASS/NUMBER-NAME.jpg and .cls. Readers end a key at the first dot, and an index at the first blank."""
     label, name = int(images.labels[index]), Path(images.names[index])
     key = f"{label}-{_key_part(images.classes[label])}/{index:07d}-{_key_part(name.stem)}"
-    extension = {"jpeg": "jpg"}.get(name.suffix.lower()[1:], name.suffix.lower()[1:])
     try:
         content = images.read(index)
     except OSError as error:
         raise DataError(f"{images.where(index)}: cannot be read ({in_words(error)})") from error
+    extension = name.suffix.lower()[1:] or "jpg"  # a file list may name files without; decoders look at the content
+    extension = "jpg" if extension == "jpeg" else extension
     for suffix, data in ((extension, content), (LABEL_EXTENSION, str(label).encode())):
         member = tarfile.TarInfo(f"{key}.{suffix}")
         member.size = len(data)

@@ -4,6 +4,7 @@ import json
 import platform
 import statistics
 import sys
+import time
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from train.errors import TrainError
-from train.world import available_cores
+from train.world import World, available_cores
 
 
 def rounds_in_turn(contenders: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
@@ -28,6 +29,15 @@ def rounds_in_turn(contenders: Mapping[str, Callable[[], float]], rounds: int) -
             if number > 0:
                 results[name].append(value)
     return results
+
+
+def timed(work: Callable[[], Any], world: World) -> float:
+    """Seconds of `work`, with what it leaves the device to do."""
+    world.synchronize()
+    start = time.perf_counter()
+    work()
+    world.synchronize()
+    return time.perf_counter() - start
 
 
 def summary(values: list[float]) -> dict[str, Any]:

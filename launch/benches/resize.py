@@ -5,7 +5,6 @@ Run by torchrun it measures all ranks at once, as a training run has them; alone
 
 import argparse
 import copy
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import nn
 
 import cup
 from cup.features import Features
-from launch.benches.measure import machine, rounds_in_turn, summary, with_spread, write_result
+from launch.benches.measure import machine, rounds_in_turn, summary, timed, with_spread, write_result
 from train.cli import positive_int
 from train.models import build_model, native_input_shape
 from train.optim import OptimConfig, build_optimizer
@@ -164,8 +163,4 @@ class _Bench:
         return TrainState(model, model, optimizer, Precision("fp32", self.world.device))
 
     def _timed(self, work: Callable[[], Any]) -> float:
-        self.world.synchronize()
-        start = time.perf_counter()
-        work()
-        self.world.synchronize()
-        return time.perf_counter() - start
+        return timed(work, self.world)

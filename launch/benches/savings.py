@@ -1,0 +1,290 @@
+"""GPU hours of a long training, dense and shrinking: a projection from step times measured on this device.
+
+The widths are those of a real run, epoch by epoch. Its epochs are spread over the schedule in proportion: epoch j of E
+has the widths of the run's epoch 1 + floor((j - 1) R / E), R being the epochs of the run. The hours are then
+
+    for each stretch of epochs at equal widths: training steps x seconds of a step, validation batches x seconds of one,
+    for each change of widths: a resize as the run measured it, and what the first step takes more than the others
+
+A step of the whole batch counts as many steps of the measured one as there are images in it, on one device or on
+several: GPU hours are the same. Not in it: all-reduce, waiting for data, startup, checkpoints. They come on top of the
+dense run's hours as well as the shrinking one's.
+"""
+
+import argparse
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import torch
+
+from launch.benches.measure import machine, rounds_in_turn, write_result
+from launch.benches.step import (
+    RoundTo,
+    StepBench,
+    Widths,
+    add_device_arguments,
+    epochs_of_run,
+    model_of_run,
+    tables,
+)
+from train.checkpoint import load_checkpoint, stored_architecture
+from train.cli import non_negative_int, positive_int
+from train.engine import TrainConfig
+from train.rundir import RunDir, read_log
+from train.world import open_world
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="the CUP-SS run whose widths are taken")
+    parser.add_argument(
+        "--images", type=positive_int, default=1281167, metavar="N", help="default: 1281167, ImageNet's"
+    )
+    parser.add_argument("--val-images", type=non_negative_int, default=50000, metavar="N", help="default: 50000")
+    parser.add_argument("--epochs", type=positive_int, default=90, metavar="N", help="default: 90")
+    parser.add_argument("--batch-size", type=positive_int, default=256, metavar="N", help="a step's (default: 256)")
+    parser.add_argument(
+        "--measure-batch-size", type=positive_int, default=16, metavar="N", help="one device's, timed (default: 16)"
+    )
+    parser.add_argument("--classes", type=positive_int, metavar="N", help="default: those of the run's last.pt")
+    parser.add_argument(
+        "--keep-fr",
+        action="store_true",
+        help="shrink what rounding widened, all groups by one factor, until the run's FR is back: what a run with that "
+        "round_to and the same target comes to",
+    )
+    add_device_arguments(parser)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What was measured of one network: seconds of a training step, of a validation batch, of the very first step."""
+
+    step_s: float
+    val_s: float
+    first_s: float
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Epochs first..last at equal widths, and what they cost. resize_s: the resize before it, and its slow first step.
+
+    steps, val_steps: of the measured batch size, all epochs of the segment together.
+    """
+
+    first: int
+    last: int
+    flops_reduction: float
+    step_s: float
+    steps: int
+    val_s: float
+    val_steps: int
+    resize_s: float
+
+    @property
+    def hours(self) -> float:
+        return (self.step_s * self.steps + self.val_s * self.val_steps + self.resize_s) / 3600
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The training that is projected; batch_size is the measured one, steps count in it."""
+
+    epochs: int
+    images: int
+    val_images: int
+    step_images: int
+    batch_size: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Training drops what does not fill a step of the whole batch."""
+        return self.images // self.step_images * self.step_images // self.batch_size
+
+    @property
+    def val_steps_per_epoch(self) -> int:
+        return math.ceil(self.val_images / self.batch_size)
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Measure, print the arithmetic and the table, write the result."""
+    lines = epochs_of_run(options.run)
+    world = open_world(options.device)
+    torch.backends.cudnn.benchmark = world.device.type == "cuda"  # as the trainer
+    name, classes = model_of_run(options.run), options.classes or _classes_of_run(options.run)
+    config = TrainConfig(precision=options.precision, compile=options.compile)
+    bench = StepBench(name, classes, options.image_size, options.measure_batch_size, config, world)
+    schedule = Schedule(
+        options.epochs, options.images, options.val_images, options.batch_size, options.measure_batch_size
+    )
+    path = spread([line["widths"] for line in lines], options.epochs)
+    rounded = at_equal_reduction if options.keep_fr else StepBench.rounded
+    paths = {
+        found: [rounded(bench, widths, table) for widths in path]
+        for found, table in tables(options.round_to, bench).items()
+    }
+    costs = _measured(bench, [bench.dense_widths, *(widths for path in paths.values() for widths in path)], options)
+    resize_s = mean_resize_s(options.run)
+
+    def reduction(widths: Widths) -> float:
+        return bench.dense.flops / bench.cost(widths).flops
+
+    dense = segments([bench.dense_widths] * options.epochs, costs, reduction, schedule, resize_s)
+    projected = {found: segments(path, costs, reduction, schedule, resize_s) for found, path in paths.items()}
+    print(
+        f"A projection, not a training: {bench.title}; {options.epochs} epochs of {options.images:,} images, "
+        f"{options.val_images:,} to validate, widths of {options.run} ({len(lines)} epochs), {resize_s:.2f} s a resize"
+    )
+    _print_segments("dense", dense)
+    rows = []
+    for found, parts in projected.items():
+        _print_segments(f"round_to {found}", parts)
+        rows.append(_row(found, parts, dense))
+    _print_rows(rows, dense)
+    if options.out:
+        content = {
+            "benchmark": "savings: a projection from measured step times",
+            "what": bench.title,
+            "schedule": asdict(schedule),
+            "run_epochs": len(lines),
+            "resize_s": resize_s,
+            "machine": machine("torchvision"),
+            "rows": rows,
+            "dense_hours": hours(dense),
+            "segments": {
+                str(key): [asdict(part) for part in parts] for key, parts in {"dense": dense, **projected}.items()
+            },
+        }
+        write_result(options.out, content)
+
+
+def spread(path: Sequence[Widths], epochs: int) -> list[Widths]:
+    """The widths of each of so many epochs: epoch j's are those of the run's epoch 1 + floor((j - 1) R / epochs)."""
+    return [path[j * len(path) // epochs] for j in range(epochs)]
+
+
+def at_equal_reduction(bench: StepBench, widths: Widths, table: int | Mapping[str, Sequence[int]]) -> dict[str, int]:
+    """Rounded widths near the FR of these: all groups narrowed by one factor before they are rounded up."""
+    wanted = bench.cost(widths).flops
+    low, high, nearest = 0.0, 1.0, bench.rounded(widths, table)
+    for _ in range(30):
+        factor = (low + high) / 2
+        narrowed = bench.rounded({name: max(1, math.ceil(factor * width)) for name, width in widths.items()}, table)
+        flops = bench.cost(narrowed).flops
+        low, high = (factor, high) if flops <= wanted else (low, factor)
+        if abs(flops - wanted) < abs(bench.cost(nearest).flops - wanted):
+            nearest = narrowed
+    return nearest
+
+
+def segments(
+    path: Sequence[Widths],
+    costs: Callable[[Widths], Costs],
+    reduction: Callable[[Widths], float],
+    schedule: Schedule,
+    resize_s: float,
+) -> list[Segment]:
+    """The epochs of a schedule, those at equal widths together. path: the widths of each epoch."""
+    starts = [j for j in range(len(path)) if j == 0 or path[j] != path[j - 1]]
+    found = []
+    for start, end in zip(starts, [*starts[1:], len(path)], strict=True):
+        cost = costs(path[start])
+        found.append(
+            Segment(
+                first=start + 1,
+                last=end,
+                flops_reduction=reduction(path[start]),
+                step_s=cost.step_s,
+                steps=(end - start) * schedule.steps_per_epoch,
+                val_s=cost.val_s,
+                val_steps=(end - start) * schedule.val_steps_per_epoch,
+                resize_s=max(0.0, cost.first_s - cost.step_s) + (resize_s if start > 0 else 0.0),
+            )
+        )
+    return found
+
+
+def hours(parts: Sequence[Segment]) -> float:
+    return sum(part.hours for part in parts)
+
+
+def mean_resize_s(run: Path) -> float:
+    """Seconds of one resize as the run measured it, the mean; times its ranks, for all of them wait. 0 without any."""
+    events = read_log(RunDir(run).log)
+    ranks = next(event["world_size"] for event in events if event["event"] == "run")
+    seconds = [event["seconds"] for event in events if event["event"] == "resize"]
+    return ranks * mean(seconds) if seconds else 0.0
+
+
+def _classes_of_run(run: Path) -> int:
+    return stored_architecture(load_checkpoint(RunDir(run).last)).num_classes
+
+
+def _measured(bench: StepBench, networks: Sequence[Widths], options: argparse.Namespace) -> Callable[[Widths], Costs]:
+    """Costs of these widths, each measured once, all of them in turn."""
+    distinct = {_key(widths): widths for widths in networks}
+    contenders: dict[str, Callable[[], float]] = {}
+    first_s: dict[str, float] = {}
+    for key, widths in distinct.items():
+        state = bench.state(widths)
+        contenders[f"step {key}"] = bench.step_timer(state)
+        contenders[f"val {key}"] = bench.forward_timer(state)
+        first_s[key] = contenders[f"step {key}"]()
+    seconds = rounds_in_turn(contenders, options.rounds)
+    costs = {
+        key: Costs(median(seconds[f"step {key}"]), median(seconds[f"val {key}"]), first_s[key]) for key in distinct
+    }
+    return lambda widths: costs[_key(widths)]
+
+
+def _key(widths: Widths) -> str:
+    return " ".join(f"{name}:{width}" for name, width in sorted(widths.items()))
+
+
+def _row(found: RoundTo, parts: Sequence[Segment], dense: Sequence[Segment]) -> dict[str, Any]:
+    """What a way of rounding saves in percent, and step by step what becomes of that which its FLOPs promise."""
+    last, dense_step_s = parts[-1], dense[0].step_s
+    steps = sum(part.steps for part in parts)
+    in_steps = sum(part.steps * part.step_s for part in parts) / (steps * dense_step_s)
+    return {
+        "round_to": found,
+        "final_flops_reduction": last.flops_reduction,
+        "final_speed_up": dense_step_s / last.step_s,
+        "saving_if_time_were_flops": 100 * (1 - 1 / last.flops_reduction),
+        "saving_at_the_final_step": 100 * (1 - last.step_s / dense_step_s),
+        "saving_in_steps": 100 * (1 - in_steps),
+        "saving": 100 * (1 - hours(parts) / hours(dense)),
+        "hours": hours(parts),
+    }
+
+
+def _print_segments(name: str, parts: Sequence[Segment]) -> None:
+    """The arithmetic, line by line."""
+    print(name)
+    for part in parts:
+        print(
+            f"  epochs {part.first:>3} to {part.last:>3}  FR {part.flops_reduction:4.2f}  "
+            f"{part.step_s:.4f} s x {part.steps} steps + {part.val_s:.4f} s x {part.val_steps} validation batches "
+            f"+ {part.resize_s:.2f} s to resize and warm up = {part.hours:.2f} h"
+        )
+    print(f"  together {hours(parts):.2f} h")
+
+
+def _print_rows(rows: Sequence[Mapping[str, Any]], dense: Sequence[Segment]) -> None:
+    print(f"projected GPU hours; dense {hours(dense):.2f}. Saving in percent of it:")
+    print(
+        "  | round_to | FR at the end | speed-up there | hours | saving | FLOPs promise | final step | with the ramp |"
+    )
+    print("  |---|---:|---:|---:|---:|---:|---:|---:|")
+    for row in rows:
+        numbers = [row["final_flops_reduction"], row["final_speed_up"], row["hours"]]
+        numbers += [row["saving"], row["saving_if_time_were_flops"], row["saving_at_the_final_step"]]
+        numbers += [row["saving_in_steps"]]
+        print(f"  | {row['round_to']} | {' | '.join(f'{number:.2f}' for number in numbers)} |")
+    print(
+        "  FLOPs promise: if time followed FLOPs and all epochs had the final widths; final step: at its measured "
+        "time; with the ramp: the epochs before it counted as they are; saving: with evaluation, resizes and warm-up"
+    )

@@ -1,0 +1,471 @@
+"""Training steps: a network dense and at given widths, and our loop beside a bare PyTorch loop.
+
+What is timed is the trainer's own step on one device: forward, backward, optimizer, gradients cleared; batches are
+made, so nothing waits for a disk. The widths come from a run's log, from a file, or from a plan to a FLOPs reduction.
+"""
+
+import argparse
+import functools
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.amp import GradScaler
+from torch.optim import SGD
+
+import cup
+from cup.groups import alive_after
+from cup.planners import round_up
+from data import DataConfig, Loader, build_loaders
+from launch.benches.measure import machine, rounds_in_turn, summary, timed, with_spread, write_result
+from train.cli import positive_int
+from train.compiling import BlockCompiler, repeated_blocks
+from train.engine import EpochSoFar, Progress, TrainConfig, Trainer, train_epoch, training_step
+from train.errors import ConfigError, TrainError
+from train.ledger import Ledger
+from train.mixing import build_mixing
+from train.models import build_model, native_input_shape
+from train.optim import OptimConfig, build_optimizer
+from train.precision import Precision
+from train.prune import read_counts
+from train.resize import CupConfig, Resizer
+from train.rundir import RunDir, read_log
+from train.sinks import ConsoleSink, Sinks
+from train.state import MEMORY_FORMAT, TrainState
+from train.watch import Watch
+from train.widths import measured_widths
+from train.world import World, open_world
+
+RoundTo = int | str
+Widths = Mapping[str, int]
+
+OUR_LOOP, BARE_LOOP, TORCHVISION_LOOP = "our train_epoch", "bare PyTorch loop", "torchvision-style loop"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="NAME", help="as in model.name (default: that of --run, else resnet50)")
+    widths = parser.add_mutually_exclusive_group()
+    widths.add_argument("--run", type=Path, metavar="DIR", help="the widths after each resize of this run")
+    widths.add_argument("--widths", type=Path, metavar="FILE", help="JSON or YAML: `layer1.0.conv1: 12`")
+    widths.add_argument("--reduction", type=float, metavar="FR", help="a plan to this FLOPs reduction, fresh weights")
+    add_device_arguments(parser)
+    parser.add_argument("--batch-size", type=positive_int, default=16, metavar="N", help="default: 16")
+    parser.add_argument("--classes", type=positive_int, default=1000, metavar="N", help="default: 1000")
+    parser.add_argument("--steps", type=positive_int, metavar="N", help="a measurement (default: 1; 20 on a GPU)")
+
+
+def add_device_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `step` and `savings` have in common: how a step is made and measured."""
+    parser.add_argument(
+        "--round-to",
+        type=round_to,
+        nargs="+",
+        default=[1],
+        metavar="N",
+        help="widths, rounded up; `measured` as in cup.round_to; several are shown beside each other (default: 1)",
+    )
+    parser.add_argument(
+        "--image-size", type=positive_int, metavar="PIXELS", help="default: what the network is made for"
+    )
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="default: fp32")
+    parser.add_argument(
+        "--compile", choices=("none", "blocks"), default="none", help="as train.compile (default: none)"
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto = GPU if any")
+    parser.add_argument("--rounds", type=positive_int, default=5, metavar="N", help="after a warm-up (default: 5)")
+
+
+def round_to(text: str) -> RoundTo:
+    """The `type` of --round-to."""
+    return text if text == "measured" else positive_int(text)
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Measure, print the tables, write the result."""
+    world = open_world(options.device)
+    torch.backends.cudnn.benchmark = world.device.type == "cuda"  # as the trainer
+    steps = options.steps or (20 if world.device.type == "cuda" else 1)
+    bench = StepBench(
+        options.model or (model_of_run(options.run) if options.run else "resnet50"),
+        options.classes,
+        options.image_size,
+        options.batch_size,
+        TrainConfig(precision=options.precision, compile=options.compile),
+        world,
+    )
+    networks = {"dense": bench.dense_widths, **_networks(options, bench)}
+    states = {name: bench.state(widths) for name, widths in networks.items()}
+    contenders = {name: bench.step_timer(state, steps) for name, state in states.items()}
+    loops = _Loops(bench, steps)
+    contenders |= {OUR_LOOP: loops.ours, BARE_LOOP: loops.bare, TORCHVISION_LOOP: loops.torchvision_style}
+    contenders |= {"matmul": bench.matmul_seconds, "copy": bench.copy_seconds}
+    seconds = rounds_in_turn(contenders, options.rounds)
+    loops.close()
+
+    rates = bench.rates(min(seconds["matmul"]), min(seconds["copy"]))
+    print(f"{bench.title}, {options.rounds} rounds of {steps} step(s): median (spread)")
+    rows = []
+    for name, widths in networks.items():
+        rows.append(bench.row(name, widths, seconds[name], seconds["dense"], rates))
+        print_row(rows[-1], bench.batch_size)
+    print("loops, dense network: seconds a step, median (spread); over the bare loop")
+    over = {name: ratios(seconds[name], seconds[BARE_LOOP]) for name in (OUR_LOOP, TORCHVISION_LOOP)}
+    for name in (OUR_LOOP, BARE_LOOP, TORCHVISION_LOOP):
+        more = f"  {with_spread([100 * (ratio - 1) for ratio in over[name]], digits=2)} %" if name in over else ""
+        print(f"  {name:<24} {with_spread(seconds[name], digits=4)}{more}")
+    print(
+        f"this device: {rates.flops_per_s / 1e12:.3f} TFLOP/s in a large matrix product ({options.precision}), "
+        f"{rates.bytes_per_s / 1e9:.1f} GB/s in a large copy"
+    )
+    if options.out:
+        content = {
+            "benchmark": f"step, {bench.title}",
+            "machine": machine("torchvision"),
+            "networks": rows,
+            "loops_s": {name: summary(seconds[name]) for name in (OUR_LOOP, BARE_LOOP, TORCHVISION_LOOP)},
+            "over_bare_loop": {name: summary(values) for name, values in over.items()},
+            "matmul_flops_per_s": rates.flops_per_s,
+            "copy_bytes_per_s": rates.bytes_per_s,
+        }
+        write_result(options.out, content)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What this device reaches: floating point operations a second of a matrix product, bytes a second of a copy."""
+
+    flops_per_s: float
+    bytes_per_s: float
+
+
+class StepBench:
+    """Builds networks at given widths and times the trainer's step on them, one device, made batches."""
+
+    def __init__(
+        self, name: str, classes: int, image_size: int | None, batch_size: int, config: TrainConfig, world: World
+    ) -> None:
+        """config: its precision and `compile` count; compiled are all networks, however few steps they make here."""
+        channels, side, _ = native_input_shape(name)
+        self.name, self.classes, self.batch_size, self.world = name, classes, batch_size, world
+        self.config = config
+        self.shape = (channels, image_size or side, image_size or side)
+        self.example = torch.zeros(1, *self.shape)
+        model = build_model(name, classes)
+        self.groups = cup.channel_groups(model, self.example)
+        self.dense = cup.complexity(model, self.example)
+        self.model = model
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(batch_size, *self.shape, generator=generator)
+        self.images = images.to(world.device).contiguous(memory_format=MEMORY_FORMAT)
+        self._compiled = 0
+        self.labels = torch.randint(classes, (batch_size,), generator=generator).to(world.device)
+
+    @property
+    def title(self) -> str:
+        device = torch.cuda.get_device_name() if self.world.device.type == "cuda" else "CPU"
+        side = self.shape[1]
+        how = self.config.precision + (", compiled blocks" if self.config.compile == "blocks" else "")
+        return f"{self.name}, batch {self.batch_size}, {side} x {side} pixels, {how}, {device}"
+
+    @property
+    def dense_widths(self) -> dict[str, int]:
+        return {group.name: group.width for group in cup.prunable_groups(self.groups, "all")}
+
+    def measured(self) -> dict[str, list[int]]:
+        """The allowed widths that `cup.round_to: measured` would find here."""
+        groups = cup.prunable_groups(self.groups, "all")
+        return measured_widths(self.model, groups, self.batch_size, self._precision(), self.world.device)
+
+    def rounded(self, widths: Widths, round_to: int | Mapping[str, Sequence[int]]) -> dict[str, int]:
+        """These widths rounded up as a planner would, and those of all other groups that may shrink.
+
+        Raises ConfigError where they are not this network's.
+        """
+        options = cup.PlanOptions(round_to=round_to)
+        groups = {group.name: group for group in self.groups}
+        unknown = set(widths) - set(groups)
+        if unknown:
+            raise ConfigError(f"{self.name} has no channel group {min(unknown)!r}: are these another network's widths?")
+        rounded = {name: round_up(width, options.allowed_widths(groups[name])) for name, width in widths.items()}
+        return self.dense_widths | rounded
+
+    def state(self, widths: Widths) -> TrainState:
+        """A fresh network at these widths, as the trainer holds it."""
+        model = build_model(self.name, self.classes)
+        cup.shrink_to(model, widths, self.example)
+        model.to(self.world.device, memory_format=MEMORY_FORMAT).train()
+        if self.config.compile == "blocks":
+            self._compile(model)
+        return TrainState(model, model, build_optimizer(model, OptimConfig()), self._precision())
+
+    def step_timer(self, state: TrainState, steps: int = 1) -> Callable[[], float]:
+        """A contender: seconds of one training step, the mean of so many."""
+
+        def run() -> None:
+            for _ in range(steps):
+                training_step(state, self.images, self.labels, self.config)
+
+        return lambda: timed(run, self.world) / steps
+
+    def forward_timer(self, state: TrainState) -> Callable[[], float]:
+        """A contender: seconds of one batch of an evaluation."""
+
+        def run() -> None:
+            state.model.eval()
+            with (
+                torch.no_grad(),
+                state.precision.autocast(),
+                torch.compiler.set_stance("force_eager"),
+            ):  # as the trainer
+                state.model(self.images)
+            state.model.train()
+
+        return lambda: timed(run, self.world)
+
+    def cost(self, widths: Widths) -> cup.Complexity:
+        """FLOPs, MACs and parameters at these widths, by arithmetic."""
+        kept = {name: tuple(range(width)) for name, width in widths.items()}
+        plan = cup.PrunePlan(kept, {group.name: group.width for group in self.groups if group.name in widths})
+        return cup.complexity_after(self.model, self.groups, plan, self.dense)
+
+    def row(self, name: str, widths: Widths, seconds: list[float], dense: list[float], rates: Rates) -> dict[str, Any]:
+        """One line of the table as plain data."""
+        cost = self.cost(widths)
+        reduction = self.dense.flops / cost.flops
+        speed_up = ratios(dense, seconds)
+        step_s = summary(seconds)["median"]
+        # Backward costs twice the forward pass: once for the weights, once for what the layer before it needs.
+        return {
+            "name": name,
+            "flops_reduction": reduction,
+            "macs": cost.macs,
+            "params": cost.params,
+            "step_s": summary(seconds),
+            "images_per_s": self.batch_size / step_s,
+            "speed_up": summary(speed_up),
+            "speed_up_over_fr": summary(speed_up)["median"] / reduction,
+            "share_of_matmul": 6 * cost.macs * self.batch_size / step_s / rates.flops_per_s,
+            "share_of_copy": self._bytes(widths) / step_s / rates.bytes_per_s,
+            "widths": dict(widths),
+        }
+
+    # --- what the device can do ---
+
+    def matmul_seconds(self) -> float:
+        """Seconds of one large matrix product in the run's precision."""
+        one = self._matrix
+        return timed(lambda: [one @ one for _ in range(self._repeats)], self.world) / self._repeats
+
+    def copy_seconds(self) -> float:
+        """Seconds of one large copy on the device."""
+        one, other = self._buffers
+        return timed(lambda: [other.copy_(one) for _ in range(self._repeats)], self.world) / self._repeats
+
+    def rates(self, matmul_s: float, copy_s: float) -> Rates:
+        return Rates(2 * len(self._matrix) ** 3 / matmul_s, 2 * self._buffers[0].nbytes / copy_s)
+
+    @property
+    def _repeats(self) -> int:
+        return 20 if self.world.device.type == "cuda" else 1
+
+    @functools.cached_property
+    def _matrix(self) -> torch.Tensor:
+        side = 8192 if self.world.device.type == "cuda" else 1024
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.config.precision]
+        return torch.randn(side, side, device=self.world.device).to(dtype)
+
+    @functools.cached_property
+    def _buffers(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two that no cache holds."""
+        mib = 1024 if self.world.device.type == "cuda" else 128
+        one = torch.ones(mib << 20, dtype=torch.uint8, device=self.world.device)
+        return one, one.clone()
+
+    def _bytes(self, widths: Widths) -> int:
+        """What a step moves at least if each layer of the trace is a kernel of its own.
+
+        Forward reads the input and writes the output; backward reads the output's gradient and the input and writes the
+        input's gradient; the optimizer reads weight, gradient and momentum and writes weight and momentum, in fp32.
+        """
+        alive = alive_after(self.groups, {name: range(width) for name, width in widths.items()})
+        elements = 0
+        for call in self.groups[0].network.calls:
+            for shape, channels, times in ((call.input_shape, call.reads, 3), (call.output_shape, call.writes, 2)):
+                share = 1.0 if channels is None else alive[channels].mean()
+                elements += times * int(torch.Size(shape).numel() * share)
+        size = 4 if self.config.precision == "fp32" else 2
+        return elements * self.batch_size * size + 5 * 4 * self.cost(widths).params
+
+    def _precision(self) -> Precision:
+        return Precision(self.config.precision, self.world.device)
+
+    def _compile(self, model: nn.Module) -> None:
+        """As the trainer does. Blocks of all networks share code, and torch counts what it compiles by code."""
+        blocks = repeated_blocks(model)
+        if not blocks:
+            raise ConfigError(f"--compile: found blocks, but {self.name} has none that repeat; allowed for it: none")
+        self._compiled += len(blocks)
+        for limit in ("recompile_limit", "accumulated_recompile_limit"):
+            setattr(torch._dynamo.config, limit, max(getattr(torch._dynamo.config, limit), 2 * self._compiled))
+        for block in blocks:
+            block.compile(fullgraph=True, dynamic=False)
+
+
+class _Loops:
+    """An epoch of so many steps in our loop and in two that know nothing of ours; each method gives seconds a step."""
+
+    def __init__(self, bench: StepBench, steps: int) -> None:
+        self.bench, self.steps, self.world = bench, steps, bench.world
+        self.config = DataConfig(
+            loader="synthetic",
+            batch_size=bench.batch_size,
+            channels=bench.shape[0],
+            image_size=bench.shape[1],
+            resize_size=bench.shape[1],
+            synthetic_images=max(4, bench.batch_size * steps),
+            synthetic_classes=max(2, bench.classes),
+        )
+        self.epochs: Counter[str] = Counter()
+        self.trainer = self._trainer()
+        self.networks = {memory_format: self._network(memory_format) for memory_format in (MEMORY_FORMAT, None)}
+
+    def ours(self) -> float:
+        epoch = self._next_epoch(OUR_LOOP)
+        self.trainer.so_far = EpochSoFar.beginning(self.trainer, threshold=None)
+        return timed(lambda: train_epoch(self.trainer, epoch, just_resized=False), self.world) / self.steps
+
+    def bare(self) -> float:
+        """What anybody would write for the same work: the same memory format, precision and fused SGD."""
+        epoch = self._next_epoch(BARE_LOOP)
+        return timed(lambda: self._plain_epoch(MEMORY_FORMAT, epoch), self.world) / self.steps
+
+    def torchvision_style(self) -> float:
+        """As torchvision's references/classification: default memory format, SGD as torch chooses."""
+        epoch = self._next_epoch(TORCHVISION_LOOP)
+        return timed(lambda: self._plain_epoch(None, epoch), self.world) / self.steps
+
+    def close(self) -> None:
+        self.trainer.sinks.close()
+
+    def _next_epoch(self, loop: str) -> int:
+        """From 1; a loader goes on where it was left, so each loop has its own and every epoch is a new one."""
+        self.epochs[loop] += 1
+        return self.epochs[loop]
+
+    def _loaders(self) -> tuple[Loader, Loader]:
+        return build_loaders(self.config, rank=0, world_size=1, device=self.world.device, seed=0)
+
+    def _trainer(self) -> Trainer:
+        state = self.bench.state({})
+        train_loader, val_loader = self._loaders()
+        return Trainer(
+            config=TrainConfig(epochs=1, precision=self.bench.config.precision),
+            optim=OptimConfig(),
+            world=self.world,
+            train_loader=train_loader,
+            val_loader=val_loader,
+            compiler=BlockCompiler(
+                state.model,
+                enabled=False,
+                enough_steps=1,
+                epochs=1,
+                may_cut=lambda epoch: False,
+                image_side=lambda epoch: self.config.image_size,
+            ),
+            mix=build_mixing(0.0, 0.0, self.bench.classes),
+            state=state,
+            resizer=Resizer(CupConfig(enabled=False), state.model, self.bench.example, epochs=1),
+            ledger=Ledger(),
+            sinks=Sinks([ConsoleSink()]),
+            progress=Progress(),
+            watch=Watch(self.world, lambda: False),
+        )
+
+    def _network(self, memory_format: torch.memory_format | None) -> tuple[nn.Module, SGD, GradScaler, Loader]:
+        model = build_model(self.bench.name, self.bench.classes)
+        model.to(self.world.device, memory_format=memory_format).train()
+        fused = True if memory_format is not None else None
+        optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4, fused=fused)
+        scaler = GradScaler(self.world.device.type, enabled=self.bench.config.precision == "fp16")
+        return model, optimizer, scaler, self._loaders()[0]
+
+    def _plain_epoch(self, memory_format: torch.memory_format | None, epoch: int) -> None:
+        model, optimizer, scaler, loader = self.networks[memory_format]
+        device, precision = self.world.device.type, self.bench.config.precision
+        dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+        loader.set_epoch(epoch - 1)
+        for images, labels, _ in loader:
+            if memory_format is not None:
+                images = images.contiguous(memory_format=memory_format)
+            with torch.autocast(device, dtype=dtype, enabled=precision != "fp32"):
+                loss = F.cross_entropy(model(images), labels)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+
+
+def ratios(ones: list[float], others: list[float]) -> list[float]:
+    """One over the other, round by round: what slows a round down slows both."""
+    return [one / other for one, other in zip(ones, others, strict=True)]
+
+
+def print_row(row: Mapping[str, Any], batch_size: int) -> None:
+    step_s, speed_up = row["step_s"], row["speed_up"]
+    print(
+        f"  {row['name']:<40} FR {row['flops_reduction']:5.2f}  step {with_spread(step_s['runs'])} s  "
+        f"{row['images_per_s']:8.1f} images/s  speed-up {with_spread(speed_up['runs'], digits=2)}, "
+        f"of FR {row['speed_up_over_fr']:.2f}  matmul {row['share_of_matmul']:.0%}  copy {row['share_of_copy']:.0%}"
+    )
+
+
+def model_of_run(run: Path) -> str:
+    """The network that a run trains. TrainError where its log does not say."""
+    first = next((event for event in read_log(RunDir(run).log) if event.get("event") == "run"), None)
+    if first is None:
+        raise TrainError(f"{run}/log.jsonl: no line of the event `run`, which names the network: is this a run?")
+    return first["model"]
+
+
+def epochs_of_run(run: Path) -> list[dict[str, Any]]:
+    """The epoch lines of a run, in order. TrainError where there is none."""
+    epochs = [event for event in read_log(RunDir(run).log) if event.get("event") == "epoch"]
+    if not epochs:
+        raise TrainError(f"{run}/log.jsonl holds no epoch: let the run finish one first")
+    return epochs
+
+
+def tables(round_tos: Sequence[RoundTo], bench: StepBench) -> dict[RoundTo, int | dict[str, list[int]]]:
+    """What a planner takes, for each --round-to; `measured` measures here."""
+    return {found: bench.measured() if found == "measured" else found for found in round_tos}
+
+
+def _networks(options: argparse.Namespace, bench: StepBench) -> dict[str, dict[str, int]]:
+    """Name -> widths, every network once; those that come out dense are left out."""
+    networks: dict[str, dict[str, int]] = {}
+    for found, table in tables(options.round_to, bench).items():
+        suffix = "" if found == 1 else f", round_to {found}"
+        for name, widths in _paths(options, bench, table).items():
+            rounded = bench.rounded(widths, table)
+            if rounded not in (bench.dense_widths, *networks.values()):
+                networks[name + suffix] = rounded
+    return networks
+
+
+def _paths(
+    options: argparse.Namespace, bench: StepBench, table: int | dict[str, list[int]]
+) -> dict[str, dict[str, int]]:
+    """Name -> widths that the options ask for, before they are rounded up."""
+    if options.run:
+        return {f"from epoch {event['epoch']}": event["widths"] for event in epochs_of_run(options.run)}
+    if options.widths:
+        return {options.widths.name: read_counts(options.widths)}
+    if options.reduction:
+        plan = cup.plan_by_reduction(bench.model, bench.groups, options.reduction, round_to=table)
+        return {f"planned to FR {options.reduction:g}": plan.new_widths}
+    return {}

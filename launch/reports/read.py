@@ -1,0 +1,159 @@
+"""Run directories -> what their logs say, and which runs are repetitions of each other."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from train.errors import TrainError
+from train.rundir import RunDir, read_log
+
+# What names a run and draws its random numbers. Runs that differ in nothing else are repetitions of one another.
+NAMING = ("run.name", "run.root", "run.resume", "run.seed")
+
+# A saving is a difference of hours, so everything else that decides hours must be the same: what the log says ...
+COMPARABLE = ("model", "epochs", "batch_size", "train_images", "precision", "loader", "world_size", "devices")
+# ... and the settings that begin so.
+COMPARABLE_SETTINGS = ("data.", "train.", "optim.name")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a log says of one finished run. `first` is its run event, `done` its closing one."""
+
+    name: str
+    directory: Path
+    first: dict[str, Any]
+    epochs: list[dict[str, Any]]
+    resizes: list[dict[str, Any]]
+    done: dict[str, Any]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Dotted key -> value of the resolved configuration; empty for an older log, which lacks it.
+
+        Those of `cup` that a dense run does not use are left out, so that dense runs are equal whatever they say.
+        """
+        flat = _flat(self.first.get("config") or {})
+        return {key: flat[key] for key in flat if self.shrinks or not key.startswith("cup.") or key == "cup.enabled"}
+
+    @property
+    def seed(self) -> int | None:
+        return self.settings.get("run.seed")
+
+    @property
+    def network(self) -> str:
+        return self.first["model"]
+
+    @property
+    def data(self) -> str | None:
+        """Name of the data set: the folder it lies in."""
+        path = self.settings.get("data.path")
+        return "synthetic" if self.first["loader"] == "synthetic" else path and Path(path).name
+
+    @property
+    def shrinks(self) -> bool:
+        return self.first["cup"]
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether savings and drops can be measured against it: it began full and stayed so."""
+        return not self.shrinks and self.first["from"] is None
+
+    @property
+    def method(self) -> str:
+        if not self.shrinks:
+            return "dense" if self.is_dense else "retrained"
+        momentum = {"carry": " (carried momentum)", "reset": " (momentum reset)"}
+        name = "CUP-SS" + momentum.get(self.settings.get("cup.momentum"), "")
+        return name if self.first["from"] is None else f"{name} on a cut network"
+
+    @property
+    def hours(self) -> float:
+        """GPU hours (ranks x wall time on a CPU run), those known of the training that it started from included."""
+        return self.done["gpu_hours"] + (self.first["gpu_hours_before"] or 0.0)
+
+    @property
+    def hours_are_known(self) -> bool:
+        return self.first["gpu_hours_before"] is not None
+
+    @property
+    def conditions(self) -> tuple[Any, ...]:
+        return tuple(str(self.first[key]) for key in COMPARABLE)
+
+    def is_comparable(self, other: "Run") -> bool:
+        """Whether a difference of hours or accuracy can come of nothing but shrinking. What one log lacks is no bar."""
+        ours, theirs = self.settings, other.settings
+        shared = [key for key in ours if key in theirs and key.startswith(COMPARABLE_SETTINGS)]
+        return self.conditions == other.conditions and all(ours[key] == theirs[key] for key in shared)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in nothing but their seeds and names, at least one."""
+
+    name: str
+    runs: tuple[Run, ...]
+
+    @property
+    def one(self) -> Run:
+        """A run that stands for all of them."""
+        return self.runs[0]
+
+    @property
+    def seeds(self) -> list[int]:
+        return [run.seed for run in self.runs if run.seed is not None]
+
+
+def read_run(directory: Path) -> Run:
+    """Raises TrainError if the directory holds no finished run."""
+    log = RunDir(directory).log
+    if not log.exists():
+        raise TrainError(f"{directory} is no run directory: it has no {log.name}")
+    events = read_log(log)
+    by_kind = {kind: [e for e in events if e["event"] == kind] for kind in ("run", "epoch", "resize", "done")}
+    if not by_kind["done"]:
+        raise TrainError(f"the run in {directory} is not finished: start it again with the same command, it will go on")
+    first = {"from": None, "gpu_hours_before": 0.0} | by_kind["run"][0]  # older logs know of no such start
+    return Run(directory.name, directory, first, by_kind["epoch"], by_kind["resize"], by_kind["done"][-1])
+
+
+def group_runs(runs: Iterable[Run]) -> list[Group]:
+    """Repetitions together, dense ones first, else in the order given. A run whose log lacks its settings is alone."""
+    members: dict[Any, list[Run]] = {}
+    for run in sorted(runs, key=lambda run: not run.is_dense):
+        settings = {key: value for key, value in run.settings.items() if key not in NAMING}
+        key = (repr(sorted(settings.items())), run.conditions) if settings else run.directory
+        members.setdefault(key, []).append(run)
+    names = [_common_name([run.name for run in group]) for group in members.values()]
+    return [
+        Group(name if names.count(name) == 1 else group[0].name, tuple(group))
+        for name, group in zip(names, members.values(), strict=True)
+    ]
+
+
+def differing_settings(groups: list[Group]) -> dict[str, list[Any]]:
+    """Dotted key -> its value in each group, where groups that have the setting differ; None for those without it."""
+    settings = [group.one.settings for group in groups]
+    keys = dict.fromkeys(key for one in settings for key in one if key not in NAMING)
+    found = {key: [one[key] for one in settings if key in one] for key in keys}
+    differing = [key for key, values in found.items() if any(value != values[0] for value in values)]
+    return {key: [one.get(key) for one in settings] for key in differing}
+
+
+def _common_name(names: list[str]) -> str:
+    """c10_cup_s0, c10_cup_s1 -> c10_cup; a run alone keeps its name."""
+    if len(names) == 1:
+        return names[0]
+    common = takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
+    prefix = "".join(letters[0] for letters in common)
+    return re.sub(r"[-_.](s|seed)?[-_.]?\d*$", "", prefix) or names[0]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
