@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -81,17 +81,23 @@ def options(**changes: object) -> list[str]:
     return ["--config", str(TINY), *overrides]
 
 
-def command(script: str, arguments: list[str], ranks: int = 1) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    return [sys.executable, *launcher, str(ROOT / script), *arguments]
+def command(script: str, arguments: list[str], ranks: int = 1, torchrun: Sequence[str] = ()) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *torchrun]
+    return [sys.executable, *(launcher if ranks > 1 else []), str(ROOT / script), *arguments]
 
 
 def launch(
-    script: str, arguments: list[str], cwd: Path, ranks: int = 1, timeout: float = 180, **env: str
+    script: str,
+    arguments: list[str],
+    cwd: Path,
+    ranks: int = 1,
+    timeout: float = 180,
+    torchrun: Sequence[str] = (),
+    **env: str,
 ) -> subprocess.CompletedProcess[str]:
     """Run to the end; TimeoutExpired, with all its processes gone, if it hangs."""
     process = subprocess.Popen(
-        command(script, arguments, ranks),
+        command(script, arguments, ranks, torchrun),
         cwd=cwd,
         env=os.environ | SEEN_BY_RANKS | env,
         stdout=subprocess.PIPE,

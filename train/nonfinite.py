@@ -35,15 +35,15 @@ class StepGuard:
         self.unfit = (~torch.isfinite(largest)).float()
         self._in_a_row = (self._in_a_row + 1) * self.unfit
         self.longest = torch.maximum(self.longest, self._in_a_row)
-        optimizer = state.optimizer
+        optimizer, may_step = state.optimizer, True
         if getattr(optimizer, "_step_supports_amp_scaling", False):
             optimizer.found_inf = self.unfit  # a gradient scaler, which looks for itself, puts its own in place
-        # Others have to be asked not to, and only the host can ask.
-        elif not state.precision.scaler.is_enabled() and bool(self.unfit):
+        elif not state.precision.scaler.is_enabled():
+            may_step = not bool(self.unfit)  # others can only be left alone, and the host has to know
+        if may_step:
+            state.precision.step(optimizer, clip_norm)
+        else:
             optimizer.zero_grad()
-            self._mend_buffers()
-            return
-        state.precision.step(optimizer, clip_norm)
         self._mend_buffers()
 
     def _mend_buffers(self) -> None:
