@@ -10,6 +10,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 for _threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # read at the imports below
@@ -71,7 +72,8 @@ class Ranks:
     def kill(self, victim: int | None) -> None:
         """SIGKILL of one rank, or of all."""
         if victim is None:
-            os.killpg(self.pids[0], signal.SIGKILL)
+            with suppress(ProcessLookupError):  # they ended by themselves
+                os.killpg(self.pids[0], signal.SIGKILL)
         elif victim not in self.codes:
             os.kill(self.pids[victim], signal.SIGKILL)
 

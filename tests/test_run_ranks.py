@@ -144,11 +144,10 @@ def test_torchrun_takes_up_a_run_of_which_a_rank_was_killed_to_the_numbers_of_an
 
     fault = {"FAULT": "killed", "AT_STEP": "46", "torchrun": ["--max-restarts=3"]}
     # Never: the restart of a job goes on in the directory that it began, whatever is said about earlier runs.
-    arguments += ["--run.root", "b", "--run.resume", "never", "--run.save_every_minutes", "1e-9"]
+    arguments += ["--run.root", "b", "--run.resume", "never", "--run.save_every_minutes", "0.01"]
     killed = launch("tests/faulty_train.py", arguments, tmp_path, ranks=2, **fault)
     assert killed.returncode == 0, killed.stderr
-    resumed_after = int(re.search(r"resumed at epoch 3 of 4, after step (\d+)", killed.stdout)[1])
-    assert 1 <= resumed_after <= 9
+    assert re.search(r"resumed at epoch [23] of 4", killed.stdout)
     assert [path.name for path in (tmp_path / "b").iterdir()] == ["tiny"]
     a, b = read_log(tmp_path / "a/tiny/log.jsonl"), read_log(tmp_path / "b/tiny/log.jsonl")
     for kind, keys in (
@@ -171,8 +170,8 @@ def test_a_signal_to_one_rank_stops_all_of_them_after_the_same_step(tmp_path: Pa
     ).groups()
     assert (epoch, step) in {("2", str(step)) for step in range(1, 5)} | {("3", "0")}
     assert "torch.distributed.run --standalone --nproc-per-node=2" in again and again.endswith("tiny.yaml")
-    so_far = [rank["so_far"] for rank in load_checkpoint(tmp_path / "runs/tiny/last.pt")["ranks"] if "so_far" in rank]
-    assert len({part["step"] for part in so_far}) <= 1 and len(so_far) in (0, 2)
+    parts = [rank["so_far"] for rank in load_checkpoint(tmp_path / "runs/tiny/last.pt")["ranks"]]
+    assert {part and part["step"] for part in parts} == {int(step) or None}
 
 
 def test_a_batch_of_nan_on_one_rank_is_left_out_on_both(tmp_path: Path):

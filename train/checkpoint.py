@@ -173,9 +173,13 @@ def load_network(path: Path) -> StoredNetwork:
 def stored_architecture(content: dict[str, Any]) -> Architecture:
     """The network before any cut."""
     try:
-        return Architecture(**content["architecture"])
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"the stored network has no name and shape that this version knows: {error}") from error
+        architecture = Architecture(**content["architecture"])
+        numbers = (architecture.num_classes, *architecture.input_shape)
+        if not isinstance(architecture.name, str) or [type(number) for number in numbers] != [int] * 4:
+            raise TypeError(f"found {architecture}")
+    except TypeError as error:
+        raise CheckpointError(f"the stored network is not one of this version's: {error}") from error
+    return architecture
 
 
 def stored_plans(content: dict[str, Any]) -> list[PrunePlan]:
@@ -234,8 +238,10 @@ def read_weights_file(path: Path) -> Weights:
     return {key.removeprefix("module.") if wrapped else key: tensor for key, tensor in content.items()}
 
 
-def _are_tensors(weights: Mapping[str, Any]) -> bool:
-    return all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in weights.items())
+def _are_tensors(weights: Any) -> bool:
+    """Whether these are names and tensors, as state_dict() gives them."""
+    named = weights.items() if isinstance(weights, Mapping) else [(None, None)]
+    return all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in named)
 
 
 def _write(file: BinaryIO, content: dict[str, Any]) -> None:

@@ -174,6 +174,16 @@ def parse_config(argv: list[str], prog: str, default_config: str) -> RunConfig:
         namespace = build_parser(prog, default_config).parse_args(argv)
     except ArgumentError as error:
         raise ConfigError(_one_line(str(error), argv)) from error
+    except (
+        AttributeError,
+        TypeError,
+        KeyError,
+        IndexError,
+        ValueError,
+    ) as error:  # as for a list where a section is due
+        raise ConfigError(
+            f"the recipe is none: sections with settings are allowed, {error} (of {' '.join(argv)})"
+        ) from error
     values = namespace.as_dict()
     sections = {section.name: values[section.name] for section in dataclasses.fields(RunConfig)}
     return config_from_dict(sections)
@@ -183,12 +193,15 @@ def config_from_dict(values: dict[str, dict[str, Any]]) -> RunConfig:
     """Nested plain data -> configuration. Raises ConfigError for what is out of range."""
     sections = {}
     for section in dataclasses.fields(RunConfig):
+        if not isinstance(values.get(section.name), dict):
+            found = values.get(section.name)
+            raise ConfigError(f"{section.name}: found {found!r}, allowed: settings, each a name and a value")
         try:
             named = _renamed(_tuples(values[section.name]), _field_name)
             sections[section.name] = section.default_factory(**named)
         except ValueError as error:
             raise ConfigError(f"{section.name}.{error}") from error
-        except (KeyError, TypeError) as error:
+        except TypeError as error:
             raise ConfigError(f"{section.name}: a configuration of another version ({error})") from error
     try:
         return RunConfig(**sections)
@@ -247,7 +260,7 @@ def _one_line(message: str, argv: list[str]) -> str:
         r"Parser key \"(\w+)\.(\w+)\":.*(?:Got|Given) value:? ?(?:type: \S+)? ?(.*)", message, re.DOTALL
     ):
         section, name, found = match.groups()
-        return f"{section}.{name}: found {found.strip().splitlines()[0]!r}, allowed: {_allowed(section, name)}"
+        return f"{section}.{name}: found {found.strip().partition(chr(10))[0]!r}, allowed: {_allowed(section, name)}"
     if match := re.search(r"(?:Group '(.+?)' does not accept option|Option) '(.+?)'", message):
         return _unknown_key(".".join(part for part in match.groups() if part))
     if match := re.search(r"unrecognized arguments: (.*)", message, re.IGNORECASE):

@@ -16,7 +16,7 @@ Every function here is called by all ranks.
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -171,21 +171,20 @@ class EpochSoFar:
         nothing = torch.zeros((), device=trainer.world.device)
         return cls(threshold, trainer.ledger.seconds, nothing, nothing.clone())
 
-    @classmethod
-    def restored(cls, ranks: Sequence[dict[str, Any]], world: World, batch_ratio: Fraction) -> "EpochSoFar":
+    @staticmethod
+    def restored(ranks: Sequence["EpochSoFar"], world: World, batch_ratio: Fraction) -> "EpochSoFar":
         """This rank's part of an epoch that `ranks` were in the middle of, who may have been fewer or more.
 
         batch_ratio: images a step now over images a step then. The same images are done, to within a batch, and the
         mean of the losses so far stays what it is.
         """
-        own = dict(ranks[min(world.rank, len(ranks) - 1)])
-        loss_sum, skipped = own.pop("loss_sum").to(world.device), own.pop("skipped").to(world.device)
-        so_far = cls(**own, loss_sum=loss_sum, skipped=skipped)
+        so_far = ranks[min(world.rank, len(ranks) - 1)]
+        so_far = replace(so_far, loss_sum=so_far.loss_sum.to(world.device), skipped=so_far.skipped.to(world.device))
         if (len(ranks), batch_ratio) != (world.size, 1):
-            kept = max(so_far.step - float(skipped), 1)
-            mean = sum(float(rank["loss_sum"]) for rank in ranks) / (kept * len(ranks))
+            kept = max(so_far.step - float(so_far.skipped), 1)
+            mean = sum(float(rank.loss_sum) for rank in ranks) / (kept * len(ranks))
             so_far.step = math.floor(so_far.step / batch_ratio)
-            so_far.skipped = (skipped / float(batch_ratio)).floor()
+            so_far.skipped = (so_far.skipped / float(batch_ratio)).floor()
             kept = so_far.step - float(so_far.skipped)
             so_far.loss_sum.fill_(mean * kept * world.size if world.is_main else 0.0)
         return so_far

@@ -10,7 +10,7 @@ import time
 from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 import torch
 from torch import nn
@@ -32,10 +32,20 @@ from train.models import Architecture
 from train.rundir import RunDir, create_run_dir
 from train.world import World
 
+T = TypeVar("T")
+
 BEAT_EVERY_S = 5.0
 
 # What a checkpoint of a run holds beside the network, for a resume.
-RUN_PARTS = {"progress": dict, "optimizer": dict, "scaler": dict, "ranks": list, "log_bytes": int, "batch_size": int}
+RUN_PARTS = {
+    "progress": dict,
+    "optimizer": dict,
+    "scaler": dict,
+    "ranks": list,
+    "log_bytes": int,
+    "batch_size": int,
+    "allowed_widths": dict | None,
+}
 
 
 class Saver:
@@ -90,7 +100,7 @@ class Saver:
         state, before = trainer.state, trainer.progress.gpu_hours_before
         if not all(bool(torch.isfinite(parameter).all()) for parameter in state.model.parameters()):
             raise TrainError(f"the weights are not finite after step {trainer.progress.step}: {AFTER_NONFINITE}")
-        model, ema = ([rank.get("buffers", {}).get(part, {}) for rank in ranks] for part in ("model", "ema"))
+        buffers = [rank["buffers"] or {"model": {}, "ema": {}} for rank in ranks]
         return {
             "architecture": dataclasses.asdict(self._architecture),
             "config": self._config.to_dict(),
@@ -101,8 +111,8 @@ class Saver:
             "batch_size": self._batch_size,
             "gpu_hours": None if before is None else before + trainer.ledger.gpu_hours(trainer.ledger.total_s),
             "log_bytes": trainer.sinks.log_bytes,
-            "model": _with_means(state.model.state_dict(), model),
-            "ema": None if state.ema is None else _with_means(state.ema.state_dict(), ema),
+            "model": _with_means(state.model.state_dict(), [own["model"] for own in buffers]),
+            "ema": state.ema and _with_means(state.ema.state_dict(), [own["ema"] for own in buffers]),
             "optimizer": state.optimizer.state_dict(),
             "scaler": state.precision.scaler.state_dict(),
             "ranks": ranks,
@@ -126,7 +136,7 @@ def load_stored(run_dir: RunDir, world: World) -> tuple[dict[str, Any] | None, l
     if found["path"] is None:
         return None, []
     stored = world.together(lambda: load_checkpoint(Path(found["path"])))
-    wrong = [key for key, kind in RUN_PARTS.items() if not isinstance(stored.get(key), kind)]
+    wrong = [key for key, kind in RUN_PARTS.items() if key not in stored or not isinstance(stored[key], kind)]
     if wrong:
         raise CheckpointError(
             f"{found['path']} cannot be gone on from, {', '.join(wrong)} missing or not as written: start another run "
@@ -152,7 +162,7 @@ def restore(trainer: Trainer, stored: dict[str, Any], batch_size: int) -> list[s
             state.ema.load_state_dict(stored["ema"])
         state.optimizer.load_state_dict(stored["optimizer"])
         state.precision.scaler.load_state_dict(stored["scaler"])
-        trainer.progress = Progress(**stored["progress"])
+        trainer.progress = _as_written(Progress, stored["progress"])
         trainer.is_resumed = True
         return _restore_rank(trainer, stored, batch_size)
     except (KeyError, IndexError, RuntimeError, TypeError, ValueError, AttributeError) as error:
@@ -164,14 +174,13 @@ def restore_buffers(trainer: Trainer, stored: dict[str, Any]) -> None:
 
     After the ranks' states have been compared, for here they differ. Other ranks than then keep the mean of all.
     """
-    if len(stored["ranks"]) != trainer.world.size:
+    buffers = stored["ranks"][trainer.world.rank]["buffers"] if len(stored["ranks"]) == trainer.world.size else None
+    if buffers is None:
         return
-    buffers = stored["ranks"][trainer.world.rank].get("buffers", {})
-    for module, own in ((trainer.state.model, buffers.get("model")), (trainer.state.ema, buffers.get("ema"))):
-        if own:
-            named = dict(module.named_buffers())
-            for name, value in own.items():
-                named[name].copy_(value)
+    state = trainer.state
+    for own, module in [(buffers["model"], state.model), (buffers["ema"], state.ema)]:
+        for name, buffer in _running(module).items():
+            buffer.copy_(own[name])
 
 
 def lost_seconds(run_dir: RunDir, stored: dict[str, Any] | None) -> dict[str, float]:
@@ -203,18 +212,20 @@ def _state_of_rank(trainer: Trainer) -> dict[str, Any]:
         "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         "train_loader": trainer.train_loader.state_dict(),
         "ledger": trainer.ledger.state_dict(),
+        "so_far": None,
+        "buffers": None,
     }
     if so_far is not None:
-        own["so_far"] = so_far.state_dict()
-        own["buffers"] = {"model": _running(state.model)}
-        if state.ema is not None:
-            own["buffers"]["ema"] = _running(state.ema)
+        modules = {"model": state.model, "ema": state.ema}
+        buffers = {part: {name: b.cpu() for name, b in _running(module).items()} for part, module in modules.items()}
+        own |= {"so_far": so_far.state_dict(), "buffers": buffers}
     return own
 
 
-def _running(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Name -> floating-point buffer, on the CPU."""
-    return {name: buffer.cpu() for name, buffer in module.named_buffers() if buffer.is_floating_point()}
+def _running(module: nn.Module | None) -> dict[str, torch.Tensor]:
+    """Name -> floating-point buffer."""
+    named = () if module is None else module.named_buffers()
+    return {name: buffer for name, buffer in named if buffer.is_floating_point()}
 
 
 def _with_means(weights: dict[str, torch.Tensor], buffers: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -222,11 +233,23 @@ def _with_means(weights: dict[str, torch.Tensor], buffers: list[dict[str, torch.
     return weights | {name: sum(own[name] for own in buffers) / len(buffers) for name in buffers[0]}
 
 
+def _as_written(kind: type[T], values: dict[str, Any]) -> T:
+    """The dataclass of these values. Raises TypeError if one is missing, unknown or of another kind."""
+    wrong = [
+        name
+        for name, hint in get_type_hints(kind).items()
+        if name not in values or not isinstance(values[name], int if hint is int else (int, get_origin(hint) or hint))
+    ]
+    if wrong:
+        raise TypeError(f"{kind.__name__}: {', '.join(wrong)} missing or not as written")
+    return kind(**values)
+
+
 def _restore_rank(trainer: Trainer, stored: dict[str, Any], batch_size: int) -> list[str]:
     ranks, world = stored["ranks"], trainer.world
     trainer.ledger.load_state_dict(ranks[min(world.rank, len(ranks) - 1)]["ledger"])
-    if "so_far" in ranks[0]:
-        parts = [rank["so_far"] for rank in ranks]
+    if ranks[0]["so_far"] is not None:
+        parts = [_as_written(EpochSoFar, rank["so_far"]) for rank in ranks]
         trainer.so_far = EpochSoFar.restored(parts, world, Fraction(batch_size, stored["batch_size"]))
     if len(ranks) != world.size:
         return [f"resumed on {world.size} ranks, stored by {len(ranks)}: augmentation and dropout draw other numbers"]
