@@ -9,6 +9,8 @@ from test_data_images import build, taken, write_split
 from data import dali
 from data.batch import DataConfig, DataError
 from data.build import build_loaders, default_threads
+from data.images import list_split, list_splits
+from data.prepare import prepare_shards
 
 
 @pytest.fixture
@@ -29,7 +31,9 @@ def test_auto_without_dali_takes_the_folder_loader_with_one_warning(image_folder
         warnings.simplefilter("always")
         train, _ = build(image_folder, "auto", batch_size=4, world_size=2)
         build(image_folder, "auto", batch_size=4, rank=1, world_size=2)
-    assert [str(warning.message)[:37] for warning in caught] == ["loader 'auto': DALI cannot be importe"]
+    # On one core torch has a word to say about the two workers, too.
+    ours = [str(warning.message) for warning in caught if "DataLoader will create" not in str(warning.message)]
+    assert [message[:37] for message in ours] == ["loader 'auto': DALI cannot be importe"]
     assert train.state_dict()["loader"] == "folder"
 
 
@@ -98,3 +102,29 @@ def test_synthetic_classes_can_be_learned():
     means = torch.stack([images[labels == label].mean(dim=0) for label in range(10)]).flatten(1)
     right = [(torch.cdist(batch[0].flatten(1), means).argmin(dim=1) == batch[1]).float().mean() for batch in taken(val)]
     assert torch.stack(right).mean() > 0.98
+
+
+def test_class_numbers_that_are_no_outputs_and_options_without_effect_are_said_once(tmp_path):
+    """ImageNet's lists count from 1; the network's outputs from 0."""
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.txt").write_bytes(b"\xef\xbb\xbf" + b"".join(b"a.jpg %d\n" % n for n in (1, 2, 4)))
+    with pytest.warns(UserWarning, match=r"not 0 to 2 in order; .* output 0 is class 1, its last one \(2\) class 4"):
+        build(tmp_path, "folder", batch_size=2, world_size=2, threads=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build(tmp_path, "folder", batch_size=2, rank=1, world_size=2, threads=1)
+    assert list_split(tmp_path, "train").names == ["a.jpg"] * 3  # the mark at the file's beginning is no name
+
+
+def test_shards_say_that_mmap_does_not_apply(image_folder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("shards") / "set"
+    prepare_shards(image_folder, path)
+    with pytest.warns(UserWarning, match="mmap has no effect with shards"):
+        build(path, "folder", mmap=False)
+
+
+def test_a_class_whose_images_are_all_excluded_is_named(image_folder):
+    lines = [f"val/bee/{number}.jpg\n" for number in range(5)]
+    (image_folder / "exclude.txt").write_text("".join(lines))
+    with pytest.raises(DataError, match=r"val: the exclude list leaves out every image of class 'bee': keep one, or"):
+        list_splits(image_folder)

@@ -67,14 +67,12 @@ def test_a_recipe_has_a_dense_run_to_be_measured_against(recipe: Path):
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_the_files_that_go_from_one_command_to_the_next_have_equal_names(recipe: Path):
-    written = {f"{config.run.root}/{config.run.name}/last.pt" for config in trainings(recipe)}
-    for command in commands(recipe):
-        if command[1] == "launch/prune.py":
-            options = parse_prune(command[2:])
-            assert options.source in written
-            written.add(str(options.out))
-    assert all(config.model.from_ in written for config in trainings(recipe) if config.model.from_)
+def test_what_is_cut_is_the_dense_run_and_what_is_retrained_is_the_cut(recipe: Path):
+    configs = trainings(recipe)
+    full = [config.run for config in configs if not config.cup.enabled and config.model.from_ is None]
+    cuts = [parse_prune(command[2:]) for command in commands(recipe) if command[1] == "launch/prune.py"]
+    assert [cut.source for cut in cuts] == [f"{run.root}/{run.name}/last.pt" for run in full[: len(cuts)]]
+    assert [str(cut.out) for cut in cuts] == [config.model.from_ for config in configs if config.model.from_]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)

@@ -203,6 +203,9 @@ def test_what_is_no_finished_run_is_refused(tmp_path: Path, capsys: pytest.Captu
     (unfinished / "log.jsonl").write_text('{"event": "run"}\n')
     assert report.main([str(unfinished), "--out", str(tmp_path / "out")]) == 1
     assert "not finished" in capsys.readouterr().err
+    (unfinished / "log.jsonl").write_text('{"event": "done"}\n')
+    assert report.main([str(unfinished), "--out", str(tmp_path / "out")]) == 1
+    assert "damaged" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -293,6 +296,7 @@ def test_the_page_needs_no_other_file_and_escapes_what_users_named(tmp_path: Pat
     text = (tmp_path / "out/report.html").read_text()
     found = Resources(text)
     assert len(found.fetched) == 5 and all(one.startswith("data:image/png;base64,") for one in found.fetched)
+    assert "Beside the paper" in text and "3 Titan Xp" in text
     assert "script" not in found.tags and "link" not in found.tags
     assert "url(" not in text and "@import" not in text and "&lt;script&gt;" in text
 
@@ -330,6 +334,7 @@ def test_the_way_of_shrinking_in_words(tmp_path: Path):
         return setting(read_run(write_run(tmp_path / "cup", cup=True, **with_settings(tmp_path / "cup", cup=cup))))
 
     assert words(target_reduction=2.2) == "k 0.03, b 0.3, stop at FR 2.2"
+    assert words(round_to="measured") == "k 0.03, b 0.3, no stop, widths rounded as measured"
     assert words(ramp="reduction", target_reduction=2.0, last_epoch=6, round_to=8, every=2, scope="all") == (
         "FR 2 in a straight line by epoch 6, every 2 epochs, widths rounded to 8, residual streams too"
     )

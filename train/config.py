@@ -120,7 +120,7 @@ class RunConfig:
             )
 
     def without_effect(self) -> list[str]:
-        """What was set and changes nothing, in words for the user."""
+        """What was set and changes nothing, in words for the user, a line for each reason."""
         data = self.data
         on_gpu = self.run.device == "cuda" or (self.run.device == "auto" and torch.cuda.is_available())
         rules = [
@@ -137,12 +137,12 @@ class RunConfig:
             (not data.start_size, data, ["grow_epochs", "size_step"], "data.start_size: 0"),
         ]
         names = {id(self.cup): "cup", id(self.optim): "optim", id(self.train): "train", id(self.data): "data"}
-        return [
-            f"{names[id(section)]}.{key} has no effect with {reason}"
-            for applies, section, keys, reason in rules
-            for key in keys
-            if applies and getattr(section, key) != getattr(type(section)(), key)
-        ]
+        notes = []
+        for applies, section, keys, reason in rules:
+            changed = [key for key in keys if getattr(section, key) != getattr(type(section)(), key)]
+            if applies and changed:
+                notes.append(f"no effect with {reason}: {', '.join(f'{names[id(section)]}.{key}' for key in changed)}")
+        return notes
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain data, as YAML and JSON hold it."""
@@ -174,16 +174,6 @@ def parse_config(argv: list[str], prog: str, default_config: str) -> RunConfig:
         namespace = build_parser(prog, default_config).parse_args(argv)
     except ArgumentError as error:
         raise ConfigError(_one_line(str(error), argv)) from error
-    except (
-        AttributeError,
-        TypeError,
-        KeyError,
-        IndexError,
-        ValueError,
-    ) as error:  # as for a list where a section is due
-        raise ConfigError(
-            f"the recipe is none: sections with settings are allowed, {error} (of {' '.join(argv)})"
-        ) from error
     values = namespace.as_dict()
     sections = {section.name: values[section.name] for section in dataclasses.fields(RunConfig)}
     return config_from_dict(sections)

@@ -6,6 +6,7 @@
 DDP's own broadcast at wrapping would hide a divergence, so the comparison comes first and that broadcast is off.
 """
 
+import time
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -131,17 +132,23 @@ class Resizer:
         for plan in plans:
             self._apply(state, plan)
 
-    def measure_widths(self, state: TrainState, batch_size: int, world: World) -> None:
+    def measure_widths(self, state: TrainState, batch_size: int, world: World) -> list[str]:
         """With round_to: measured, time the layers on rank 0, unless that was done. All ranks call it, before DDP.
 
-        batch_size: images of one rank's step.
+        batch_size: images of one rank's step. Returns what was found in words for the user.
         """
         if not self.config.enabled or self.config.round_to != "measured" or self.allowed_widths is not None:
-            return
+            return []
+        started = time.perf_counter()
         groups = cup.prunable_groups(self.groups, self.config.scope)
         self.allowed_widths = world.on_rank_zero(
             lambda: measured_widths(state.model, groups, batch_size, state.precision, world.device)
         )
+        counts = [len(widths) for widths in self.allowed_widths.values()]
+        return [
+            f"cup.round_to: measured {len(groups)} layers' widths in {time.perf_counter() - started:.1f} s, "
+            f"{min(counts)} to {max(counts)} are allowed each"
+        ]
 
     def at_epoch_start(self, epoch: int, state: TrainState, world: World) -> ResizeOutcome:
         """Resize if the schedule says so. All ranks call it; model, EMA and optimizer are changed in place.

@@ -67,7 +67,7 @@ def run(config: RunConfig, world: World, ledger: Ledger) -> dict[str, Any]:
         notes += world.together(lambda: restore(trainer, stored, fitted.data.batch_size))
     elif source is not None:
         notes += world.together(lambda: _start_from(trainer, source, config))
-    trainer.resizer.measure_widths(trainer.state, fitted.data.batch_size // world.size, world)
+    notes += trainer.resizer.measure_widths(trainer.state, fitted.data.batch_size // world.size, world)
     ledger.add_lost(**world.on_rank_zero(lambda: lost_seconds(run_dir, stored)))
     # Only now, so that a run that cannot start leaves no directory that the corrected one would stumble over.
     world.on_rank_zero(lambda: create_run_dir(run_dir, config))

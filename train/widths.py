@@ -29,6 +29,8 @@ NOISE = 0.02
 """Two times that differ by less, relative, count as equal."""
 MOST_WIDTHS = 8
 """Widths that are timed for each group: ResNet-50 has 16 kinds of groups and then 256 layers to time."""
+MOST_IMAGES_ON_CPU = 16
+"""A CPU is busy with few images; more would make the measurement take minutes and tell the same."""
 MIN_SECONDS = 0.01
 """For how long one layer is timed at one width, at least twice; the fastest counts."""
 
@@ -39,10 +41,10 @@ def measured_widths(
     """The allowed widths of these groups on this device. One rank calls it, the others get its result as data.
 
     model: its layers are copied to `device` one by one, and only read here. All other groups stay at the widths that
-        they have. batch_size: images of one rank's step.
+        they have, and are timed as they run uncompiled. batch_size: images of one rank's step.
     Random numbers are drawn from a generator of its own, so that a run that measures and one that does not train alike.
     """
-    timer = _Timer(batch_size, precision, device)
+    timer = _Timer(min(batch_size, MOST_IMAGES_ON_CPU) if device.type == "cpu" else batch_size, precision, device)
     table = {}
     for group in groups:
         times = {width: timer.seconds(model, group, width) for width in widths_to_time(group.width)}

@@ -28,9 +28,8 @@ def _unpack(archives: Path, root: Path) -> None:
     files = {kind: archives / name for kind, (name, _) in ARCHIVE_META.items()}
     for kind, (_, md5) in ARCHIVE_META.items():
         _verify(files[kind], md5)
-    wnids = _val_wnids(files["devkit"], root)
     _unpack_train(files["train"], root / "train")
-    _unpack_val(files["val"], root / "val", wnids)
+    _unpack_val(files["val"], root / "val", _val_wnids(files["devkit"], root))
 
 
 def _verify(archive: Path, md5: str) -> None:

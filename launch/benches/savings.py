@@ -25,6 +25,7 @@ from launch.benches.measure import machine, rounds_in_turn, write_result
 from launch.benches.step import (
     RoundTo,
     StepBench,
+    Table,
     Widths,
     add_device_arguments,
     epochs_of_run,
@@ -121,11 +122,9 @@ def measure(options: argparse.Namespace) -> None:
         options.epochs, options.images, options.val_images, options.batch_size, options.measure_batch_size
     )
     path = spread([line["widths"] for line in lines], options.epochs)
+    allowed = tables(options.round_to, bench, path[0].keys())
     rounded = at_equal_reduction if options.keep_fr else StepBench.rounded
-    paths = {
-        found: [rounded(bench, widths, table) for widths in path]
-        for found, table in tables(options.round_to, bench).items()
-    }
+    paths = {found: [rounded(bench, widths, table) for widths in path] for found, table in allowed.items()}
     costs = _measured(bench, [bench.dense_widths, *(widths for path in paths.values() for widths in path)], options)
     resize_s = mean_resize_s(options.run)
 
@@ -151,6 +150,7 @@ def measure(options: argparse.Namespace) -> None:
             "schedule": asdict(schedule),
             "run_epochs": len(lines),
             "resize_s": resize_s,
+            "allowed_widths": allowed.get("measured"),
             "machine": machine("torchvision"),
             "rows": rows,
             "dense_hours": hours(dense),
@@ -166,7 +166,7 @@ def spread(path: Sequence[Widths], epochs: int) -> list[Widths]:
     return [path[j * len(path) // epochs] for j in range(epochs)]
 
 
-def at_equal_reduction(bench: StepBench, widths: Widths, table: int | Mapping[str, Sequence[int]]) -> dict[str, int]:
+def at_equal_reduction(bench: StepBench, widths: Widths, table: Table) -> dict[str, int]:
     """Rounded widths near the FR of these: all groups narrowed by one factor before they are rounded up."""
     wanted = bench.cost(widths).flops
     low, high, nearest = 0.0, 1.0, bench.rounded(widths, table)

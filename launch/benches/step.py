@@ -7,7 +7,7 @@ made, so nothing waits for a disk. The widths come from a run's log, from a file
 import argparse
 import functools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ from train.widths import measured_widths
 from train.world import World, open_world
 
 RoundTo = int | str
+Table = int | dict[str, list[int]]
 Widths = Mapping[str, int]
 
 OUR_LOOP, BARE_LOOP, TORCHVISION_LOOP = "our train_epoch", "bare PyTorch loop", "torchvision-style loop"
@@ -176,12 +177,12 @@ class StepBench:
     def dense_widths(self) -> dict[str, int]:
         return {group.name: group.width for group in cup.prunable_groups(self.groups, "all")}
 
-    def measured(self) -> dict[str, list[int]]:
-        """The allowed widths that `cup.round_to: measured` would find here."""
-        groups = cup.prunable_groups(self.groups, "all")
+    def measured(self, names: Collection[str]) -> dict[str, list[int]]:
+        """The allowed widths that `cup.round_to: measured` would find here for these groups."""
+        groups = [group for group in self.groups if group.name in names]
         return measured_widths(self.model, groups, self.batch_size, self._precision(), self.world.device)
 
-    def rounded(self, widths: Widths, round_to: int | Mapping[str, Sequence[int]]) -> dict[str, int]:
+    def rounded(self, widths: Widths, round_to: Table) -> dict[str, int]:
         """These widths rounded up as a planner would, and those of all other groups that may shrink.
 
         Raises ConfigError where they are not this network's.
@@ -440,32 +441,30 @@ def epochs_of_run(run: Path) -> list[dict[str, Any]]:
     return epochs
 
 
-def tables(round_tos: Sequence[RoundTo], bench: StepBench) -> dict[RoundTo, int | dict[str, list[int]]]:
-    """What a planner takes, for each --round-to; `measured` measures here."""
-    return {found: bench.measured() if found == "measured" else found for found in round_tos}
+def tables(round_tos: Sequence[RoundTo], bench: StepBench, names: Collection[str]) -> dict[RoundTo, Table]:
+    """What a planner takes, for each --round-to; `measured` measures these groups here."""
+    return {found: bench.measured(names) if found == "measured" else found for found in round_tos}
 
 
 def _networks(options: argparse.Namespace, bench: StepBench) -> dict[str, dict[str, int]]:
     """Name -> widths, every network once; those that come out dense are left out."""
+    asked = _widths_asked_for(options)
+    names = {name for widths in asked.values() for name in widths}
+    inner = {group.name for group in cup.prunable_groups(bench.groups)}
     networks: dict[str, dict[str, int]] = {}
-    for found, table in tables(options.round_to, bench).items():
-        suffix = "" if found == 1 else f", round_to {found}"
-        for name, widths in _paths(options, bench, table).items():
-            rounded = bench.rounded(widths, table)
-            if rounded not in (bench.dense_widths, *networks.values()):
-                networks[name + suffix] = rounded
+    for found, table in tables(options.round_to, bench, names or inner).items():
+        paths = {name: bench.rounded(widths, table) for name, widths in asked.items()}
+        if options.reduction:
+            plan = cup.plan_by_reduction(bench.model, bench.groups, options.reduction, round_to=table)
+            paths = {f"planned to FR {options.reduction:g}": bench.rounded(plan.new_widths, 1)}
+        for name, widths in paths.items():
+            if widths not in (bench.dense_widths, *networks.values()):
+                networks[name + ("" if found == 1 else f", round_to {found}")] = widths
     return networks
 
 
-def _paths(
-    options: argparse.Namespace, bench: StepBench, table: int | dict[str, list[int]]
-) -> dict[str, dict[str, int]]:
-    """Name -> widths that the options ask for, before they are rounded up."""
+def _widths_asked_for(options: argparse.Namespace) -> dict[str, dict[str, int]]:
+    """Name -> widths of a run or a file, before they are rounded up."""
     if options.run:
         return {f"from epoch {event['epoch']}": event["widths"] for event in epochs_of_run(options.run)}
-    if options.widths:
-        return {options.widths.name: read_counts(options.widths)}
-    if options.reduction:
-        plan = cup.plan_by_reduction(bench.model, bench.groups, options.reduction, round_to=table)
-        return {f"planned to FR {options.reduction:g}": plan.new_widths}
-    return {}
+    return {options.widths.name: read_counts(options.widths)} if options.widths else {}

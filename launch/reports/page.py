@@ -12,6 +12,7 @@ from launch.reports import published
 from launch.reports.figures import Figure
 from launch.reports.read import Group, Run, differing_settings
 from launch.reports.tables import (
+    ALL_COLUMNS,
     COLUMNS,
     Row,
     cells_of,
@@ -62,7 +63,8 @@ def page(groups: list[Group], figures: list[Figure], remarks: list[str]) -> str:
         headlines=[_headline(row) for row in rows if row.change1 is not None],
         results=_results(rows),
         remarks=remarks,
-        beside=_results([*rows, *beside]) if beside else None,
+        beside=_with_published([*rows, *beside]) if beside else None,
+        beside_note=_sources(networks),
         figures=[
             {"title": figure.title, "caption": figure.caption, "source": _data_uri(figure.path)} for figure in figures
         ],
@@ -75,7 +77,7 @@ def page(groups: list[Group], figures: list[Figure], remarks: list[str]) -> str:
         no_difference=_no_difference(groups),
         settings=[(run.name, _yaml(run)) for run in runs],
         hardware=_hardware(runs),
-        published=[_table_of(title, table_rows) for title, table_rows in published_tables()],
+        published=[_with_published(table_rows, title) for title, table_rows in published_tables()],
         published_notes=published.NOTES,
     )
 
@@ -107,31 +109,35 @@ def _headline(row: Row) -> dict[str, Any]:
 
 
 def _results(rows: list[Row]) -> Table:
+    cells = [[row.name, _method(row), "" if row.source else str(row.count), *cells_of(row).values()] for row in rows]
     headings = ["run", "method", "runs", *(heading for heading, _, _ in COLUMNS)]
+    return Table(headings, [Line(line) for line in cells], texts=2)
+
+
+def _with_published(rows: list[Row], title: str = "") -> Table:
+    """Every measured column in which a row has something."""
+    columns = [column for column in ALL_COLUMNS if any(getattr(row, column[1]) is not None for row in rows)]
     lines = [
-        Line(
-            [
-                row.name if not row.source else f"{row.name}: {row.network}",
-                ", ".join(filter(None, [row.method, row.setting])),
-                "" if row.source else str(row.count),
-                *cells_of(row).values(),
-            ],
-            published=bool(row.source),
-        )
+        Line([row.name, row.network, _method(row), *cells_of(row, columns).values()], published=bool(row.source))
         for row in rows
     ]
-    return Table(headings, lines, texts=2)
-
-
-def _table_of(title: str, rows: list[Row]) -> Table:
-    headings = ["network", "method", "setting", *(heading for heading, _, _ in COLUMNS)]
-    lines = [Line([row.network, row.method, row.setting, *cells_of(row).values()]) for row in rows]
+    headings = ["run", "network", "method", *(heading for heading, _, _ in columns)]
     return Table(headings, lines, texts=3, title=title)
+
+
+def _sources(networks: list[str]) -> str:
+    """Where and on what the published rows of these networks were measured."""
+    titles = [table.title for table in published.TABLES if {one.network for one in table.results} & set(networks)]
+    return f"Published: {'; '.join(titles)}. Hours of other hardware compare with each other, not with ours."
+
+
+def _method(row: Row) -> str:
+    return ", ".join(filter(None, [row.method, row.setting]))
 
 
 def _every_run(groups: list[Group]) -> Table:
     lines = []
-    for outcome in outcomes([run for group in groups for run in group.runs]):
+    for outcome in (outcome for _, measured in outcomes(groups) for outcome in measured):
         run, best = outcome.run, outcome.run.done.get("best_top1")
         cells = cells_of(row_of(Group(run.name, (run,)), [outcome])).values()
         seed = "" if run.seed is None else str(run.seed)

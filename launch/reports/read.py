@@ -116,6 +116,8 @@ def read_run(directory: Path) -> Run:
     by_kind = {kind: [e for e in events if e["event"] == kind] for kind in ("run", "epoch", "resize", "done")}
     if not by_kind["done"]:
         raise TrainError(f"the run in {directory} is not finished: start it again with the same command, it will go on")
+    if not by_kind["run"] or not by_kind["epoch"]:
+        raise TrainError(f"{log} tells of no {'epoch' if by_kind['run'] else 'run'}: the file is damaged")
     first = {"from": None, "gpu_hours_before": 0.0} | by_kind["run"][0]  # older logs know of no such start
     return Run(directory.name, directory, first, by_kind["epoch"], by_kind["resize"], by_kind["done"][-1])
 

@@ -4,7 +4,7 @@ programs."""
 import csv
 import io
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,7 @@ class Outcome:
             "change5": self.change5,
             "hours": self.run.hours,
             "saving": self.saving,
+            "gflops": done["flops"] / 1e9 if "flops" in done else None,
         }
 
 
@@ -51,7 +52,7 @@ class Outcome:
 class Row:
     """One line of the table, ours or published.
 
-    source: "" for ours. hours: GPU hours, ranks x wall time where `on_cpu`.
+    source: "" for ours. hours: GPU hours, ranks x wall time where `on_cpu`. gflops: of one image, at the end.
     """
 
     name: str
@@ -69,9 +70,10 @@ class Row:
     change5: Spread | None = None
     hours: Spread | None = None
     saving: Spread | None = None
+    gflops: Spread | None = None
 
 
-MEASURES = ("reduction", "top1", "top5", "change1", "change5", "hours", "saving")
+MEASURES = ("reduction", "top1", "top5", "change1", "change5", "hours", "saving", "gflops")
 # (heading, field, decimals); the unit is in the heading
 COLUMNS = (
     ("FR", "reduction", 2),
@@ -81,27 +83,23 @@ COLUMNS = (
     ("GPU hours", "hours", 2),
     ("saving (%)", "saving", 1),
 )
+ALL_COLUMNS = (
+    *COLUMNS[:4],
+    ("top-5 against dense (points)", "change5", 2),
+    ("GFLOPs", "gflops", 2),
+    *COLUMNS[4:],
+)
 
 
-def outcomes(runs: list[Run]) -> list[Outcome]:
-    """One a run, measured against the mean of the comparable dense runs among `runs`, where there are any."""
-    found = []
-    for run in runs:
-        dense = [other for other in runs if other.is_dense and other.is_comparable(run)]
-        if not dense or run.is_dense:
-            found.append(Outcome(run, None, None, None))
-            continue
-        hours = statistics.mean(other.hours for other in dense)
-        saving = 100 * (1 - run.hours / hours) if run.hours_are_known else None
-        changes = (run.done[key] - statistics.mean(other.done[key] for other in dense) for key in ("top1", "top5"))
-        found.append(Outcome(run, saving, *changes))
-    return found
+def outcomes(groups: list[Group]) -> list[tuple[Group, list[Outcome]]]:
+    """What came of each group's runs, against the mean of all comparable dense runs, where there are any."""
+    dense = [run for group in groups for run in group.runs if run.is_dense]
+    return [(group, [_outcome(run, dense) for run in group.runs]) for group in groups]
 
 
 def our_rows(groups: list[Group]) -> list[Row]:
     """One a group: means and standard deviations over its runs."""
-    measured = {id(outcome.run): outcome for outcome in outcomes([run for group in groups for run in group.runs])}
-    return [row_of(group, [measured[id(run)] for run in group.runs]) for group in groups]
+    return [row_of(group, measured) for group, measured in outcomes(groups)]
 
 
 def row_of(group: Group, measured: list[Outcome]) -> Row:
@@ -138,30 +136,30 @@ def spread(values: Iterable[float | None]) -> Spread | None:
 
 
 def setting(run: Run) -> str:
-    """How a run shrank, in a few words; "" for a dense one and where an older log does not say."""
+    """What a run started from and how it shrank, in a few words; an older log does not say how."""
+    words = [f"from {run.first['from']}"] if run.first["from"] else []
     if not run.shrinks or not run.settings:
-        return f"from {run.first['from']}" if run.first["from"] else ""
-    cup = {key: run.settings.get(f"cup.{key}") for key in _CUP}
+        return ", ".join(words)
+    cup = {key.removeprefix("cup."): value for key, value in run.settings.items() if key.startswith("cup.")}
     target = cup["target_reduction"]
-    words = [f"k {cup['slope']:g}, b {cup['offset']:g}", f"stop at FR {target:g}" if target else "no stop"]
     if cup["ramp"] == "reduction":
-        words = [f"FR {target:g} in a straight line by epoch {cup['last_epoch'] or run.first['epochs']}"]
+        words.append(f"FR {target:g} in a straight line by epoch {cup['last_epoch'] or run.first['epochs']}")
+    else:
+        words += [f"k {cup['slope']:g}, b {cup['offset']:g}", f"stop at FR {target:g}" if target else "no stop"]
     if cup["every"] != 1:
         words.append(f"every {cup['every']} epochs")
     if cup["round_to"] != 1:
-        words.append(f"widths rounded to {cup['round_to']}")
+        rounded = "as measured" if cup["round_to"] == "measured" else f"to {cup['round_to']}"
+        words.append(f"widths rounded {rounded}")
     if cup["scope"] != "inner":
         words.append("residual streams too")
     return ", ".join(words)
 
 
-_CUP = ("slope", "offset", "target_reduction", "ramp", "last_epoch", "every", "round_to", "scope")
-
-
 def notes(groups: list[Group]) -> list[str]:
     """What a reader of the table must know of some of its runs."""
     found = []
-    for outcome in outcomes([run for group in groups for run in group.runs]):
+    for outcome in (outcome for _, measured in outcomes(groups) for outcome in measured):
         run = outcome.run
         if run.first["from"] is not None:
             found.append(_hours_note(run))
@@ -182,17 +180,17 @@ def markdown(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def cells_of(row: Row) -> dict[str, str]:
+def cells_of(row: Row, columns: Sequence[tuple[str, str, int]] = COLUMNS) -> dict[str, str]:
     """Heading -> text of the measured columns, with +- where there are several runs."""
     cells = {}
-    for heading, field, digits in COLUMNS:
+    for heading, field, digits in columns:
         value = getattr(row, field)
         if value is None:
             cells[heading] = ""
         elif field == "hours":
             cells[heading] = in_words(value, 4 if value.mean < 1 else digits) + (" (CPU)" if row.on_cpu else "")
         else:
-            cells[heading] = in_words(value, digits, sign="+" if field == "change1" else "")
+            cells[heading] = in_words(value, digits, sign="+" if field.startswith("change") else "")
     return cells
 
 
@@ -204,40 +202,54 @@ def in_words(value: Spread, digits: int, sign: str = "") -> str:
 
 def means_csv(rows: list[Row]) -> str:
     """A line a row in full precision: each measure's mean and standard deviation; what is not known is empty."""
-    names = [f"{_CSV_NAMES[key]}{part}" for key in MEASURES for part in ("", "_deviation")]
-    lines = [["name", "network", "method", "setting", "source", "runs", "seeds", *names, "device"]]
+    lines = []
     for row in rows:
-        values = [getattr(row, key) for key in MEASURES]
-        numbers = [n for value in values for n in ((value.mean, value.deviation) if value else (None, None))]
-        device = "" if row.source else "cpu" if row.on_cpu else "cuda"
-        own = [row.name, row.network, row.method, row.setting, row.source or "ours", row.count, row.seeds]
-        lines.append([*own, *numbers, device])
+        measures = {}
+        for key in MEASURES:
+            value = getattr(row, key)
+            measures[_CSV_NAMES[key]] = value and value.mean
+            measures[f"{_CSV_NAMES[key]}_deviation"] = value and value.deviation
+        lines.append(
+            {
+                "name": row.name,
+                "network": row.network,
+                "method": row.method,
+                "setting": row.setting,
+                "source": row.source or "ours",
+                "runs": row.count,
+                "seeds": row.seeds,
+                **measures,
+                "device": "" if row.source else "cpu" if row.on_cpu else "cuda",
+            }
+        )
     return _comma_separated(lines)
 
 
 def runs_csv(groups: list[Group]) -> str:
     """A line a run in full precision; what is not known is empty."""
     kinds = kinds_of(groups)
-    names = [_CSV_NAMES[key] for key in MEASURES]
-    lines = [
+    return _comma_separated(
         [
-            *("run", "group", "network", "data", "method", "setting", "seed", *names, "best_top1_percent"),
-            *("flops", "macs", "params", "wall_s", *(f"{kind}_s" for kind in kinds), "ranks", "device"),
+            {
+                "run": outcome.run.name,
+                "group": group.name,
+                "network": outcome.run.network,
+                "data": outcome.run.data,
+                "method": outcome.run.method,
+                "setting": setting(outcome.run),
+                "seed": outcome.run.seed,
+                **{_CSV_NAMES[key]: value for key, value in outcome.values.items()},
+                "best_top1_percent": outcome.run.done.get("best_top1"),
+                **{key: outcome.run.done.get(key) for key in ("macs", "params")},
+                "wall_s": outcome.run.done.get("time_s"),
+                **{f"{kind}_s": outcome.run.done.get("seconds", {}).get(kind) for kind in kinds},
+                "ranks": outcome.run.first["world_size"],
+                "device": outcome.run.done["device"],
+            }
+            for group, measured in outcomes(groups)
+            for outcome in measured
         ]
-    ]
-    group_of = {id(run): group.name for group in groups for run in group.runs}
-    for outcome in outcomes([run for group in groups for run in group.runs]):
-        run, done = outcome.run, outcome.run.done
-        lines.append(
-            [
-                *(run.name, group_of[id(run)], run.network, run.data, run.method, setting(run), run.seed),
-                *(outcome.values[key] for key in MEASURES),
-                *(done.get(key) for key in ("best_top1", "flops", "macs", "params", "time_s")),
-                *(done.get("seconds", {}).get(kind) for kind in kinds),
-                *(run.first["world_size"], done["device"]),
-            ]
-        )
-    return _comma_separated(lines)
+    )
 
 
 def kinds_of(groups: list[Group]) -> list[str]:
@@ -256,7 +268,19 @@ _CSV_NAMES = {
     "change5": "top5_change_points",
     "hours": "gpu_hours",
     "saving": "saving_percent",
+    "gflops": "gflops",
 }
+
+
+def _outcome(run: Run, dense: list[Run]) -> Outcome:
+    peers = [other for other in dense if other.is_comparable(run)]
+    if run.is_dense or not peers:
+        return Outcome(run, None, None, None)
+    saving = None
+    if run.hours_are_known:
+        saving = 100 * (1 - run.hours / statistics.mean(peer.hours for peer in peers))
+    changes = (run.done[key] - statistics.mean(peer.done[key] for peer in peers) for key in ("top1", "top5"))
+    return Outcome(run, saving, *changes)
 
 
 def _published(result: Result) -> Row:
@@ -288,7 +312,9 @@ def _hours_note(run: Run) -> str:
     return f"{run.name}: {before:.4f} GPU hours went into {run.first['from']}, {own:.4f} into training it further"
 
 
-def _comma_separated(lines: list[list[Any]]) -> str:
+def _comma_separated(lines: list[dict[str, Any]]) -> str:
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(lines)
+    writer = csv.DictWriter(text, fieldnames=list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
     return text.getvalue()
