@@ -240,7 +240,7 @@ def _differing(groups: list[Group]) -> Table | None:
 def _no_difference(groups: list[Group]) -> str:
     if any(not group.one.settings for group in groups):
         return "The logs are of an older version and do not hold the settings."
-    return "The runs differ in nothing but their names and seeds."
+    return "All runs have the same settings, but for names and seeds."
 
 
 def _hardware(runs: list[Run]) -> Table:
@@ -250,8 +250,8 @@ def _hardware(runs: list[Run]) -> Table:
         versions = ", ".join(f"{name} {version}" for name, version in run.first.get("versions", {}).items())
         machine = (_devices(run), run.first["precision"], run.first["loader"], versions)
         lines.setdefault(machine, []).append(run.name)
-    headings = ["runs", "devices", "precision", "loader", "versions"]
-    return Table(headings, [Line([", ".join(names), *machine]) for machine, names in lines.items()], texts=5)
+    headings = ["devices", "precision", "loader", "versions", "runs"]
+    return Table(headings, [Line([*machine, ", ".join(names)]) for machine, names in lines.items()], texts=5)
 
 
 def _devices(run: Run) -> str:

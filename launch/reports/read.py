@@ -1,7 +1,7 @@
 """Run directories -> what their logs say, and which runs are repetitions of each other."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -119,7 +119,7 @@ def read_run(directory: Path) -> Run:
     if not by_kind["run"] or not by_kind["epoch"]:
         raise TrainError(f"{log} tells of no {'epoch' if by_kind['run'] else 'run'}: the file is damaged")
     first = {"from": None, "gpu_hours_before": 0.0} | by_kind["run"][0]  # older logs know of no such start
-    return Run(directory.name, directory, first, by_kind["epoch"], by_kind["resize"], by_kind["done"][-1])
+    return Run(directory.resolve().name, directory, first, by_kind["epoch"], by_kind["resize"], by_kind["done"][-1])
 
 
 def group_runs(runs: Iterable[Run]) -> list[Group]:
@@ -129,11 +129,13 @@ def group_runs(runs: Iterable[Run]) -> list[Group]:
         settings = {key: value for key, value in run.settings.items() if key not in NAMING}
         key = (repr(sorted(settings.items())), run.conditions) if settings else run.directory
         members.setdefault(key, []).append(run)
-    names = [_common_name([run.name for run in group]) for group in members.values()]
-    return [
-        Group(name if names.count(name) == 1 else group[0].name, tuple(group))
-        for name, group in zip(names, members.values(), strict=True)
-    ]
+    groups = [tuple(group) for group in members.values()]
+    # The shortest names that tell the groups apart: what the runs' names share, a run's name, its directory.
+    for name in (_common_name, lambda group: group[0].name, lambda group: str(group[0].directory)):
+        names = [name(group) for group in groups]
+        if len(set(names)) == len(names):
+            break
+    return [Group(name, group) for name, group in zip(names, groups, strict=True)]
 
 
 def differing_settings(groups: list[Group]) -> dict[str, list[Any]]:
@@ -145,13 +147,14 @@ def differing_settings(groups: list[Group]) -> dict[str, list[Any]]:
     return {key: [one.get(key) for one in settings] for key in differing}
 
 
-def _common_name(names: list[str]) -> str:
+def _common_name(runs: Sequence[Run]) -> str:
     """c10_cup_s0, c10_cup_s1 -> c10_cup; a run alone keeps its name."""
-    if len(names) == 1:
-        return names[0]
-    common = takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
+    first = runs[0].name
+    if len(runs) == 1:
+        return first
+    common = takewhile(lambda letters: len(set(letters)) == 1, zip(*(run.name for run in runs), strict=False))
     prefix = "".join(letters[0] for letters in common)
-    return re.sub(r"[-_.](s|seed)?[-_.]?\d*$", "", prefix) or names[0]
+    return re.sub(r"[-_.](s|seed)?[-_.]?\d*$", "", prefix) or first
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
