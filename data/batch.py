@@ -63,6 +63,9 @@ class Loader(Protocol):
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch (0, 1, ...) of the next iteration; training orders it anew by (seed, epoch)."""
 
+    def go_to(self, epoch: int, step: int) -> None:
+        """Make the next iteration begin at this step of this epoch; where it would anyway, the random state stays."""
+
     def __iter__(self) -> Iterator[Batch]:
         """One epoch of batches, to be taken to its end. A batch may be overwritten by the next one: do not keep it."""
 

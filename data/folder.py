@@ -4,6 +4,7 @@ Worker processes decode and augment to bytes; normalising happens on the trainin
 """
 
 import multiprocessing
+import signal
 from collections.abc import Iterator
 from functools import cache
 from multiprocessing.context import BaseContext
@@ -50,6 +51,7 @@ class FolderSource:
             num_workers=workers,
             multiprocessing_context=_worker_context(),
             persistent_workers=True,
+            worker_init_fn=_ignore_signals,
             pin_memory=device.type == "cuda",
             # Its own generator: a DataLoader without one draws from the global one at every epoch.
             generator=torch.Generator(),
@@ -91,6 +93,15 @@ def _worker_context() -> BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torchvision.transforms.v2", "data.folder"])
     return context
+
+
+def _ignore_signals(worker: int) -> None:
+    """Ctrl-C and torchrun signal all processes, and training still wants the batches of its last step from this one.
+
+    A worker ends with the process that it works for.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
 
 @cache

@@ -71,6 +71,10 @@ class SplitLoader:
         if epoch != self._epoch:
             self._epoch, self._step = epoch, 0
 
+    def go_to(self, epoch: int, step: int) -> None:
+        """Choose the place of the next iteration, for which no state is needed."""
+        self._epoch, self._step = epoch, step
+
     def __iter__(self) -> Iterator[Batch]:
         """The rest of the epoch; without another `set_epoch` the next iteration takes the epoch after it."""
         if self._step < len(self):

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if not __package__:
     sys.path[0] = str(ROOT)
 
-from train.cli import exit_code_of  # noqa: E402
+from train.cli import command_again, exit_code_of  # noqa: E402
 from train.config import parse_config  # noqa: E402
 from train.ledger import Ledger  # noqa: E402
 from train.run import run  # noqa: E402
@@ -24,15 +24,18 @@ AFTER_INTERRUPT = "the same command goes on from the last checkpoint, if there i
 
 
 def main(argv: list[str]) -> int:
-    """Exit code: 0 after a finished run, 2 for a configuration error, 1 for any other that a user can cause."""
+    """Exit code: 0 after a finished run or a stopped and saved one, 2 for a configuration error, 1 for any other."""
     return exit_code_of(lambda: _train(argv), "--debug" in argv, AFTER_INTERRUPT)
 
 
 def _train(argv: list[str]) -> None:
     config = parse_config(argv, "launch/train.py", str(DEMO))
-    world = open_world(config.run.device)
-    run(config, world, Ledger(world.size, started=STARTED))
+    world = open_world(config.run.device, config.run.timeout_minutes)
+    ending = run(config, world, Ledger(world.size, started=STARTED))
     world.close()
+    if ending["event"] == "stopped" and world.is_main:
+        where = f"in epoch {ending['epoch']}, after step {ending['step']}"
+        print(f"stopped {where}, and saved; to go on: {command_again(argv, config.run.resume)}", flush=True)
 
 
 if __name__ == "__main__":

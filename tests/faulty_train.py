@@ -48,14 +48,17 @@ def install(fault: str) -> None:
             return honest_build(name, num_classes)
 
         run.build_model = build
-    elif fault == "killed":
+    elif fault in ("killed", "asked to stop", "not finite"):
         honest_step, taken = engine.training_step, []
 
-        def step(*arguments):
+        def step(state, images, *arguments):
             taken.append(1)
-            if len(taken) == int(os.environ["KILLED_AT_STEP"]):
-                os.kill(os.getpid(), signal.SIGKILL)
-            return honest_step(*arguments)
+            if len(taken) == int(os.environ["AT_STEP"]) and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+                if fault == "not finite":
+                    images = images * float("nan")
+                else:
+                    os.kill(os.getpid(), signal.SIGKILL if fault == "killed" else signal.SIGTERM)
+            return honest_step(state, images, *arguments)
 
         engine.training_step = step
     elif fault == "out of memory":

@@ -1,16 +1,21 @@
 """Start real runs, in this process or as launch/*.py, alone or under torchrun, and read what they left."""
 
+import itertools
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
 import cup
+from train import engine
 from train.checkpoint import StoredNetwork, save_network
 from train.config import parse_config
 from train.ledger import Ledger
@@ -33,6 +38,39 @@ def train(root: Path, **changes: object) -> list[dict]:
     return read_log(Path(done["directory"]) / "log.jsonl")
 
 
+def numbers(log: list[dict]) -> list[tuple]:
+    """What a log says of training, epoch by epoch."""
+    keys = ("epoch", "train_loss", "top1", "lr", "flops", "threshold")
+    return [tuple(event[key] for key in keys) for event in events(log, "epoch")]
+
+
+@contextmanager
+def broken_off(patch: pytest.MonkeyPatch, at_step: int) -> Iterator[None]:
+    """Inside, a run in this process is broken off before its training step `at_step` (1, 2, ...), as by a crash."""
+    honest, taken = engine.training_step, itertools.count(1)
+
+    def step(*arguments: object) -> object:
+        if next(taken) == at_step:
+            raise Crash
+        return honest(*arguments)
+
+    with patch.context() as inside, pytest.raises(Crash):
+        inside.setattr(engine, "training_step", step)
+        yield
+
+
+class Crash(Exception):
+    """Stands for the end of a process."""
+
+
+def interrupted(root: Path, patch: pytest.MonkeyPatch, at_step: int, **changes: object) -> list[dict]:
+    """What `train` returns where the run was broken off before that step, and taken up again by another process."""
+    with broken_off(patch, at_step):
+        train(root, **changes)
+    torch.manual_seed(12345)
+    return train(root, **changes)
+
+
 def events(log: list[dict], kind: str) -> list[dict]:
     return [event for event in log if event["event"] == kind]
 
@@ -43,17 +81,23 @@ def options(**changes: object) -> list[str]:
     return ["--config", str(TINY), *overrides]
 
 
-def command(script: str, arguments: list[str], ranks: int = 1) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    return [sys.executable, *launcher, str(ROOT / script), *arguments]
+def command(script: str, arguments: list[str], ranks: int = 1, torchrun: Sequence[str] = ()) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *torchrun]
+    return [sys.executable, *(launcher if ranks > 1 else []), str(ROOT / script), *arguments]
 
 
 def launch(
-    script: str, arguments: list[str], cwd: Path, ranks: int = 1, timeout: float = 180, **env: str
+    script: str,
+    arguments: list[str],
+    cwd: Path,
+    ranks: int = 1,
+    timeout: float = 180,
+    torchrun: Sequence[str] = (),
+    **env: str,
 ) -> subprocess.CompletedProcess[str]:
     """Run to the end; TimeoutExpired, with all its processes gone, if it hangs."""
     process = subprocess.Popen(
-        command(script, arguments, ranks),
+        command(script, arguments, ranks, torchrun),
         cwd=cwd,
         env=os.environ | SEEN_BY_RANKS | env,
         stdout=subprocess.PIPE,

@@ -4,13 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import ALONE, events, train, write_network
+from launching import ALONE, broken_off, events, train, write_network
 
 import cup
 from launch import prune
 from train.checkpoint import CheckpointError, load_checkpoint, load_network
 from train.errors import ConfigError
-from train.resize import Resizer
 from train.run import evaluate_checkpoint
 
 NAMED_BY_THE_FILE = {"model__name": "null"}
@@ -81,17 +80,8 @@ def test_an_interrupted_run_goes_on_without_the_file_that_it_started_from(
     changes = {"model__from": cut, **NAMED_BY_THE_FILE, "cup__target_reduction": "null"}
     changes |= {"cup__ramp": "threshold", "cup__slope": 0.05, "cup__offset": 0.2}
     undisturbed = train(tmp_path / "a", **changes)
-    honest = Resizer.at_epoch_start
-
-    def interrupt(self: Resizer, epoch: int, *arguments: object) -> object:
-        if epoch == 3:
-            raise KeyboardInterrupt
-        return honest(self, epoch, *arguments)
-
-    monkeypatch.setattr(Resizer, "at_epoch_start", interrupt)
-    with pytest.raises(KeyboardInterrupt):
+    with broken_off(monkeypatch, at_step=10):
         train(tmp_path / "b", **changes)
-    monkeypatch.setattr(Resizer, "at_epoch_start", honest)
     cut.unlink()
     resumed = train(tmp_path / "b", **changes)
     assert len(events(undisturbed, "resize")) > 1 and len(events(resumed, "epoch")) == 3

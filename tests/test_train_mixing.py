@@ -4,11 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import train
-from test_train_run import numbers
+from launching import interrupted, numbers, train
 
 from train.mixing import build_mixing
-from train.resize import Resizer
 
 IMAGES = torch.arange(8.0).reshape(8, 1, 1, 1).expand(8, 1, 16, 16)  # image k is k all over
 LABELS = torch.arange(8) % 4
@@ -55,19 +53,7 @@ def test_a_run_with_mixing_repeats_and_goes_on_after_an_interruption(tmp_path: P
     undisturbed = train(tmp_path / "a", **changes)
     assert numbers(undisturbed) != numbers(unmixed)
 
-    honest = Resizer.at_epoch_start
-
-    def interrupt(self: Resizer, epoch: int, *arguments: object) -> object:
-        if epoch == 3:
-            raise KeyboardInterrupt
-        return honest(self, epoch, *arguments)
-
-    monkeypatch.setattr(Resizer, "at_epoch_start", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "b", **changes)
-    monkeypatch.setattr(Resizer, "at_epoch_start", honest)
-    torch.manual_seed(12345)
-    assert numbers(train(tmp_path / "b", **changes)) == numbers(undisturbed)
+    assert numbers(interrupted(tmp_path / "b", monkeypatch, 10, **changes)) == numbers(undisturbed)
 
 
 class AnySide(torch.nn.Module):

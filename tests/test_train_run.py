@@ -6,21 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import ALONE, TINY, events, train, write_image_folder
+from launching import ALONE, TINY, events, interrupted, numbers, train, write_image_folder
 from torch import nn
 
 from cup import CupError
 from train.config import parse_config
 from train.errors import TrainError
 from train.optim import learning_rate
-from train.resize import Resizer
 from train.run import evaluate_checkpoint
 from train.rundir import read_log
-
-
-def numbers(log: list[dict]) -> list[tuple]:
-    keys = ("epoch", "train_loss", "top1", "lr", "flops", "threshold")
-    return [tuple(event[key] for key in keys) for event in events(log, "epoch")]
 
 
 def test_equal_seeds_give_equal_runs_and_others_do_not(tmp_path: Path):
@@ -124,7 +118,8 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(tmp_path: Path):
     undisturbed = train(tmp_path)
     log = tmp_path / "tiny/log.jsonl"
     log.write_text(json.dumps(undisturbed[0]) + '\n{"event": "ep')  # cut off in the middle of a line
-    (tmp_path / "tiny/last.pt").unlink()
+    for checkpoint in (tmp_path / "tiny").glob("last*.pt"):
+        checkpoint.unlink()
     again = train(tmp_path)
     assert numbers(again) == numbers(undisturbed)
     assert len(events(again, "run")) == 1
@@ -152,19 +147,8 @@ def test_an_interrupted_run_goes_on_with_the_random_numbers_and_the_scale_that_i
     changes = {"train__precision": precision, "train__epochs": 4, "cup__target_reduction": 1.5}
     undisturbed = train(tmp_path / "a", **changes)
 
-    honest = Resizer.at_epoch_start
-
-    def interrupt(self: Resizer, epoch: int, *arguments: object) -> object:
-        if epoch == 3:
-            raise KeyboardInterrupt
-        return honest(self, epoch, *arguments)
-
-    monkeypatch.setattr(Resizer, "at_epoch_start", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "b", **changes)
-    monkeypatch.setattr(Resizer, "at_epoch_start", honest)
-    torch.manual_seed(12345)
-    assert numbers(train(tmp_path / "b", **changes)) == numbers(undisturbed)
+    resumed = interrupted(tmp_path / "b", monkeypatch, 10, **changes)
+    assert numbers(resumed) == numbers(undisturbed)
     scales = [torch.load(tmp_path / d / "tiny/last.pt", weights_only=True)["scaler"] for d in ("a", "b")]
     assert scales[0] == scales[1]
 

@@ -2,10 +2,12 @@
 
 import argparse
 import os
+import shlex
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from train.errors import ConfigError
@@ -30,9 +32,7 @@ def exit_code_of(action: Callable[[], None], debug: bool, after_interrupt: str =
     except Exception as error:
         if isinstance(error, USER_ERRORS):
             message = " ".join(str(error).split())
-        elif lost_peer(error):
-            message = "lost another rank in the middle of a collective; that rank's own message says why"
-        else:
+        elif (message := lost_peer(error)) is None:
             raise
         if debug:
             traceback.print_exc()
@@ -41,6 +41,21 @@ def exit_code_of(action: Callable[[], None], debug: bool, after_interrupt: str =
         time.sleep(LINGER_S if _ranks() > 1 else 0)
         return getattr(error, "exit_code", 1)
     return 0
+
+
+def command_again(argv: list[str], resume: str) -> str:
+    """The command line that goes on with this run: torchrun's where that started this process, else our own.
+
+    argv: our own arguments. resume: the run's run.resume, which has to be auto to go on.
+    """
+    command = [sys.executable, *sys.argv[:1], *argv]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        try:  # the parent process, as Linux shows it
+            words = Path(f"/proc/{os.getppid()}/cmdline").read_text(encoding="utf-8").split("\0")
+            command = [word for word in words if word] or command
+        except (OSError, UnicodeDecodeError):
+            return "the same torchrun command"
+    return shlex.join(command + ([] if resume == "auto" else ["--run.resume", "auto"]))
 
 
 def positive_int(text: str) -> int:

@@ -7,6 +7,7 @@ line that names the key, the value found and what is allowed.
 import dataclasses
 import difflib
 import keyword
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -44,13 +45,27 @@ class RunOptions:
     """Seed of initial weights, order of images and augmentation."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto = a GPU a rank where there are any, else the CPU."""
+    save_every_minutes: float = 10.0
+    """Minutes between two checkpoints in the middle of an epoch; there is one at each epoch's end anyway. 0 = only
+    there."""
+    keep: int = 3
+    """How many checkpoints stay: last.pt, and those before it as last-1.pt, last-2.pt."""
+    timeout_minutes: float = 10.0
+    """A rank that waits longer than this for the others gives up; longer than a checkpoint takes to be written."""
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the field, the value found and what is allowed."""
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             raise ValueError(f"name: found {self.name!r}, allowed: letters, digits, '.', '_' and '-', no slashes")
-        if self.seed < 0:
-            raise ValueError(f"seed: found {self.seed}, allowed: a whole number from 0")
+        checks = [
+            ("seed", self.seed >= 0, "a whole number from 0"),
+            ("save_every_minutes", 0 <= self.save_every_minutes < math.inf, "a number from 0"),
+            ("keep", self.keep >= 1, "a whole number from 1"),
+            ("timeout_minutes", 0 < self.timeout_minutes < 1e6, "a number above 0"),
+        ]
+        for name, ok, allowed in checks:
+            if not ok:
+                raise ValueError(f"{name}: found {getattr(self, name)!r}, allowed: {allowed}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,12 +183,15 @@ def config_from_dict(values: dict[str, dict[str, Any]]) -> RunConfig:
     """Nested plain data -> configuration. Raises ConfigError for what is out of range."""
     sections = {}
     for section in dataclasses.fields(RunConfig):
+        if not isinstance(values.get(section.name), dict):
+            found = values.get(section.name)
+            raise ConfigError(f"{section.name}: found {found!r}, allowed: settings, each a name and a value")
         try:
             named = _renamed(_tuples(values[section.name]), _field_name)
             sections[section.name] = section.default_factory(**named)
         except ValueError as error:
             raise ConfigError(f"{section.name}.{error}") from error
-        except (KeyError, TypeError) as error:
+        except TypeError as error:
             raise ConfigError(f"{section.name}: a configuration of another version ({error})") from error
     try:
         return RunConfig(**sections)
@@ -232,7 +250,7 @@ def _one_line(message: str, argv: list[str]) -> str:
         r"Parser key \"(\w+)\.(\w+)\":.*(?:Got|Given) value:? ?(?:type: \S+)? ?(.*)", message, re.DOTALL
     ):
         section, name, found = match.groups()
-        return f"{section}.{name}: found {found.strip().splitlines()[0]!r}, allowed: {_allowed(section, name)}"
+        return f"{section}.{name}: found {found.strip().partition(chr(10))[0]!r}, allowed: {_allowed(section, name)}"
     if match := re.search(r"(?:Group '(.+?)' does not accept option|Option) '(.+?)'", message):
         return _unknown_key(".".join(part for part in match.groups() if part))
     if match := re.search(r"unrecognized arguments: (.*)", message, re.IGNORECASE):

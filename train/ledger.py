@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
-Kind = Literal["startup", "data_wait", "step", "resize", "resize_warmup", "compile", "eval", "save", "other"]
+Kind = Literal["startup", "data_wait", "step", "resize", "resize_warmup", "compile", "eval", "save", "lost", "other"]
 
 
 class Ledger:
@@ -69,14 +69,16 @@ class Ledger:
         return {"seconds": seconds, "reported": dict(self._reported), "rank_s": rank_s}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Add a stored account to this one, so that a resumed run reports the whole.
-
-        What a killed process spent after its last checkpoint is in no account.
-        """
+        """Add a stored account to this one, so that a resumed run reports the whole."""
         self._before = {"wall_s": sum(state["seconds"].values()), "rank_s": state["rank_s"]}
         for kind in self._seconds:
             self._seconds[kind] += state["seconds"][kind]
             self._reported[kind] += state["reported"][kind]
+
+    def add_lost(self, wall_s: float, rank_s: float) -> None:
+        """Charge what a killed process spent after the stored account; rank_s: wall seconds times its ranks."""
+        self._seconds["lost"] += wall_s
+        self._before = {"wall_s": self._before["wall_s"] + wall_s, "rank_s": self._before["rank_s"] + rank_s}
 
     def _rank_seconds(self, wall_s: float) -> float:
         return self._before["rank_s"] + (wall_s - self._before["wall_s"]) * self._ranks

@@ -3,7 +3,9 @@
 import dataclasses
 import hashlib
 import json
+import os
 import platform
+import time
 import warnings
 from importlib import metadata
 from pathlib import Path
@@ -13,68 +15,90 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cup import REDUCTION_TOLERANCE, Complexity, complexity, has_reached
-from data import DataConfig, DataError, Loader, build_loaders, prepare_data, train_size
+from data import DataConfig, Loader, build_loaders, prepare_data, train_size
 from data.images import exclude_file
 from train.checkpoint import (
-    CheckpointError,
     StoredNetwork,
     load_checkpoint,
     load_network,
     load_weights,
-    plans_to_store,
-    save_checkpoint,
     stored_architecture,
     stored_plans,
     stored_weights,
 )
 from train.compiling import BlockCompiler
 from train.config import RunConfig, config_from_dict
-from train.engine import Evaluation, Progress, Trainer, evaluate, fit
+from train.engine import Evaluation, Progress, Stopped, Trainer, evaluate, fit
 from train.errors import ConfigError, TrainError
 from train.ledger import Ledger
 from train.mixing import build_mixing
 from train.models import Architecture, build_model
+from train.nonfinite import StepGuard
 from train.optim import build_optimizer
 from train.precision import Precision
 from train.resize import Resizer
-from train.rundir import RunDir, create_run_dir, find_run_dir
+from train.rundir import RunDir, create_run_dir, find_run_dir, read_log
+from train.saving import Saver, load_stored, lost_seconds, restore, restore_buffers
+from train.signals import StopSignals
 from train.sinks import ConsoleSink, JsonLines, Sinks, TensorBoard
 from train.state import MEMORY_FORMAT, TrainState, state_digest
-from train.world import World
+from train.watch import Watch
+from train.world import World, torchrun_job
+
+OWN_SIGNAL_WITHIN_S = 5.0
 
 
 def run(config: RunConfig, world: World, ledger: Ledger) -> dict[str, Any]:
-    """Train as `config` says; returns the closing event. All ranks call it. Raises train/world.py's USER_ERRORS."""
-    run_dir = RunDir(Path(world.on_rank_zero(lambda: str(find_run_dir(config).path))))
-    stored = _load_stored(run_dir, world)
+    """Train as `config` says; returns the closing event, or an event `stopped` if a signal asked for it.
+
+    All ranks call it. Raises train/world.py's USER_ERRORS.
+    """
+    run_dir = RunDir(Path(world.on_rank_zero(lambda: str(find_run_dir(config, torchrun_job()).path))))
+    if done := world.on_rank_zero(run_dir.closing_event):  # torchrun restarts a job that failed after its end
+        return done
+    stored, notes = load_stored(run_dir, world)
     source = _load_source(config, world) if stored is None else None
     config = _with_model_name(config, stored or source)
     world.on_rank_zero(lambda: prepare_data(config.data))
-    trainer = world.together(lambda: _build_trainer(config, world, ledger))
-    notes = config.without_effect() + _excluded(config, trainer)
+    fitted, words = _fitted(config, world, goes_on=world.on_rank_zero(run_dir.config.exists))
+    trainer = world.together(lambda: _build_trainer(fitted, world, ledger))
+    notes += words + config.without_effect() + _excluded(config, trainer)
     if stored is not None:
-        notes += world.together(lambda: _restore(trainer, stored))
+        notes += world.together(lambda: restore(trainer, stored, fitted.data.batch_size))
     elif source is not None:
         notes += world.together(lambda: _start_from(trainer, source, config))
-    notes += trainer.resizer.measure_widths(trainer.state, config.data.batch_size // world.size, world)
+    notes += trainer.resizer.measure_widths(trainer.state, fitted.data.batch_size // world.size, world)
+    ledger.add_lost(**world.on_rank_zero(lambda: lost_seconds(run_dir, stored)))
     # Only now, so that a run that cannot start leaves no directory that the corrected one would stumble over.
     world.on_rank_zero(lambda: create_run_dir(run_dir, config))
-    trainer.save = lambda trainer, is_best: _save(config, trainer, run_dir, is_best)
     _check_equal(trainer.state, world)
+    if stored is not None:
+        restore_buffers(trainer, stored)
     trainer.state.parallel = world.wrap(trainer.state.model)
-    trainer.sinks = world.together(lambda: _open_sinks(run_dir, world, trainer.progress, stored))
-    try:
-        trainer.sinks.write(_first_line(config, trainer, run_dir))
-        for note in notes:
-            trainer.sinks.write({"event": "note", "time_s": ledger.total_s, "message": note})
-        ledger.end_startup()
-        done = {**fit(trainer), "directory": str(run_dir.path)}
-        trainer.sinks.write(done)
-        return done
-    finally:
-        trainer.sinks.close()
-        trainer.train_loader.close()
-        trainer.val_loader.close()
+    architecture = _architecture(config, trainer.train_loader.num_classes)
+    saver = Saver(config, run_dir, architecture, fitted.data.batch_size)
+    trainer.save = saver.save
+    trainer.sinks, words = world.together(lambda: _open_sinks(run_dir, world, ledger, stored))
+    notes += words
+    with StopSignals() as signals:
+        beat = (lambda: saver.beat(ledger)) if world.is_main else (lambda: None)
+        trainer.watch = Watch(world, lambda: signals.stop_wanted, 60 * config.run.save_every_minutes, beat)
+        try:
+            trainer.sinks.write(_first_line(fitted, trainer, run_dir))
+            for note in notes:
+                trainer.sinks.write({"event": "note", "time_s": ledger.total_s, "message": note})
+            ledger.end_startup()
+            done = {**fit(trainer), "directory": str(run_dir.path)}
+            world.on_rank_zero(lambda: _close(trainer, saver, run_dir, done))
+            return done
+        except Stopped:
+            _require_saved(saver, run_dir)
+            _await_own_signal(signals)
+            return _stopped_event(trainer, run_dir)
+        finally:
+            trainer.sinks.close()
+            trainer.train_loader.close()
+            trainer.val_loader.close()
 
 
 def evaluate_checkpoint(
@@ -183,7 +207,32 @@ def _build_trainer(config: RunConfig, world: World, ledger: Ledger) -> Trainer:
         ledger=ledger,
         sinks=Sinks([]),
         progress=Progress(),
+        watch=Watch(world, lambda: False),
+        guard=StepGuard(world.device) if config.train.nonfinite == "skip" else None,
     )
+
+
+def _fitted(config: RunConfig, world: World, goes_on: bool) -> tuple[RunConfig, list[str]]:
+    """The configuration for this number of ranks, and words for the user.
+
+    A run that goes on with another number of ranks keeps its batch, so steps and learning rate stay. Where the ranks
+    cannot share it, the batch becomes the next smaller one that they can, and the learning rate goes down with it.
+    A run that begins is refused in that case (data/sharding.py).
+    """
+    batch_size = config.data.batch_size
+    fitting = batch_size // world.size * world.size
+    if not goes_on or fitting in (0, batch_size):
+        return config, []
+    lr = config.optim.lr * fitting / batch_size
+    words = (
+        f"{world.size} ranks cannot share batches of {batch_size} images: going on with {fitting}, and "
+        f"optim.lr {lr:g} in place of {config.optim.lr:g}"
+    )
+    data, optim = (
+        dataclasses.replace(config.data, batch_size=fitting),
+        dataclasses.replace(config.optim, lr=lr),
+    )
+    return dataclasses.replace(config, data=data, optim=optim), [words]
 
 
 def _architecture(config: RunConfig, num_classes: int) -> Architecture:
@@ -225,52 +274,6 @@ def _check_equal(state: TrainState, world: World) -> None:
         raise TrainError(f"the ranks do not start from equal weights ({digests}): do all run the same versions?")
 
 
-def _save(config: RunConfig, trainer: Trainer, run_dir: RunDir, is_best: bool) -> None:
-    """Write `last`, and `best` where it is. All ranks call it: each gives its own random state and loader position."""
-    world, state, before = trainer.world, trainer.state, trainer.progress.gpu_hours_before
-    ranks = world.gather(
-        {
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state(world.device) if world.device.type == "cuda" else None,
-            "train_loader": trainer.train_loader.state_dict(),
-            "val_loader": trainer.val_loader.state_dict(),
-            "ledger": trainer.ledger.state_dict(),
-        }
-    )
-
-    def write() -> None:
-        content = {
-            "architecture": dataclasses.asdict(_architecture(config, trainer.train_loader.num_classes)),
-            "config": config.to_dict(),
-            "plans": plans_to_store(trainer.resizer.plans),
-            "widths": trainer.resizer.widths,
-            "allowed_widths": trainer.resizer.allowed_widths,
-            "progress": vars(trainer.progress),
-            "gpu_hours": None if before is None else before + trainer.ledger.gpu_hours(trainer.ledger.total_s),
-            "log_bytes": trainer.sinks.log_bytes,
-            "model": state.model.state_dict(),
-            "ema": None if state.ema is None else state.ema.state_dict(),
-            "optimizer": state.optimizer.state_dict(),
-            "scaler": state.precision.scaler.state_dict(),
-            "ranks": ranks,
-        }
-        if is_best:
-            save_checkpoint(run_dir.best, content)
-        save_checkpoint(run_dir.last, content)
-
-    world.together(write if world.is_main else lambda: None)
-
-
-def _load_stored(run_dir: RunDir, world: World) -> dict[str, Any] | None:
-    """The checkpoint to go on from, on every rank; None for a run that begins."""
-    if not world.on_rank_zero(run_dir.last.exists):
-        return None
-    try:
-        return world.together(lambda: load_checkpoint(run_dir.last))
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}; delete it to start this run over, or take --run.resume never") from error
-
-
 def _start_from(trainer: Trainer, source: dict[str, Any], config: RunConfig) -> list[str]:
     """Bring a fresh trainer to the widths and weights of a checkpoint; everything else begins anew.
 
@@ -293,48 +296,57 @@ def _start_from(trainer: Trainer, source: dict[str, Any], config: RunConfig) -> 
     return notes
 
 
-def _restore(trainer: Trainer, stored: dict[str, Any]) -> list[str]:
-    """Bring a fresh trainer to where the checkpoint was written: widths first, then everything that has them.
-
-    Returns what could not be restored and changes nothing but the random numbers, in words for the user.
-    """
-    state, world = trainer.state, trainer.world
-    trainer.resizer.replay(state, stored_plans(stored))
-    trainer.resizer.allowed_widths = stored.get("allowed_widths")
-    try:
-        state.model.load_state_dict(stored["model"])
-        if state.ema is not None:
-            state.ema.load_state_dict(stored["ema"])
-        state.optimizer.load_state_dict(stored["optimizer"])
-        state.precision.scaler.load_state_dict(stored["scaler"])
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"the stored state does not fit this network: {error}") from error
-    trainer.progress = Progress(**stored["progress"])
-    ranks = stored["ranks"]
-    trainer.ledger.load_state_dict(ranks[min(world.rank, len(ranks) - 1)]["ledger"])
-    if len(ranks) != world.size:
-        return [f"resumed on {world.size} ranks, stored by {len(ranks)}: augmentation and dropout draw other numbers"]
-    mine = ranks[world.rank]
-    torch.set_rng_state(mine["rng"])
-    if mine["cuda_rng"] is not None and world.device.type == "cuda":
-        torch.cuda.set_rng_state(mine["cuda_rng"], world.device)
-    try:
-        trainer.train_loader.load_state_dict(mine["train_loader"])
-        trainer.val_loader.load_state_dict(mine["val_loader"])
-    except DataError as error:  # another loader or DALI version: the epoch's order is the same, its crops are not
-        return [f"augmentation draws other numbers than before: {error}"]
-    return []
-
-
-def _open_sinks(run_dir: RunDir, world: World, progress: Progress, stored: dict[str, Any] | None) -> Sinks:
-    """Rank 0's sinks, going on where the checkpoint was written; none on the other ranks."""
+def _open_sinks(
+    run_dir: RunDir, world: World, ledger: Ledger, stored: dict[str, Any] | None
+) -> tuple[Sinks, list[str]]:
+    """Rank 0's sinks, going on where the checkpoint was written, none on the other ranks; and words for the user."""
     if not world.is_main:
-        return Sinks([])
+        return Sinks([]), []
     try:
         log = JsonLines(run_dir.log, keep_bytes=0 if stored is None else stored["log_bytes"])
-        return Sinks([log, TensorBoard(run_dir.tensorboard, from_epoch=progress.epoch + 1), ConsoleSink()], log)
     except OSError as error:
         raise TrainError(f"cannot write in {run_dir.path}: {error.strerror}") from error
+    try:
+        curves = [TensorBoard(run_dir.tensorboard, time.time() - ledger.total_s, read_log(run_dir.log))]
+        words = []
+    except Exception as error:  # a view of the log: training goes on without it, whatever it is
+        curves, words = [], [f"{run_dir.tensorboard} cannot be written and is left out: {error}"]
+    return Sinks([log, *curves, ConsoleSink()], log), words
+
+
+def _close(trainer: Trainer, saver: Saver, run_dir: RunDir, done: dict[str, Any]) -> None:
+    """Write the closing line, by which a run counts as finished; TrainError if anything is missing. Rank 0 only."""
+    _require_saved(saver, run_dir)
+    trainer.sinks.write(done)
+    if trainer.sinks.unwritten:
+        raise TrainError(
+            f"trained to the end, but {trainer.sinks.unwritten} lines of {run_dir.log} could not be written; "
+            f"{run_dir.last} is complete, and the same command closes the run once there is room"
+        )
+    run_dir.alive.unlink(missing_ok=True)
+
+
+def _require_saved(saver: Saver, run_dir: RunDir) -> None:
+    if saver.failure:
+        raise TrainError(
+            f"the run is not saved as it stands: {saver.failure}; the same command goes on from the checkpoint in "
+            f"{run_dir.path}, if there is one"
+        )
+
+
+def _await_own_signal(signals: StopSignals) -> None:
+    """Let torchrun signal this rank, too, before it ends.
+
+    When machines come or go, each torchrun stops its own ranks, which stop all of them. Ranks that end well before
+    their own torchrun has asked them to would look to it like the end of the whole job.
+    """
+    if os.environ.get("TORCHELASTIC_RUN_ID") is not None:
+        signals.wait(OWN_SIGNAL_WITHIN_S)
+
+
+def _stopped_event(trainer: Trainer, run_dir: RunDir) -> dict[str, Any]:
+    step = 0 if trainer.so_far is None else trainer.so_far.step
+    return {"event": "stopped", "epoch": trainer.progress.epoch + 1, "step": step, "directory": str(run_dir.path)}
 
 
 def _first_line(config: RunConfig, trainer: Trainer, run_dir: RunDir) -> dict[str, Any]:
@@ -352,6 +364,8 @@ def _first_line(config: RunConfig, trainer: Trainer, run_dir: RunDir) -> dict[st
         "cup": config.cup.enabled,
         "epochs": config.train.epochs,
         "first_epoch": trainer.progress.epoch + 1,
+        "first_step": 0 if trainer.so_far is None else trainer.so_far.step,
+        "job": torchrun_job(),
         "batch_size": config.data.batch_size,
         "precision": config.train.precision,
         "loader": trainer.train_loader.kind,

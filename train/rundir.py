@@ -3,8 +3,9 @@
 ROOT/NAME/config.yaml      the resolved configuration
 ROOT/NAME/log.jsonl        the events, one object a line
 ROOT/NAME/tensorboard/     the same numbers as curves
-ROOT/NAME/last.pt          the checkpoint that a resume reads
+ROOT/NAME/last.pt          the checkpoint that a resume reads; those before it are last-1.pt, last-2.pt
 ROOT/NAME/best.pt          the one with the best top-1
+ROOT/NAME/alive.json       seconds so far, while the run is not finished
 """
 
 import json
@@ -44,15 +45,27 @@ class RunDir:
     def best(self) -> Path:
         return self.path / "best.pt"
 
-    def is_finished(self) -> bool:
-        """Whether the run in it came to its end."""
-        return any(event.get("event") == "done" for event in read_log(self.log)) if self.log.exists() else False
+    @property
+    def alive(self) -> Path:
+        return self.path / "alive.json"
+
+    def closing_event(self) -> dict[str, Any] | None:
+        """The last event of a run that came to its end, else None. Raises TrainError if the log cannot be read."""
+        return next((event for event in self._events() if event.get("event") == "done"), None)
+
+    def job(self) -> str | None:
+        """The torchrun job that ran last in it; None where there was none."""
+        return next((event.get("job") for event in reversed(self._events()) if event.get("event") == "run"), None)
+
+    def _events(self) -> list[dict[str, Any]]:
+        return read_log(self.log) if self.log.exists() else []
 
 
-def find_run_dir(config: RunConfig) -> RunDir:
+def find_run_dir(config: RunConfig, job: str | None = None) -> RunDir:
     """The directory that this run gets, there already or not; creates nothing. Rank 0 only.
 
-    An unfinished run of the same configuration goes on; a finished one is kept and the next free number taken. Raises
+    An unfinished run of the same configuration goes on; a finished one is kept and the next free number taken. What
+    the torchrun job called `job` began or finished is its own after a restart, whatever run.resume says. Raises
     ConfigError for an unfinished run of another configuration, TrainError where the directory holds something else.
     """
     number = 1
@@ -63,8 +76,14 @@ def find_run_dir(config: RunConfig) -> RunDir:
             return run_dir
         if not run_dir.config.exists():
             raise TrainError(f"{run_dir.path} is there and is no run directory; choose another --run.name")
-        if config.run.resume == "auto" and not run_dir.is_finished():
-            _check_same(run_dir, config)
+        if job is not None and run_dir.job() == job and not _differences(run_dir, config):
+            return run_dir
+        if config.run.resume == "auto" and run_dir.closing_event() is None:
+            if different := _differences(run_dir, config):
+                raise ConfigError(
+                    f"{run_dir.path} holds an unfinished run of another configuration: {', '.join(different)}; take "
+                    "the same configuration to finish it, another --run.name, or --run.resume never"
+                )
             return run_dir
         number += 1
 
@@ -96,32 +115,36 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     events = []
     for number, line in enumerate(lines, start=1):
         try:
-            events.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            event = json.loads(line)
+        except ValueError:
+            event = None
+        if not isinstance(event, dict):
             if number == len(lines):
                 break
-            raise TrainError(f"{path}, line {number}: not a JSON object; the file is damaged") from error
+            raise TrainError(f"{path}, line {number}: not a JSON object; the file is damaged")
+        events.append(event)
     return events
 
 
-def _check_same(run_dir: RunDir, config: RunConfig) -> None:
+def _differences(run_dir: RunDir, config: RunConfig) -> list[str]:
+    """The settings in which the run in the directory computes something else than `config` says, with both values."""
     try:
         stored = yaml.safe_load(run_dir.config.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise TrainError(f"cannot read {run_dir.config}: {error}") from error
-    different = differing_keys(_computed(config.to_dict()), _computed(stored if isinstance(stored, dict) else {}))
-    if different:
-        raise ConfigError(
-            f"{run_dir.path} holds an unfinished run of another configuration: {', '.join(different)}; take the same "
-            "configuration to finish it, another --run.name, or --run.resume never"
+    if not isinstance(stored, dict) or not all(isinstance(section, dict) for section in stored.values()):
+        raise TrainError(
+            f"{run_dir.config} is no configuration of a run; the file is damaged: choose another --run.name"
         )
+    return differing_keys(_computed(config.to_dict()), _computed(stored))
 
 
 def _computed(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings that decide what a run computes: where it lies and how it is resumed do not.
+    """The settings that decide what a run computes: where it lies, how it is saved and how it is resumed do not.
 
     Nor does a network's name beside the file that it starts from, which names it; it may be asked for or left out.
     """
-    run = {key: value for key, value in config.get("run", {}).items() if key not in ("root", "resume")}
+    beside = ("root", "resume", "save_every_minutes", "keep", "timeout_minutes")
+    run = {key: value for key, value in config.get("run", {}).items() if key not in beside}
     model = config.get("model", {})
     return config | {"run": run, "model": {**model, "name": None} if model.get("from") else model}

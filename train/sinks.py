@@ -3,11 +3,13 @@
 Only rank 0 has sinks; the other ranks hold an empty list of them, so nobody asks for the rank at the call sites.
 """
 
+import errno
 import fcntl
 import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +24,9 @@ Event = dict[str, Any]
 
 
 class Sink(Protocol):
+    name: str
+    """What the user calls it."""
+
     def write(self, event: Event) -> None:
         """Take one event: `event` names its kind, `time_s` is seconds since the run began, across resumes."""
 
@@ -32,21 +37,35 @@ class Sink(Protocol):
 
 
 class Sinks:
-    """All sinks of this rank behind one face; possibly none."""
+    """All sinks of this rank behind one face; possibly none. A sink that fails does not end a run."""
 
     def __init__(self, sinks: Sequence[Sink], log: "JsonLines | None" = None) -> None:
         """log: the one of the sinks that a checkpoint must remember the length of."""
-        self._sinks = sinks
+        self._sinks = list(sinks)
         self._log = log
+        self._log_fails = False
 
     @property
     def log_bytes(self) -> int:
         """Length of the log now; a resume cuts it back to what the checkpoint says."""
         return 0 if self._log is None else self._log.size
 
+    @property
+    def unwritten(self) -> int:
+        """Lines that the log still owes the disk."""
+        return 0 if self._log is None else self._log.unwritten
+
     def write(self, event: Event) -> None:
-        for sink in self._sinks:
-            sink.write(event)
+        """Give the event to all sinks. What fails is noted once: the log keeps its lines and tries again each time."""
+        for sink in list(self._sinks):
+            try:
+                sink.write(event)
+            except Exception as error:  # TensorBoard raises whatever its writing thread met
+                if sink is self._log and not isinstance(error, OSError):
+                    raise
+                self._failed(sink, error, event)
+            else:
+                self._log_fails = self._log_fails and sink is not self._log
 
     def progress(self, what: str, step: int, steps: int) -> None:
         for sink in self._sinks:
@@ -54,21 +73,31 @@ class Sinks:
 
     def close(self) -> None:
         for sink in self._sinks:
-            sink.close()
+            with suppress(Exception):  # what could not be written has been noted
+                sink.close()
+
+    def _failed(self, sink: Sink, error: Exception, event: Event) -> None:
+        if sink is self._log:
+            first, self._log_fails = not self._log_fails, True
+            message = f"cannot write the log: {error}; its lines are kept in memory and written later"
+        else:
+            self._sinks.remove(sink)
+            first, message = True, f"{sink.name} can no longer be written and is left out: {error}"
+        if first:
+            self.write({"event": "note", "time_s": event["time_s"], "message": message})
 
 
 class JsonLines:
-    """`log.jsonl`: one object a line, flushed at once."""
+    """`log.jsonl`: one object a line, written at once."""
+
+    name = "log.jsonl"
 
     def __init__(self, path: Path, keep_bytes: int | None = None) -> None:
         """keep_bytes: where a resumed run goes on; what a killed run wrote after its last checkpoint is cut off."""
         self._path = path
-        self._file = path.open("a", encoding="utf-8")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it when this process ends
-        except BlockingIOError as error:
-            raise TrainError(f"{path} is being written by another process: a run goes on there") from error
-        if keep_bytes is not None:
+        self._pending: list[bytes] = []
+        self._open()
+        if keep_bytes is not None and keep_bytes < self.size:
             self._file.truncate(keep_bytes)
 
     @property
@@ -76,12 +105,22 @@ class JsonLines:
         """Bytes written so far, for the checkpoint."""
         return os.fstat(self._file.fileno()).st_size
 
+    @property
+    def unwritten(self) -> int:
+        return len(self._pending)
+
     def write(self, event: Event) -> None:
-        try:
-            self._file.write(json.dumps(event) + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise TrainError(f"cannot write {self._path}: {error.strerror}; the same command goes on later") from error
+        """Raises OSError if the line, or one before it, is not on the disk yet; it is tried again with the next."""
+        self._pending.append(json.dumps(event).encode() + b"\n")
+        if not self._path.exists():  # the run directory was moved or removed
+            self._file.close()
+            self._open()
+        while self._pending:
+            before, line = self.size, self._pending[0]
+            if self._file.write(line) < len(line):  # what a nearly full disk does
+                self._file.truncate(before)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
+            del self._pending[0]
 
     def progress(self, what: str, step: int, steps: int) -> None:
         pass
@@ -89,9 +128,18 @@ class JsonLines:
     def close(self) -> None:
         self._file.close()
 
+    def _open(self) -> None:
+        self._file = self._path.open("ab", buffering=0)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it when this process ends
+        except BlockingIOError as error:
+            raise TrainError(f"{self._path} is being written by another process: a run goes on there") from error
+
 
 class TensorBoard:
     """The epoch and resize events as curves, with the unit in each tag; the x axis is the epoch."""
+
+    name = "tensorboard/"
 
     # (tag, key of the epoch event, factor)
     SCALARS = (
@@ -108,11 +156,20 @@ class TensorBoard:
         ("time/gpu_hours(h)", "gpu_hours", 1),
     )
 
-    def __init__(self, directory: Path, from_epoch: int) -> None:
-        """from_epoch: the first epoch that this process writes; viewers drop what a killed run wrote from there on."""
+    def __init__(self, directory: Path, began: float, events: Sequence[Event] = ()) -> None:
+        """began: wall-clock time at which the events' `time_s` is 0; pauses between processes do not show.
+
+        events: what the log holds already. The curves are written anew from them: what killed runs wrote may hold
+        points that a resume has taken back, and lack others that were never flushed.
+        """
         from torch.utils.tensorboard import SummaryWriter  # its import takes seconds, and rank 0 alone needs it
 
-        self._writer = SummaryWriter(str(directory), purge_step=from_epoch)
+        for old in directory.glob("events.out.tfevents.*"):
+            old.unlink()
+        self._began = began
+        self._writer = SummaryWriter(str(directory), purge_step=0)  # for viewers that have read the old files
+        for event in events:
+            self.write(event)
 
     def write(self, event: Event) -> None:
         if event["event"] == "run":
@@ -120,19 +177,21 @@ class TensorBoard:
         elif event["event"] == "epoch":
             self._write_epoch(event)
         elif event["event"] == "resize":
-            self._writer.add_scalar("cup/removed(channels)", sum(event["removed"].values()), event["epoch"])
-            self._writer.add_scalar("cup/resize(s)", event["seconds"], event["epoch"])
+            self._add("cup/removed(channels)", sum(event["removed"].values()), event)
+            self._add("cup/resize(s)", event["seconds"], event)
 
     def _write_epoch(self, event: Event) -> None:
-        epoch = event["epoch"]
         for tag, key, factor in self.SCALARS:
             if event[key] is not None:
-                self._writer.add_scalar(tag, event[key] * factor, epoch)
+                self._add(tag, event[key] * factor, event)
         for kind, seconds in event["seconds"].items():
-            self._writer.add_scalar(f"time/{kind}(s)", seconds, epoch)
+            self._add(f"time/{kind}(s)", seconds, event)
         for group, width in event["widths"].items():
-            self._writer.add_scalar(f"widths/{group}(channels)", width, epoch)
+            self._add(f"widths/{group}(channels)", width, event)
         self._writer.flush()
+
+    def _add(self, tag: str, value: float, event: Event) -> None:
+        self._writer.add_scalar(tag, value, event["epoch"], walltime=self._began + event["time_s"])
 
     def progress(self, what: str, step: int, steps: int) -> None:
         pass
@@ -143,6 +202,8 @@ class TensorBoard:
 
 class ConsoleSink:
     """Live progress on a terminal, one line an epoch and a resize everywhere, and the closing table."""
+
+    name = "the console"
 
     def __init__(self, console: Console | None = None) -> None:
         # Wide enough for a table where no terminal says how wide it is (a log file, a pipe).
@@ -193,6 +254,8 @@ class ConsoleSink:
         )
         if event["first_epoch"] > self._epochs:
             self._print("resumed: all epochs are done already")
+        elif event["first_step"]:
+            self._print(f"resumed at epoch {event['first_epoch']} of {self._epochs}, after step {event['first_step']}")
         elif event["first_epoch"] > 1:
             self._print(f"resumed at epoch {event['first_epoch']} of {self._epochs}")
 

@@ -28,7 +28,7 @@ T = TypeVar("T")
 USER_ERRORS = (TrainError, DataError, CupError)
 """What a user can cause; everything else is a bug and keeps its traceback."""
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+COLLECTIVE_TIMEOUT_MINUTES = 10.0
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,14 @@ class World:
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def highest(self, values: list[int]) -> list[int]:
+        """Element by element the highest of all ranks' `values`; no GPU is waited for. All ranks call it."""
+        if self.size == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor.tolist()
 
     def together(self, action: Callable[[], T]) -> T:
         """Run `action` on every rank and return this rank's result. All ranks call it.
@@ -150,10 +158,11 @@ class RankFailed(TrainError):
         self.exit_code = exit_code
 
 
-def open_world(device: str = "auto") -> World:
+def open_world(device: str = "auto", timeout_minutes: float = COLLECTIVE_TIMEOUT_MINUTES) -> World:
     """Join the process group that torchrun's variables describe, or stand alone without them.
 
     device: auto (a GPU if there is one), cpu or cuda. nccl moves GPU tensors, gloo everything else.
+    timeout_minutes: a rank that waits longer than this for the others in a collective gives up.
     Raises ConfigError if cuda is asked for and there is none, or fewer GPUs than ranks on this machine.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -170,7 +179,9 @@ def open_world(device: str = "auto") -> World:
             )
         torch.cuda.set_device(local_rank)
     if size > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo", timeout=COLLECTIVE_TIMEOUT)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if use_cuda else "gloo", timeout=timedelta(minutes=timeout_minutes)
+        )
     return World(rank, size, local_rank, local_size, where)
 
 
@@ -203,9 +214,19 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def lost_peer(error: Exception) -> bool:
-    """Whether `error` means that another rank went away in the middle of a collective."""
-    if isinstance(error, dist.DistError):
-        return True
+def torchrun_job() -> str | None:
+    """The name by which torchrun knows this job, the same after its restarts; None without torchrun or a name."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    return None if name in ("", "none") else name  # torchrun calls a job "none" that was not given --rdzv-id
+
+
+def lost_peer(error: Exception) -> str | None:
+    """What became of another rank, in words, if `error` means that one went away or stopped answering; else None."""
     signs = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    if not isinstance(error, dist.DistError) and not (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    ):
+        return None
+    if "timed out" in str(error).lower() or "timeout" in str(error).lower():
+        return "another rank did not answer in time (run.timeout_minutes): is its machine there, and the network?"
+    return "lost another rank in the middle of a collective; that rank's own message says why"

@@ -25,7 +25,7 @@ from data import DataConfig, Loader, build_loaders
 from launch.benches.measure import machine, rounds_in_turn, summary, timed, with_spread, write_result
 from train.cli import positive_int
 from train.compiling import BlockCompiler, repeated_blocks
-from train.engine import Progress, TrainConfig, Trainer, train_epoch, training_step
+from train.engine import EpochSoFar, Progress, TrainConfig, Trainer, train_epoch, training_step
 from train.errors import ConfigError, TrainError
 from train.ledger import Ledger
 from train.mixing import build_mixing
@@ -37,6 +37,7 @@ from train.resize import CupConfig, Resizer
 from train.rundir import RunDir, read_log
 from train.sinks import ConsoleSink, Sinks
 from train.state import MEMORY_FORMAT, TrainState
+from train.watch import Watch
 from train.widths import measured_widths
 from train.world import World, open_world
 
@@ -336,6 +337,7 @@ class _Loops:
 
     def ours(self) -> float:
         epoch = self._next_epoch(OUR_LOOP)
+        self.trainer.so_far = EpochSoFar.beginning(self.trainer, threshold=None)
         return timed(lambda: train_epoch(self.trainer, epoch, just_resized=False), self.world) / self.steps
 
     def bare(self) -> float:
@@ -382,6 +384,7 @@ class _Loops:
             ledger=Ledger(),
             sinks=Sinks([ConsoleSink()]),
             progress=Progress(),
+            watch=Watch(self.world, lambda: False),
         )
 
     def _network(self, memory_format: torch.memory_format | None) -> tuple[nn.Module, SGD, GradScaler, Loader]:

@@ -1,0 +1,132 @@
+"""Real ranks of launch/train.py without their seconds of imports: forked from this process, which has them behind it.
+
+Real processes, a real gloo group, real signals; what torchrun adds (it starts ranks, and again after a failure) is done
+here in a few lines. Nothing in this process may have started a thread or a group before.
+"""
+
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+for _threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # read at the imports below
+    os.environ.setdefault(_threads, "1")
+
+import torch  # noqa: E402
+import torch.utils.tensorboard  # noqa: E402
+from torch import nn  # noqa: E402
+
+import train.cli  # noqa: E402
+from launch import train as launch_train  # noqa: E402
+
+# Long enough for a rank that has lost another to say so (train/cli.py lets it linger).
+ENDS_WITHIN_S = 20
+
+
+class Noisy(nn.Module):
+    """Batch norm and dropout: a resume that forgets a random state or a running mean trains on other numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(1, 24, 5, stride=4), nn.BatchNorm2d(24)
+        self.conv2, self.norm2 = nn.Conv2d(24, 16, 3), nn.BatchNorm2d(16)
+        self.drop, self.fc = nn.Dropout(0.3), nn.Linear(16 * 16, 10)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = self.norm2(self.conv2(self.norm1(self.conv1(images)).relu())).relu()
+        return self.fc(self.drop(features.flatten(1)))
+
+
+class Ranks:
+    """The ranks of one attempt. All of them are one process group, apart from this process's own."""
+
+    def __init__(
+        self, arguments: Sequence[str], ranks: int, output: Path, in_rank: Callable[[int], None] = lambda rank: None
+    ) -> None:
+        """output: file that takes what they say. in_rank: called in each rank, with its number, before it begins."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.pids: list[int] = []
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for rank in range(ranks):
+            pid = os.fork()
+            if pid == 0:
+                os.setpgid(0, self.pids[0] if self.pids else 0)
+                _be_rank(arguments, rank, ranks, port, output, in_rank)
+            self.pids.append(pid)
+            os.setpgid(pid, self.pids[0])
+        self.codes: dict[int, int] = {}
+
+    def wait(self, seconds: float) -> None:
+        """Let them run, for as long as any of them does."""
+        until = time.monotonic() + seconds
+        while self._collect() and time.monotonic() < until:
+            time.sleep(0.002)
+
+    def kill(self, victim: int | None) -> None:
+        """SIGKILL of one rank, or of all."""
+        if victim is None:
+            with suppress(ProcessLookupError):  # they ended by themselves
+                os.killpg(self.pids[0], signal.SIGKILL)
+        elif victim not in self.codes:
+            os.kill(self.pids[victim], signal.SIGKILL)
+
+    def _collect(self) -> list[int]:
+        """Take in the exit codes of those that ended; the ranks that still run."""
+        for rank, pid in enumerate(self.pids):
+            if rank not in self.codes:
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if ended:
+                    self.codes[rank] = os.waitstatus_to_exitcode(status)
+        return [rank for rank in range(len(self.pids)) if rank not in self.codes]
+
+    def join(self, timeout_s: float) -> list[int]:
+        """Exit codes, negative for a signal. As torchrun does, the failure of one ends the others.
+
+        Raises TimeoutError, with all of them gone, if they do not end by themselves.
+        """
+        started, failed_at = time.monotonic(), None
+        while running := self._collect():
+            now = time.monotonic()
+            if failed_at is None and any(self.codes.values()):
+                failed_at = now
+                for rank in running:
+                    os.kill(self.pids[rank], signal.SIGTERM)
+            if now - started > timeout_s or (failed_at is not None and now - failed_at > ENDS_WITHIN_S):
+                for rank in running:
+                    os.kill(self.pids[rank], signal.SIGKILL)
+                    os.waitpid(self.pids[rank], 0)
+                raise TimeoutError(f"ranks {running} hang; the others ended with {self.codes}")
+            time.sleep(0.005)
+        return [self.codes[rank] for rank in range(len(self.pids))]
+
+
+def _be_rank(
+    arguments: Sequence[str], rank: int, ranks: int, port: int, output: Path, in_rank: Callable[[int], None]
+) -> None:
+    """Be a rank and never return."""
+    code = 70
+    try:
+        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        mine = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
+        os.environ.update({name: str(number) for name, number in mine.items()}, MASTER_ADDR="127.0.0.1")
+        launch_train.STARTED = time.perf_counter()
+        train.cli.LINGER_S = 0.0  # nobody here ends the others before they have said their line
+        in_rank(rank)
+        code = launch_train.main(list(arguments))
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)

@@ -1,0 +1,76 @@
+"""When to save, stop or give up in the middle of an epoch: looked at about once a second, decided alike by all ranks.
+
+A signal may reach one rank alone, and clocks differ. So the ranks compare notes, but not at every step: rank 0 measures
+how many steps a second takes, and with the answer to one look travels the number of steps to the next.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from train.world import World
+
+LOOK_EVERY_S = 1.0
+MOST_STEPS = 1000
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What all ranks do after this step."""
+
+    stop: bool
+    """Somebody asked some rank to stop: save, then end."""
+    save: bool
+    """The last checkpoint is old enough for another."""
+    broken: bool
+    """Some rank has numbers that training cannot go on with."""
+
+
+class Watch:
+    """All ranks have one and call its methods at the same steps."""
+
+    def __init__(
+        self,
+        world: World,
+        stop_wanted: Callable[[], bool],
+        save_every_s: float = 0.0,
+        beat: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """save_every_s: 0 = never in the middle of an epoch. beat: called at every look."""
+        self._world = world
+        self._stop_wanted = stop_wanted
+        self._save_every_s = save_every_s
+        self._look_every_s = min(LOOK_EVERY_S, save_every_s / 4) if save_every_s else LOOK_EVERY_S
+        self._beat = beat
+        self._clock = clock
+        self._saved_at = clock()
+        self.restart()
+
+    def restart(self) -> None:
+        """Look after the next step: what comes now takes another time a step than what was before."""
+        self._steps = 0
+        self._steps_to_look = 1
+        self._looked_at = self._clock()
+
+    def saved(self) -> None:
+        """A checkpoint was written, or tried to be."""
+        self._saved_at = self._clock()
+
+    def step(self, is_broken: Callable[[], bool]) -> Decision | None:
+        """Count a step; None where it is too early to look. is_broken: asked on every rank at a look, may wait."""
+        self._steps += 1
+        return self.look(is_broken) if self._steps >= self._steps_to_look else None
+
+    def look(self, is_broken: Callable[[], bool] = lambda: False) -> Decision:
+        """What is to be done now; costs one exchange of a few bytes between the hosts."""
+        broken, now = is_broken(), self._clock()
+        save_due, steps_to_look = False, 0
+        if self._world.is_main:
+            save_due = 0 < self._save_every_s <= now - self._saved_at
+            a_step_s = (now - self._looked_at) / max(self._steps, 1)
+            steps_to_look = round(min(max(self._look_every_s / max(a_step_s, 1e-9), 1), MOST_STEPS))
+        stop, save, broken, steps_to_look = self._world.highest([self._stop_wanted(), save_due, broken, steps_to_look])
+        self._steps, self._steps_to_look, self._looked_at = 0, steps_to_look, now
+        self._beat()
+        return Decision(bool(stop), bool(save), bool(broken))
