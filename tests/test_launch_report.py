@@ -75,7 +75,7 @@ def three_seeds(root: Path) -> list[Run]:
             directory, shrinks = root / f"c10_{kind}_s{seed}", kind != "dense"
             numbers = {"hours": 36.0 + 3 * seed if shrinks else 59.0 + seed, "reduction": 2.0 if shrinks else 1.0}
             top1 = dense_top1 - drop if shrinks else dense_top1
-            settings = with_settings(directory, seed, cup=cup)
+            settings = with_settings(directory, seed, cup=cup, run={"root": f"disk{seed}", "keep": 2 + seed})
             runs.append(read_run(write_run(directory, cup=shrinks, top1=top1, **numbers, **settings)))
     return runs
 

@@ -10,8 +10,8 @@ from typing import Any
 from train.errors import TrainError
 from train.rundir import RunDir, read_log
 
-# What names a run and draws its random numbers. Runs that differ in nothing else are repetitions of one another.
-NAMING = ("run.name", "run.root", "run.resume", "run.seed")
+# Name, place, seed and saving of a run: runs that differ in nothing else are repetitions. (Devices are compared apart.)
+NAMING = "run."
 
 # A saving is a difference of hours, so everything else that decides hours must be the same: what the log says ...
 COMPARABLE = ("model", "epochs", "batch_size", "train_images", "precision", "loader", "world_size", "devices")
@@ -126,7 +126,7 @@ def group_runs(runs: Iterable[Run]) -> list[Group]:
     """Repetitions together, dense ones first, else in the order given. A run whose log lacks its settings is alone."""
     members: dict[Any, list[Run]] = {}
     for run in sorted(runs, key=lambda run: not run.is_dense):
-        settings = {key: value for key, value in run.settings.items() if key not in NAMING}
+        settings = {key: value for key, value in run.settings.items() if not key.startswith(NAMING)}
         key = (repr(sorted(settings.items())), run.conditions) if settings else run.directory
         members.setdefault(key, []).append(run)
     groups = [tuple(group) for group in members.values()]
@@ -141,7 +141,7 @@ def group_runs(runs: Iterable[Run]) -> list[Group]:
 def differing_settings(groups: list[Group]) -> dict[str, list[Any]]:
     """Dotted key -> its value in each group, where groups that have the setting differ; None for those without it."""
     settings = [group.one.settings for group in groups]
-    keys = dict.fromkeys(key for one in settings for key in one if key not in NAMING)
+    keys = dict.fromkeys(key for one in settings for key in one if not key.startswith(NAMING))
     found = {key: [one[key] for one in settings if key in one] for key in keys}
     differing = [key for key, values in found.items() if any(value != values[0] for value in values)]
     return {key: [one.get(key) for one in settings] for key in differing}
