@@ -235,11 +235,12 @@ def _with_means(weights: dict[str, torch.Tensor], buffers: list[dict[str, torch.
 
 def _as_written(kind: type[T], values: dict[str, Any]) -> T:
     """The dataclass of these values. Raises TypeError if one is missing, unknown or of another kind."""
-    wrong = [
-        name
-        for name, hint in get_type_hints(kind).items()
-        if name not in values or not isinstance(values[name], int if hint is int else (int, get_origin(hint) or hint))
-    ]
+
+    def fits(value: Any, hint: Any) -> bool:
+        hint = dict if get_origin(hint) is dict else hint
+        return isinstance(value, hint) or (isinstance(value, int) and hint in (float, float | None))
+
+    wrong = [n for n, hint in get_type_hints(kind).items() if n not in values or not fits(values[n], hint)]
     if wrong:
         raise TypeError(f"{kind.__name__}: {', '.join(wrong)} missing or not as written")
     return kind(**values)

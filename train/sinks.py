@@ -113,8 +113,9 @@ class JsonLines:
         """Raises OSError if the line, or one before it, is not on the disk yet; it is tried again with the next."""
         self._pending.append(json.dumps(event).encode() + b"\n")
         if not self._path.exists():  # the run directory was moved or removed
-            self._file.close()
+            lost = self._file
             self._open()
+            lost.close()
         while self._pending:
             before, line = self.size, self._pending[0]
             if self._file.write(line) < len(line):  # what a nearly full disk does
@@ -129,11 +130,12 @@ class JsonLines:
         self._file.close()
 
     def _open(self) -> None:
-        self._file = self._path.open("ab", buffering=0)
+        file = self._path.open("ab", buffering=0)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it when this process ends
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it when this process ends
         except BlockingIOError as error:
             raise TrainError(f"{self._path} is being written by another process: a run goes on there") from error
+        self._file = file
 
 
 class TensorBoard:

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# A run on several machines under SLURM, taken up again by itself after a preemption, a time limit or a lost machine.
+#
+#   sbatch --nodes=4 --gpus-per-node=8 launch/cluster/slurm.sh --config launch/configs/resnet50_imagenet.yaml
+#
+# Submit it from the repository's root; the data set and runs/ lie on a file system that all machines share. Not run by
+# us on a cluster: tests/test_launch_cluster.py checks its grammar, tests/two_hosts.sh the torchrun lines.
+#
+#SBATCH --job-name=cupss
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=64
+#SBATCH --time=24:00:00
+#SBATCH --output=%x-%j.out
+#SBATCH --open-mode=append
+# Two minutes before the time limit, and at a preemption, this shell (B:) gets SIGTERM; the job may begin again.
+#SBATCH --requeue
+#SBATCH --signal=B:TERM@120
+set -euo pipefail
+
+head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+
+# A job's own number: a requeued job goes on in the run directory that it began (README, "Nothing lost").
+srun --kill-on-bad-exit=0 torchrun \
+    --nnodes="1:$SLURM_JOB_NUM_NODES" \
+    --nproc-per-node="${SLURM_GPUS_ON_NODE:-8}" \
+    --max-restarts=3 \
+    --rdzv-backend=c10d \
+    --rdzv-endpoint="$head_node:29500" \
+    --rdzv-id="slurm-$SLURM_JOB_ID" \
+    launch/train.py --run.timeout_minutes 5 "$@" &
+step=$!
+
+stop() {
+    # torchrun passes it on; every rank finishes its step, the run is saved, and 30 seconds are enough for that.
+    kill -TERM "$step"
+    wait "$step" || true
+    scontrol requeue "$SLURM_JOB_ID"
+    exit 0
+}
+trap stop TERM
+
+wait "$step"
