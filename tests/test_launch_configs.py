@@ -13,6 +13,11 @@ from train.config import RunConfig, parse_config
 
 RECIPES = sorted((ROOT / "launch/configs").glob("*.yaml"))
 DENSE_GFLOPS = {"resnet18": 3.637229544, "resnet34": 7.340368872, "resnet50": 8.212012520}
+# (dense GFLOPs, published GFLOPs that the target comes of, where the header says them)
+CIFAR_GFLOPS = {
+    "resnet56": (0.252036362, r"stop at ([\d.]+) GFLOPs"),
+    "vgg16": (0.627634186, r"CUP-SS [\d.]+% at ([\d.]+) GFLOPs"),
+}
 
 
 def header(recipe: Path) -> str:
@@ -86,3 +91,11 @@ def test_the_target_of_the_papers_recipes_follows_from_the_stop_value(network: s
     recipe = ROOT / f"launch/configs/{network}_imagenet.yaml"
     [stop] = re.findall(r"stop at ([\d.]+) GFLOPs", header(recipe))
     assert trainings(recipe)[0].cup.target_reduction == pytest.approx(DENSE_GFLOPS[network] / float(stop), abs=5e-4)
+
+
+@pytest.mark.parametrize("network", CIFAR_GFLOPS)
+def test_the_target_of_the_cifar_recipes_follows_from_the_published_flops(network: str):
+    dense, pattern = CIFAR_GFLOPS[network]
+    recipe = ROOT / f"launch/configs/{network}_cifar10.yaml"
+    [cut] = re.findall(pattern, header(recipe))
+    assert trainings(recipe)[0].cup.target_reduction == pytest.approx(dense / float(cut), abs=5e-3)
