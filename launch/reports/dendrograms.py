@@ -44,7 +44,7 @@ def _draw(run: Run, checkpoint: Path, layers: list[str], directory: Path) -> lis
     cuts = cup.cut_groups(
         network.model, chosen, lambda group, tree: group.width if t is None else clusters_at(tree, t), options
     )
-    at = "never cut" if t is None else f"cut at the height of the run's last resize, t {t:.3f}, as one more would be"
+    at = "never cut" if t is None else f"clusters at the height of the last cut, t {t:.3f}, before rounding"
     return [
         Figure(path, f"Dendrogram: {run.name}, {name}", f"Ward's tree of the layer's filters as trained, {at}.")
         for path, name in zip(draw_dendrograms(cuts, t, directory), layers, strict=True)
