@@ -4,8 +4,8 @@ python launch/report.py runs/demo_dense runs/demo --out runs/report
 python launch/report.py runs/demo_dense runs/demo --dendrogram layer1.0.conv1 layer3.2.conv1
 
 Runs that differ in nothing but their seeds become one row: mean, standard deviation. A saving is measured against the
-mean of the dense runs with the same network and settings. Nothing is read but each run's log.jsonl, and for dendrograms
-its checkpoint.
+dense runs with the same network and settings, seed by seed where they have the same seeds. Nothing is read but each
+run's log.jsonl, and for dendrograms its checkpoint.
 """
 
 import sys
@@ -38,8 +38,11 @@ def _report(argv: list[str]) -> None:
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(argv)
-    groups = group_runs([read_run(directory) for directory in dict.fromkeys(options.runs)])
-    rows = [*our_rows(groups), *published_rows(group.one.network for group in groups)]
+    directories: dict[Path, Path] = {}
+    for directory in options.runs:  # by two paths a run would be its own repetition
+        directories.setdefault(directory.resolve(), directory)
+    groups = group_runs([read_run(directory) for directory in directories.values()])
+    rows = [*our_rows(groups), *published_rows(group.one for group in groups)]
     remarks = notes(groups)
     out = options.out
     try:

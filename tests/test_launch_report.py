@@ -4,7 +4,10 @@ import csv
 import html
 import html.parser
 import json
+import math
 import re
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,9 +16,9 @@ from launching import write_network
 from launch import report
 from launch.reports import published
 from launch.reports.dendrograms import draw_layers
-from launch.reports.figures import widths_at_start
+from launch.reports.figures import _means, _speedups, training_seconds, widths_at_start
 from launch.reports.page import page
-from launch.reports.read import Run, differing_settings, group_runs, read_run
+from launch.reports.read import Group, Run, differing_settings, group_runs, read_run
 from launch.reports.tables import Row, markdown, means_csv, notes, our_rows, published_rows, runs_csv, setting
 from train.config import RunConfig, config_from_dict
 
@@ -94,12 +97,34 @@ def test_runs_that_differ_in_their_seeds_alone_are_one_row_of_means_and_deviatio
     dense, cup, _ = rows
     assert (dense.top1.mean, dense.top1.deviation) == (76.0, 1.0)
     assert (cup.top1.mean, cup.hours.mean, cup.hours.deviation) == (74.5, 39.0, 3.0)
-    assert (cup.saving.mean, cup.saving.deviation) == (pytest.approx(35.0), pytest.approx(5.0))
-    assert (cup.change1.mean, dense.change1, dense.saving) == (-1.5, None, None)
+    savings = [100 * (1 - hours / dense_hours) for hours, dense_hours in ((36, 59), (39, 60), (42, 61))]
+    assert cup.saving.mean == pytest.approx(statistics.mean(savings))
+    assert cup.saving.deviation == pytest.approx(statistics.stdev(savings))
+    assert (cup.change1.mean, cup.change1.deviation) == (-1.5, 0.5)  # of -1, -1.5, -2: each to its seed's dense run
+    assert (dense.change1, dense.saving) == (None, None)
     assert "| c10_cup | resnet50 | CUP-SS (carried momentum), k 0.03, b 0.3, no stop | 3 | 2.00 ± 0.00 | 74.50 ±" in (
         markdown(rows)
     )
-    assert "| -1.50 ± 0.87 | 39.00 ± 3.00 | 35.0 ± 5.0 |" in markdown(rows)
+    assert "| -1.50 ± 0.50 | 39.00 ± 3.00 | 35.0 ± 3.9 |" in markdown(rows)
+
+
+@pytest.mark.parametrize("seeds", [(3, 4, 5), (0, 1, 3), (0, 0, 1)])
+def test_without_dense_runs_of_the_same_seeds_both_scatters_count(tmp_path: Path, seeds: tuple[int, ...]):
+    def written(kind: str, seeds: Sequence[int], top1s: Sequence[float], hours: Sequence[float]) -> list[Path]:
+        made = []
+        for number, (seed, top1, spent) in enumerate(zip(seeds, top1s, hours, strict=True)):
+            directory, cup = tmp_path / f"{kind}_{number}", kind == "cup"
+            settings = with_settings(directory, seed, cup={"enabled": cup})
+            made.append(write_run(directory, cup=cup, top1=top1, hours=spent, **settings))
+        return made
+
+    dense = written("dense", (0, 1, 2), (72.0, 76.0, 80.0), (50.0, 60.0, 70.0))
+    shrunk = written("cup", seeds, (72.0, 75.0, 78.0), (29.0, 30.0, 31.0))
+    row = rows_of(*dense, *shrunk)[1]
+    assert (row.change1.mean, row.change1.deviation) == (-1.0, 5.0)  # 3 and 4
+    assert (row.saving.mean, row.saving.deviation) == (50.0, pytest.approx(50 * math.hypot(1 / 30, 10 / 60)))
+    alone = rows_of(dense[0], *shrunk)[1]
+    assert (alone.change1.mean, alone.change1.deviation, alone.saving.deviation) == (3.0, None, None)
 
 
 def test_a_setting_that_differs_makes_two_rows_but_not_one_without_effect(tmp_path: Path):
@@ -154,7 +179,7 @@ def test_the_saving_is_measured_against_the_dense_run(tmp_path: Path, capsys: py
     table = (tmp_path / "out/savings.md").read_text()
     assert "| dense | resnet50 | dense | 1 | 1.00 | 75.86 | 90.00 |  | 66.00 |  |" in table
     assert "| shrunk | resnet50 | CUP-SS | 1 | 2.20 | 74.40 | 90.00 | -1.46 | 54.48 | 17.5 |" in table
-    theirs = "| published (paper) | resnet50 | CUP-SS, k 0.03, b 0.3, stop at 3.81 GFLOPs |  "
+    theirs = "| published, ImageNet (paper) | resnet50 | CUP-SS, k 0.03, b 0.3, stop at 3.81 GFLOPs |  "
     assert f"{theirs}| 2.20 | 74.40 | 91.99 | -1.46 | 54.48 | 17.5 |" in table
     assert table in capsys.readouterr().out
     names = {"report.html", "runs.csv", "savings.csv", "savings.md"}
@@ -165,14 +190,71 @@ def test_the_saving_is_measured_against_the_dense_run(tmp_path: Path, capsys: py
 
 @pytest.mark.parametrize(
     "change",
-    [{"epochs": 30}, {"batch_size": 512}, {"precision": "fp32"}, {"devices": ["NVIDIA A100"] * 8}, {"train_images": 9}],
+    [
+        {"epochs": 30},
+        {"batch_size": 512},
+        {"precision": "fp32"},
+        {"devices": ["NVIDIA A100"] * 8},
+        {"train_images": 9},
+        {"world_size": 4},
+        {"loader": "torch"},
+    ],
+    ids=lambda change: next(iter(change)),
 )
 def test_there_is_no_saving_against_a_run_of_other_costs(tmp_path: Path, change: dict):
     runs = [write_run(tmp_path / "dense", **change), write_run(tmp_path / "shrunk", cup=True, hours=50.0)]
     groups = group_runs([read_run(run) for run in runs])
     row = our_rows(groups)[1]
     assert (row.saving, row.change1) == (None, None)
-    assert any(note.startswith("shrunk: no saving") for note in notes(groups))
+    [key] = change
+    why = f"for the nearest dense run, dense, differs in {key}"
+    assert notes(groups) == [f"shrunk: no saving and no change of accuracy, {why}"]
+
+
+@pytest.mark.parametrize(
+    ("section", "change"),
+    [
+        ("train", {"label_smoothing": 0.1}),
+        ("train", {"compile": "blocks"}),
+        ("train", {"ema_decay": 0.999}),
+        ("optim", {"name": "lars"}),
+    ],
+    ids=str,
+)
+def test_there_is_no_saving_against_another_way_of_training(tmp_path: Path, section: str, change: dict):
+    [key] = change
+    other = {"cup": {"enabled": False}, section: change}
+    dense = write_run(tmp_path / "dense", **with_settings(tmp_path / "dense", **other))
+    shrunk = [
+        write_run(tmp_path / f"cup_s{seed}", cup=True, **with_settings(tmp_path / f"cup_s{seed}", seed))
+        for seed in (0, 1)
+    ]
+    groups = group_runs([read_run(run) for run in (dense, *shrunk)])
+    row = our_rows(groups)[1]
+    assert (row.saving, row.change1, row.change5) == (None, None, None)
+    [note] = notes(groups)  # one a group
+    assert note.startswith("cup: no saving and no change of accuracy") and f"dense, differs in {section}.{key}" in note
+
+
+@pytest.mark.parametrize("change", [{"lr": 0.2}, {"weight_decay": 5e-4}, {"schedule": "cosine"}], ids=str)
+def test_a_change_of_accuracy_needs_an_optimizer_of_equal_settings_a_saving_does_not(tmp_path: Path, change: dict):
+    [key] = change
+    other = with_settings(tmp_path / "dense", cup={"enabled": False}, optim=change)
+    dense = write_run(tmp_path / "dense", hours=60.0, **other)
+    shrunk = write_run(tmp_path / "cup", cup=True, hours=30.0, **with_settings(tmp_path / "cup"))
+    groups = group_runs([read_run(run) for run in (dense, shrunk)])
+    row = our_rows(groups)[1]
+    assert (row.saving.mean, row.change1, row.change5) == (50.0, None, None)
+    assert notes(groups) == [f"cup: no change of accuracy, for the nearest dense run, dense, differs in optim.{key}"]
+
+
+def test_without_any_dense_run_it_says_so_and_else_it_names_the_nearest(tmp_path: Path):
+    shrunk = read_run(write_run(tmp_path / "cup", cup=True))
+    assert notes(group_runs([shrunk])) == ["cup: no saving and no change of accuracy, for no run among these is dense"]
+    far = read_run(write_run(tmp_path / "far", epochs=3, batch_size=64))
+    near = read_run(write_run(tmp_path / "near", epochs=3))
+    [note] = notes(group_runs([far, near, shrunk]))
+    assert note.endswith("for the nearest dense run, near, differs in epochs")
 
 
 def test_there_is_no_saving_against_images_of_another_size_or_another_data_set(tmp_path: Path):
@@ -212,14 +294,39 @@ def test_retraining_counts_together_with_the_training_before_it(tmp_path: Path):
 def test_what_is_no_finished_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture):
     assert report.main([str(tmp_path / "nothing")]) == 1
     assert "nothing is no run directory" in capsys.readouterr().err
-    unfinished = write_run(tmp_path / "unfinished", cup=True)
-    (unfinished / "log.jsonl").write_text('{"event": "run"}\n')
-    assert report.main([str(unfinished), "--out", str(tmp_path / "out")]) == 1
-    assert "not finished" in capsys.readouterr().err
-    (unfinished / "log.jsonl").write_text('{"event": "done"}\n')
-    assert report.main([str(unfinished), "--out", str(tmp_path / "out")]) == 1
-    assert "damaged" in capsys.readouterr().err
+    run = write_run(tmp_path / "run", cup=True)
+    lines = (run / "log.jsonl").read_text().splitlines()
+    without_hours = lines[-1].replace('"gpu_hours"', '"hours"')
+    for log, message in (
+        (lines[:-1], "not finished: start it again"),
+        (lines[-1:], "tells of no run: the file is empty, damaged"),
+        ([], "tells of no run: the file is empty, damaged"),
+        (['{"level": "info"}', '{"loss": 1.0}'], "tells of no run: the file is empty, damaged"),
+        (['{"event": "run"}'], "an event 'run' has no 'cup'"),
+        ([*lines[:-1], without_hours], "an event 'done' has no 'gpu_hours'"),
+        ([lines[0], lines[-1]], "tells of no epoch"),
+    ):
+        (run / "log.jsonl").write_text("".join(line + "\n" for line in log))
+        assert report.main([str(run), "--out", str(tmp_path / "out")]) == 1
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1, error
+        assert ("start it again" in error) == ("not finished" in message)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_line_without_an_event_is_passed_over(tmp_path: Path):
+    run = write_run(tmp_path / "run")
+    with (run / "log.jsonl").open("a") as log:
+        log.write('{"note": "by hand"}\n')
+    assert read_run(run).hours == 60.0
+
+
+def test_a_run_by_two_paths_is_one(tmp_path: Path, capsys: pytest.CaptureFixture):
+    run = write_run(tmp_path / "run", **with_settings(tmp_path / "run", cup={"enabled": False}))
+    (tmp_path / "link").symlink_to(run)
+    paths = [str(run), f"{run}/../run", str(tmp_path / "link")]
+    assert report.main([*paths, "--out", str(tmp_path / "out")]) == 0
+    assert "| run | resnet50 | dense | 1 |" in capsys.readouterr().out
 
 
 def test_a_dendrogram_without_a_checkpoint_is_said_and_no_error(tmp_path: Path):
@@ -241,19 +348,71 @@ def test_dendrograms_are_drawn_from_the_checkpoint_and_an_unknown_layer_is_named
     assert not (tmp_path / "none").exists()
 
 
-def test_published_rows_are_those_of_the_networks_at_hand():
-    rows = published_rows(["resnet56_cifar"])
+def run_on(root: Path, network: str, folder: str, images: int) -> Run:
+    directory = root / f"{network}_{folder}"
+    settings = with_settings(directory, cup={"enabled": False}, data={"path": f"datasets/{folder}"})
+    return read_run(write_run(directory, model=network, train_images=images, **settings))
+
+
+def test_published_rows_are_those_of_the_networks_at_hand_on_their_data_set(tmp_path: Path):
+    rows = published_rows([run_on(tmp_path, "resnet56_cifar", "cifar10", 50_000)])
     assert {row.network for row in rows} == {"resnet56_cifar"} and len(rows) == 9
     [quickest] = [row for row in rows if "4,743 s" in row.setting]
     assert quickest.hours.mean == pytest.approx(1.3175)
     assert quickest.change1.mean == pytest.approx(-0.87)
-    assert published_rows(["resnet20_cifar"]) == []
+    assert {row.name for row in rows} == {"published, CIFAR-10 (notebook)"}
+    assert published_rows([run_on(tmp_path, "resnet20_cifar", "cifar10", 50_000)]) == []
+    assert published_rows([run_on(tmp_path, "resnet18", "ILSVRC-imagenet-1k", 1_281_167)]) != []
+    for network, folder, images in (
+        ("resnet18", "imagenette", 9_469),
+        ("resnet18", "imagenet-tenth", 128_117),
+        ("resnet18", "places", 1_281_167),
+        ("resnet56_cifar", "cifar100", 50_000),
+        ("resnet56_cifar", "cifar10-5k", 5_000),
+    ):
+        assert published_rows([run_on(tmp_path, network, folder, images)]) == [], folder
 
 
-def test_published_savings_are_the_authors_own():
-    rows = {row.setting: row for row in published_rows(["resnet50"])}
+# As printed in the slides and in the notebooks: (network, method, setting, FR or GFLOPs, top-1 or its change)
+@pytest.mark.parametrize(
+    ("network", "method", "setting", "size", "accuracy"),
+    [
+        ("resnet18", "SFP", "no retraining", 1.71, -3.18),
+        ("resnet18", "GM", "no retraining", 1.71, -2.47),
+        ("resnet18", "GM", "retrained", 1.71, -1.87),
+        ("resnet34", "SFP", "no retraining", 1.69, -2.09),
+        ("resnet34", "GM", "no retraining", 1.69, -2.13),
+        ("resnet34", "GM", "retrained", 1.69, -1.29),
+        ("resnet50", "SFP", "no retraining", 1.71, -1.54),
+        ("resnet50", "SFP", "retrained", 2.15, -14.0),
+        ("resnet50", "GM", "no retraining", 2.15, -2.02),
+        ("vgg16_cifar", "dense", "", 0.63, 93.64),
+        ("vgg16_cifar", "CUP", "t 0.90", 0.21, 93.55),
+        ("vgg16_cifar", "CUP", "t 0.95", 0.17, 92.94),
+        ("vgg16_cifar", "CUP-SS", "k 0.02", 0.20, 93.15),
+        ("vgg16_cifar", "CUP-SS", "k 0.035", 0.20, 93.24),
+    ],
+)
+def test_published_results_are_as_printed(network: str, method: str, setting: str, size: float, accuracy: float):
+    tables = (published.CIFAR10 if "cifar" in network else published.DROPS,)
+    results = [one for table in tables for one in table.results]
+    [found] = [one for one in results if (one.network, one.method, one.setting) == (network, method, setting)]
+    assert (found.gflops or found.reduction, found.top1 or found.change1) == (size, accuracy)
+
+
+@pytest.mark.parametrize(
+    ("method", "reduction", "top1", "hours"), [("SFP", 1.73, 74.01, 61.8), ("GM", 2.15, 74.13, 62.2)]
+)
+def test_published_hours_of_rivals_are_as_printed(method: str, reduction: float, top1: float, hours: float):
+    [found] = [one for one in published.IMAGENET.results if one.method == method]
+    assert (found.reduction, found.top1, found.hours) == (reduction, top1, hours)
+
+
+def test_published_savings_are_the_authors_own(tmp_path: Path):
+    resnet50 = [read_run(write_run(tmp_path / "resnet50"))]
+    rows = {row.setting: row for row in published_rows(resnet50)}
     assert rows["k 0.03, b 0.3, stop at 3.81 GFLOPs"].saving.mean == pytest.approx(17.5, abs=0.05)
-    [slides] = [row for row in published_rows(["resnet50"]) if row.method == "CUP-RF" and row.hours]
+    [slides] = [row for row in published_rows(resnet50) if row.method == "CUP-RF" and row.hours]
     assert slides.saving.mean == pytest.approx(21.8, abs=0.05)
 
 
@@ -281,8 +440,12 @@ def test_the_csv_files_hold_full_precision_and_a_line_a_run_or_a_row(tmp_path: P
     assert len(runs) == 9
     assert (runs[3]["run"], runs[3]["group"], runs[3]["seed"]) == ("c10_cup_s0", "c10_cup", "0")
     assert float(runs[3]["gpu_hours"]) == 36.0 and float(runs[3]["step_s"]) == 16.0 and runs[0]["saving_percent"] == ""
-    means = list(csv.DictReader(means_csv([*our_rows(groups), *published_rows(["resnet50"])]).splitlines()))
+    rows = [*our_rows(groups), *published_rows([read_run(write_run(tmp_path / "resnet50"))])]
+    means = list(csv.DictReader(means_csv(rows).splitlines()))
     assert float(means[1]["top1_percent_deviation"]) == pytest.approx(0.8660254037844386)
+    # Seed by seed, as the row of means is.
+    assert float(runs[3]["top1_change_points"]) == -1.0
+    assert float(runs[3]["saving_percent"]) == pytest.approx(100 * (1 - 36 / 59))
     assert [means[0]["source"], means[-1]["source"]] == ["ours", "slides"]
 
 
@@ -331,7 +494,38 @@ def test_the_page_holds_the_ledger_the_resizes_and_what_newer_logs_say(tmp_path:
     assert ["cup", "1.0", "16.0", "3.0", "6.0", "2.0", "28.0", "20.0"] in cells
     assert ["2", "0.330", "48", "1.00", "→", "2.00", "0.25", "1,000", "→", "1,600"] in cells
     assert ["cup", "1", "1.0", "18.0", "3.0"] in cells
-    assert ["cup", "1.00", "2.00", "2.00", "0.0", "25.0"] in cells
+    assert ["cup", "1.00", "2.00", "2.00", "0.0", "25.0"] in cells and "all-reduce" in text
+    for line in log:
+        line.pop("all_reduce_s", None)
+    (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    text = page(group_runs([read_run(run)]), [], [])
+    assert "peak memory" in text and "all-reduce" not in text
+
+
+def test_the_speed_up_of_each_epoch_is_against_the_dense_runs_or_the_full_epochs(tmp_path: Path):
+    dense = read_run(write_run(tmp_path / "dense"))
+    shrunk = read_run(write_run(tmp_path / "cup", cup=True, reduction=2.0))
+    for line, speed in zip(dense.epochs, (700.0, 900.0), strict=True):
+        line["images_per_s"] = speed
+    assert _speedups(shrunk, group_runs([dense, shrunk])) == [(1.0, 1.25), (2.0, 2.0)]  # 1000 and 1600 over 800
+    assert _speedups(shrunk, group_runs([shrunk])) == [(1.0, 1.0), (2.0, 1.6)]
+    shrunk.epochs[0]["flops_reduction"] = 1.5
+    assert _speedups(shrunk, group_runs([shrunk])) == []
+    growing = with_settings(tmp_path / "growing", data={"start_size": 128, "grow_epochs": 2})
+    assert _speedups(read_run(write_run(tmp_path / "growing", cup=True, **growing)), group_runs([dense])) == []
+
+
+def test_training_seconds_are_those_that_shrinking_changes():
+    seconds = {"startup": 64.0, "data_wait": 1.0, "step": 2.0, "resize": 4.0, "resize_warmup": 8.0, "compile": 16.0}
+    assert training_seconds({"seconds": seconds | {"eval": 128.0, "save": 256.0, "other": 512.0}}) == 31.0
+    assert training_seconds({"seconds": {"step": 2.0, "eval": 1.0}}) == 2.0
+
+
+def test_the_mean_at_an_epoch_is_of_the_runs_that_have_a_value_there(tmp_path: Path):
+    first, second = (read_run(write_run(tmp_path / name, top1=top1)) for name, top1 in (("a", 70.0), ("b", 80.0)))
+    second.epochs[1]["top1"] = None
+    group = Group("both", (first, second))
+    assert _means(group, lambda line: line["top1"], [1, 2, 3]) == [75.0, 70.0, None]
 
 
 def test_widths_before_a_cut_in_the_first_epoch_are_found_again(tmp_path: Path):

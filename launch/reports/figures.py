@@ -290,7 +290,7 @@ def _speedups(run: Run, groups: list[Group]) -> list[tuple[float, float]]:
     if run.settings.get("data.start_size"):
         return []
     others = [other for group in groups for other in group.runs if other.is_dense]
-    dense = [line for other in others if other.is_comparable(run) for line in other.epochs]
+    dense = [line for other in others if not other.differences(run) for line in other.epochs]
     full = dense or [line for line in run.epochs if line["flops_reduction"] == 1.0]
     if not full:
         return []

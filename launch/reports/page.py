@@ -22,6 +22,7 @@ from launch.reports.tables import (
     published_rows,
     published_tables,
     row_of,
+    tables_of,
 )
 
 
@@ -55,16 +56,16 @@ def page(groups: list[Group], figures: list[Figure], remarks: list[str]) -> str:
     )
     rows = our_rows(groups)
     networks = list(dict.fromkeys(group.one.network for group in groups))
-    beside = published_rows(networks)
     runs = [run for group in groups for run in group.runs]
+    beside = published_rows(runs)
     return environment.get_template("page.html").render(
         title=f"{' and '.join(networks)}: what was trained and what it cost",
         subtitle=_subtitle(runs),
-        headlines=[_headline(row) for row in rows if row.change1 is not None],
+        headlines=[_headline(row) for row in rows if row.saving or row.change1],
         results=_results(rows),
         remarks=remarks,
         beside=_with_published([*rows, *beside]) if beside else None,
-        beside_note=_sources(networks),
+        beside_note=_sources(runs),
         figures=[
             {"title": figure.title, "caption": figure.caption, "source": _data_uri(figure.path)} for figure in figures
         ],
@@ -125,9 +126,9 @@ def _with_published(rows: list[Row], title: str = "") -> Table:
     return Table(headings, lines, texts=3, title=title)
 
 
-def _sources(networks: list[str]) -> str:
-    """Where and on what the published rows of these networks were measured."""
-    titles = [table.title for table in published.TABLES if {one.network for one in table.results} & set(networks)]
+def _sources(runs: list[Run]) -> str:
+    """Where and on what the published rows beside these runs were measured."""
+    titles = [table.title for table in tables_of(runs)]
     return f"Published: {'; '.join(titles)}. Hours of other hardware compare with each other, not with ours."
 
 
@@ -202,8 +203,10 @@ def _machine(runs: list[Run]) -> Table | None:
             )
     headings = ["run", *(f"peak memory, {when} (GiB)" for when in ("first epoch", "last epoch", "all"))]
     headings += ["data wait (% of training)", "all-reduce (% of training)"]
+    shown = [number for number in range(len(headings)) if any(line.cells[number] for line in lines)]
     caption = "Memory of the rank that needs most: of tensors on a GPU in that epoch, on a CPU of the process so far."
-    return Table(headings, lines, caption=caption) if lines else None
+    lines = [Line([line.cells[number] for number in shown]) for line in lines]
+    return Table([headings[number] for number in shown], lines, caption=caption) if lines else None
 
 
 def _percent(part: float, whole: float) -> str:

@@ -15,8 +15,17 @@ NAMING = "run."
 
 # A saving is a difference of hours, so everything else that decides hours must be the same: what the log says ...
 COMPARABLE = ("model", "epochs", "batch_size", "train_images", "precision", "loader", "world_size", "devices")
-# ... and the settings that begin so.
-COMPARABLE_SETTINGS = ("data.", "train.", "optim.name")
+# ... and the settings that begin so. What the optimizer is told costs no time, yet decides accuracy.
+HOURS_SETTINGS = ("data.", "train.", "optim.name")
+ACCURACY_SETTINGS = ("data.", "train.", "optim.")
+
+# What the report reads of every line of a kind, in logs of all versions.
+NEEDED = {
+    "run": ("cup", *COMPARABLE),
+    "epoch": ("epoch", "flops_reduction", "gpu_hours", "images_per_s", "seconds", "threshold", "top1", "widths"),
+    "resize": ("epoch", "flops_reduction_after", "flops_reduction_before", "removed", "seconds", "threshold"),
+    "done": ("device", "flops_reduction", "gpu_hours", "top1", "top5"),
+}
 
 
 @dataclass(frozen=True)
@@ -83,11 +92,17 @@ class Run:
     def conditions(self) -> tuple[Any, ...]:
         return tuple(str(self.first[key]) for key in COMPARABLE)
 
-    def is_comparable(self, other: "Run") -> bool:
-        """Whether a difference of hours or accuracy can come of nothing but shrinking. What one log lacks is no bar."""
+    def differences(self, other: "Run", *, accuracy: bool = False) -> list[str]:
+        """What besides shrinking could make a difference of hours, with `accuracy` of accuracy: keys with two values.
+
+        None of it is a seed, a name or a place. What one log lacks is no difference.
+        """
         ours, theirs = self.settings, other.settings
-        shared = [key for key in ours if key in theirs and key.startswith(COMPARABLE_SETTINGS)]
-        return self.conditions == other.conditions and all(ours[key] == theirs[key] for key in shared)
+        prefixes = ACCURACY_SETTINGS if accuracy else HOURS_SETTINGS
+        conditions = zip(COMPARABLE, self.conditions, other.conditions, strict=True)
+        found = [key for key, one, another in conditions if one != another]
+        shared = [key for key in ours if key in theirs and key.startswith(prefixes)]
+        return found + [key for key in shared if ours[key] != theirs[key]]
 
 
 @dataclass(frozen=True)
@@ -108,16 +123,21 @@ class Group:
 
 
 def read_run(directory: Path) -> Run:
-    """Raises TrainError if the directory holds no finished run."""
+    """Raises TrainError if the directory holds no finished run, or its log lacks what a report needs."""
     log = RunDir(directory).log
     if not log.exists():
         raise TrainError(f"{directory} is no run directory: it has no {log.name}")
     events = read_log(log)
-    by_kind = {kind: [e for e in events if e["event"] == kind] for kind in ("run", "epoch", "resize", "done")}
+    by_kind = {kind: [e for e in events if e.get("event") == kind] for kind in NEEDED}
+    if not by_kind["run"]:
+        raise TrainError(f"{log} tells of no run: the file is empty, damaged or no log of launch/train.py")
+    for kind, lines in by_kind.items():
+        if missing := [key for key in NEEDED[kind] for line in lines if key not in line]:
+            raise TrainError(f"{log}: an event {kind!r} has no {missing[0]!r}; damaged, or no log of launch/train.py")
     if not by_kind["done"]:
         raise TrainError(f"the run in {directory} is not finished: start it again with the same command, it will go on")
-    if not by_kind["run"] or not by_kind["epoch"]:
-        raise TrainError(f"{log} tells of no {'epoch' if by_kind['run'] else 'run'}: the file is damaged")
+    if not by_kind["epoch"]:
+        raise TrainError(f"{log} tells of no epoch: the file is damaged")
     first = {"from": None, "gpu_hours_before": 0.0} | by_kind["run"][0]  # older logs know of no such start
     return Run(directory.resolve().name, directory, first, by_kind["epoch"], by_kind["resize"], by_kind["done"][-1])
 

@@ -3,13 +3,14 @@ programs."""
 
 import csv
 import io
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from launch.reports.published import TABLES, Result
-from launch.reports.read import COMPARABLE, Group, Run
+from launch.reports.published import TABLES, Result, Table
+from launch.reports.read import Group, Run
 
 
 @dataclass(frozen=True)
@@ -22,15 +23,28 @@ class Spread:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one run. saving: percent of the dense runs' mean hours; changes: points against their mean accuracy.
+    """What came of one run.
 
-    None where no dense run is comparable, or nobody knows the hours before.
+    timed, scored: the dense runs that its hours and its accuracy are measured against: those of its own seed where each
+    run of its group has such, else all that are comparable.
     """
 
     run: Run
-    saving: float | None
-    change1: float | None
-    change5: float | None
+    timed: list[Run]
+    scored: list[Run]
+
+    @property
+    def saving(self) -> float | None:
+        """Percent of the dense runs' mean hours; None without such runs, or where nobody knows the hours before."""
+        if not self.timed or not self.run.hours_are_known:
+            return None
+        return 100 * (1 - self.run.hours / statistics.mean(peer.hours for peer in self.timed))
+
+    def change(self, key: str) -> float | None:
+        """Points against the dense runs' mean. key: "top1" or "top5"."""
+        if not self.scored:
+            return None
+        return self.run.done[key] - statistics.mean(peer.done[key] for peer in self.scored)
 
     @property
     def values(self) -> dict[str, float | None]:
@@ -40,8 +54,8 @@ class Outcome:
             "reduction": done["flops_reduction"],
             "top1": done["top1"],
             "top5": done["top5"],
-            "change1": self.change1,
-            "change5": self.change5,
+            "change1": self.change("top1"),
+            "change5": self.change("top5"),
             "hours": self.run.hours,
             "saving": self.saving,
             "gflops": done["flops"] / 1e9 if "flops" in done else None,
@@ -92,9 +106,12 @@ ALL_COLUMNS = (
 
 
 def outcomes(groups: list[Group]) -> list[tuple[Group, list[Outcome]]]:
-    """What came of each group's runs, against the mean of all comparable dense runs, where there are any."""
-    dense = [run for group in groups for run in group.runs if run.is_dense]
-    return [(group, [_outcome(run, dense) for run in group.runs]) for group in groups]
+    """What came of each group's runs, against the comparable dense runs, where there are any."""
+    dense = _dense_runs(groups)
+    return [
+        (group, list(map(Outcome, group.runs, _peers(group, dense), _peers(group, dense, accuracy=True))))
+        for group in groups
+    ]
 
 
 def our_rows(groups: list[Group]) -> list[Row]:
@@ -103,7 +120,14 @@ def our_rows(groups: list[Group]) -> list[Row]:
 
 
 def row_of(group: Group, measured: list[Outcome]) -> Row:
-    """The row of a group, `measured` being what came of its runs."""
+    """The row of a group, `measured` being what came of its runs.
+
+    What is measured against dense runs of the same seeds has the deviation of these differences, else (to first order)
+    that of a difference of two means; none where only one of the two has repetitions.
+    """
+    spreads = {key: spread(outcome.values[key] for outcome in measured) for key in MEASURES}
+    for key in ("change1", "change5", "saving"):
+        spreads[key] = _with_dense_scatter(spreads[key], key, measured)
     return Row(
         name=group.name,
         network=group.one.network,
@@ -112,19 +136,27 @@ def row_of(group: Group, measured: list[Outcome]) -> Row:
         count=len(group.runs),
         seeds=", ".join(map(str, group.seeds)),
         on_cpu=group.one.done["device"] == "cpu",
-        **{key: spread(outcome.values[key] for outcome in measured) for key in MEASURES},
+        **spreads,
     )
 
 
-def published_rows(networks: Iterable[str]) -> list[Row]:
-    """The published results of these networks, in the order of the published tables."""
-    wanted = set(networks)
-    return [_published(result) for table in TABLES for result in table.results if result.network in wanted]
+def published_rows(runs: Iterable[Run]) -> list[Row]:
+    """The published results of these runs' networks on their data sets, in the order of the published tables."""
+    runs = list(runs)
+    return [
+        _published(table, one) for table in tables_of(runs) for one in table.results if _is_beside(table, one, runs)
+    ]
+
+
+def tables_of(runs: Iterable[Run]) -> list[Table]:
+    """The published tables that have such rows."""
+    runs = list(runs)
+    return [table for table in TABLES if any(_is_beside(table, result, runs) for result in table.results)]
 
 
 def published_tables() -> list[tuple[str, list[Row]]]:
     """All that is published: (title, rows)."""
-    return [(table.title, [_published(result) for result in table.results]) for table in TABLES]
+    return [(table.title, [_published(table, result) for result in table.results]) for table in TABLES]
 
 
 def spread(values: Iterable[float | None]) -> Spread | None:
@@ -158,14 +190,12 @@ def setting(run: Run) -> str:
 
 def notes(groups: list[Group]) -> list[str]:
     """What a reader of the table must know of some of its runs."""
+    dense = _dense_runs(groups)
     found = []
-    for outcome in (outcome for _, measured in outcomes(groups) for outcome in measured):
-        run = outcome.run
-        if run.first["from"] is not None:
-            found.append(_hours_note(run))
-        if not run.is_dense and outcome.saving is None and run.hours_are_known:
-            equal = f"equal {', '.join(COMPARABLE)} and settings of data and train"
-            found.append(f"{run.name}: no saving, for no dense run among these has {equal}")
+    for group in groups:
+        found += [_hours_note(run) for run in group.runs if run.first["from"] is not None]
+        if not group.one.is_dense:
+            found += _missing_note(group, dense)
     return found
 
 
@@ -272,30 +302,66 @@ _CSV_NAMES = {
 }
 
 
-def _outcome(run: Run, dense: list[Run]) -> Outcome:
-    peers = [other for other in dense if other.is_comparable(run)]
-    if run.is_dense or not peers:
-        return Outcome(run, None, None, None)
-    saving = None
-    if run.hours_are_known:
-        saving = 100 * (1 - run.hours / statistics.mean(peer.hours for peer in peers))
-    changes = (run.done[key] - statistics.mean(peer.done[key] for peer in peers) for key in ("top1", "top5"))
-    return Outcome(run, saving, *changes)
+def _dense_runs(groups: list[Group]) -> list[Run]:
+    return [run for group in groups for run in group.runs if run.is_dense]
 
 
-def _published(result: Result) -> Row:
+def _peers(group: Group, dense: list[Run], *, accuracy: bool = False) -> list[list[Run]]:
+    """For each run of the group the dense runs that it is measured against."""
+    if group.one.is_dense:
+        return [[] for _ in group.runs]
+    peers = [other for other in dense if not other.differences(group.one, accuracy=accuracy)]
+    by_seed = [[peer for peer in peers if peer.seed == run.seed] for run in group.runs]
+    # Two runs of one seed would share their dense runs, whose scatter would then be missing from the differences.
+    is_paired = len(set(group.seeds)) == len(group.runs) and all(by_seed)
+    return by_seed if is_paired else [peers for _ in group.runs]
+
+
+def _with_dense_scatter(value: Spread | None, key: str, measured: list[Outcome]) -> Spread | None:
+    """A spread of differences, with the scatter of the dense runs where these are the same for all of them."""
+    if value is None or value.deviation is None:
+        return value
+    peers = [outcome.timed if key == "saving" else outcome.scored for outcome in measured]
+    if peers[0] != peers[1]:
+        return value  # seed by seed: it is in the differences
+    if len(peers[0]) == 1:
+        return Spread(value.mean)
+    if key == "saving":
+        hours = spread(peer.hours for peer in peers[0])
+        theirs = (100 - value.mean) * hours.deviation / hours.mean  # of the quotient of hours
+    else:
+        theirs = statistics.stdev(peer.done[key.replace("change", "top")] for peer in peers[0])
+    return Spread(value.mean, math.hypot(value.deviation, theirs))
+
+
+def _missing_note(group: Group, dense: list[Run]) -> list[str]:
+    """Why a group has no saving or no change of accuracy, for want of a comparable dense run."""
+    for accuracy, missing in ((False, "no saving and no change of accuracy"), (True, "no change of accuracy")):
+        differences = {run.name: run.differences(group.one, accuracy=accuracy) for run in dense}
+        if not differences:
+            return [f"{group.name}: {missing}, for no run among these is dense"]
+        if all(differences.values()):
+            name, keys = min(differences.items(), key=lambda item: len(item[1]))
+            return [f"{group.name}: {missing}, for the nearest dense run, {name}, differs in {', '.join(keys)}"]
+    return []
+
+
+def _is_beside(table: Table, result: Result, runs: list[Run]) -> bool:
+    return any(
+        run.network == result.network and table.data.is_that_of(run.data, run.first["train_images"]) for run in runs
+    )
+
+
+def _published(table: Table, result: Result) -> Row:
     """Its saving is against the dense network's hours, where both are published."""
     dense = next(
-        other
-        for table in TABLES
-        for other in table.results
-        if (other.network, other.method) == (result.network, "dense")
+        other for one in TABLES for other in one.results if (other.network, other.method) == (result.network, "dense")
     )
     values: dict[str, Any] = {key: getattr(result, key, None) for key in MEASURES}
     if result.hours and dense.hours and result is not dense:
         values["saving"] = 100 * (1 - result.hours / dense.hours)
     return Row(
-        name=f"published ({result.source})",
+        name=f"published, {table.data.name} ({result.source})",
         network=result.network,
         method=result.method,
         setting=result.setting,
