@@ -75,7 +75,7 @@ def three_seeds(root: Path) -> list[Run]:
             directory, shrinks = root / f"c10_{kind}_s{seed}", kind != "dense"
             numbers = {"hours": 36.0 + 3 * seed if shrinks else 59.0 + seed, "reduction": 2.0 if shrinks else 1.0}
             top1 = dense_top1 - drop if shrinks else dense_top1
-            settings = with_settings(directory, seed, cup=cup)
+            settings = with_settings(directory, seed, cup=cup, run={"root": f"disk{seed}", "keep": 2 + seed})
             runs.append(read_run(write_run(directory, cup=shrinks, top1=top1, **numbers, **settings)))
     return runs
 
@@ -113,6 +113,19 @@ def test_a_setting_that_differs_makes_two_rows_but_not_one_without_effect(tmp_pa
     assert [[run.name for run in group.runs] for group in groups] == [["c", "d"], ["a"], ["b"]]
     differing = differing_settings(groups)
     assert differing == {"cup.enabled": [False, True, True], "cup.slope": [None, 0.03, 0.04]}
+
+
+def test_groups_have_names_that_tell_them_apart(tmp_path: Path):
+    def names(*runs: str) -> list[str]:
+        made = [
+            write_run(tmp_path / run, cup=True, **with_settings(tmp_path / run, seed, cup={"slope": slope}))
+            for run, seed, slope in zip(runs, (0, 1, 0, 1), (0.1, 0.1, 0.2, 0.2), strict=False)
+        ]
+        return [group.name for group in group_runs([read_run(run) for run in made])]
+
+    assert names("a-s0", "a-s1", "b.seed0", "b.seed1") == ["a", "b"]
+    assert names("x_1", "x_2", "x_3", "x_4") == ["x_1", "x_3"]
+    assert names("one/x_1", "one/x_2", "two/x_1", "two/x_2") == [str(tmp_path / "one/x_1"), str(tmp_path / "two/x_1")]
 
 
 def test_equal_runs_on_other_hardware_are_no_repetitions(tmp_path: Path):

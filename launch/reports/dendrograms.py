@@ -13,16 +13,17 @@ from train.rundir import RunDir
 
 
 def draw_layers(groups: list[Group], layers: list[str], directory: Path) -> tuple[list[Figure], list[str]]:
-    """DIRECTORY/dendrograms_RUN/LAYER.png for the first run of each group; also what could not be drawn, in words.
+    """DIRECTORY/dendrograms_GROUP/LAYER.png for the first run of each group; also what could not be drawn, in words.
 
     Raises ConfigError for a layer that a network does not have, CheckpointError for a file that cannot be read.
     """
     figures: list[Figure] = []
     missing = []
-    for run in (group.one for group in groups if layers):
+    for group in groups if layers else ():
+        run = group.one
         checkpoint = RunDir(run.directory).last
         if checkpoint.exists():
-            figures += _draw(run, checkpoint, layers, directory / f"dendrograms_{run.name}")
+            figures += _draw(run, checkpoint, layers, directory / f"dendrograms_{group.name.replace('/', '_')}")
         else:
             missing.append(f"{run.name}: no dendrogram, for there is no checkpoint {checkpoint}")
     return figures, missing

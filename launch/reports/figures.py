@@ -112,8 +112,8 @@ def draw_seconds(groups: list[Group], directory: Path) -> Figure:
     """Where the seconds of each epoch went, a panel a group, bars stacked by kind."""
     columns = min(3, len(groups))
     rows = -(-len(groups) // columns)
-    kinds = [kind for kind in KIND_COLORS if kind in kinds_of(groups) or _spent(groups, kind)]
-    kinds += [kind for kind in kinds_of(groups) if kind not in kinds]
+    order = list(KIND_COLORS)
+    kinds = sorted(kinds_of(groups), key=lambda kind: order.index(kind) if kind in order else len(order))
     path = directory / "seconds.png"
     size = (9, 1.0 + 2.6 * rows)
     with _figure(path, [], rows, columns, figsize=size, sharey=True, squeeze=False) as axes:
@@ -186,7 +186,7 @@ def draw_widths(group: Group, directory: Path) -> Figure:
     layers = list(run.epochs[0]["widths"])
     full = widths_at_start(run)
     shares = np.array([[100 * line["widths"][name] / full[name] for line in run.epochs] for name in layers])
-    path = directory / f"widths_{group.name}.png"
+    path = directory / f"widths_{group.name.replace('/', '_')}.png"
     with _figure(path, [], 1, 1, figsize=(9, max(2.6, 1.2 + 0.19 * len(layers)))) as axis:
         first, last = run.epochs[0]["epoch"], run.epochs[-1]["epoch"]
         edges = np.arange(first, last + 2) - 0.5
@@ -195,10 +195,9 @@ def draw_widths(group: Group, directory: Path) -> Figure:
         axis.invert_yaxis()
         resized = [event["epoch"] - 0.5 for event in run.resizes]
         axis.plot(resized, np.full(len(resized), -0.5), "v", color="#D55E00", clip_on=False, markersize=6)
-        left = axis.secondary_yaxis("right")
-        widths = run.epochs[-1]["widths"]
-        left.set_yticks(range(len(layers)), [f"{full[name]} → {widths[name]}" for name in layers], fontsize=8)
-        left.tick_params(length=0)
+        right, widths = axis.secondary_yaxis("right"), run.epochs[-1]["widths"]
+        right.set_yticks(range(len(layers)), [f"{full[name]} → {widths[name]}" for name in layers], fontsize=8)
+        right.tick_params(length=0)
         axis.spines[:].set_visible(False)
         axis.set_xlabel("epoch")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -322,10 +321,6 @@ def _lines(groups: list[Group]) -> str:
 def _hours_label(groups: list[Group]) -> str:
     on_cpu = any(run.done["device"] == "cpu" for group in groups for run in group.runs)
     return "GPU hours (on the CPU: ranks x wall hours)" if on_cpu else "GPU hours"
-
-
-def _spent(groups: list[Group], kind: str) -> bool:
-    return any(line["seconds"].get(kind) for group in groups for run in group.runs for line in run.epochs)
 
 
 def _columns(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:

@@ -93,7 +93,7 @@ def _subtitle(runs: list[Run]) -> str:
 
 def _headline(row: Row) -> dict[str, Any]:
     numbers = [
-        ("GPU hours saved", row.saving, lambda value: f"{value:.1f}%", 1),
+        ("process hours saved" if row.on_cpu else "GPU hours saved", row.saving, lambda value: f"{value:.1f}%", 1),
         ("FLOPs reduction", row.reduction, lambda value: f"{value:.2f}x", 2),
         ("top-1 against dense", row.change1, lambda value: f"{value:+.2f} points", 2),
     ]
@@ -202,7 +202,8 @@ def _machine(runs: list[Run]) -> Table | None:
             )
     headings = ["run", *(f"peak memory, {when} (GiB)" for when in ("first epoch", "last epoch", "all"))]
     headings += ["data wait (% of training)", "all-reduce (% of training)"]
-    return Table(headings, lines, caption="Memory: the highest of all ranks.") if lines else None
+    caption = "Memory of the rank that needs most: of tensors on a GPU in that epoch, on a CPU of the process so far."
+    return Table(headings, lines, caption=caption) if lines else None
 
 
 def _percent(part: float, whole: float) -> str:
@@ -240,7 +241,7 @@ def _differing(groups: list[Group]) -> Table | None:
 def _no_difference(groups: list[Group]) -> str:
     if any(not group.one.settings for group in groups):
         return "The logs are of an older version and do not hold the settings."
-    return "The runs differ in nothing but their names and seeds."
+    return "All runs have the same settings, but for names and seeds."
 
 
 def _hardware(runs: list[Run]) -> Table:
@@ -250,8 +251,8 @@ def _hardware(runs: list[Run]) -> Table:
         versions = ", ".join(f"{name} {version}" for name, version in run.first.get("versions", {}).items())
         machine = (_devices(run), run.first["precision"], run.first["loader"], versions)
         lines.setdefault(machine, []).append(run.name)
-    headings = ["runs", "devices", "precision", "loader", "versions"]
-    return Table(headings, [Line([", ".join(names), *machine]) for machine, names in lines.items()], texts=5)
+    headings = ["devices", "precision", "loader", "versions", "runs"]
+    return Table(headings, [Line([*machine, ", ".join(names)]) for machine, names in lines.items()], texts=5)
 
 
 def _devices(run: Run) -> str:

@@ -1,7 +1,7 @@
 """Run directories -> what their logs say, and which runs are repetitions of each other."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -10,8 +10,8 @@ from typing import Any
 from train.errors import TrainError
 from train.rundir import RunDir, read_log
 
-# What names a run and draws its random numbers. Runs that differ in nothing else are repetitions of one another.
-NAMING = ("run.name", "run.root", "run.resume", "run.seed")
+# Name, place, seed and saving of a run: runs that differ in nothing else are repetitions. (Devices are compared apart.)
+NAMING = "run."
 
 # A saving is a difference of hours, so everything else that decides hours must be the same: what the log says ...
 COMPARABLE = ("model", "epochs", "batch_size", "train_images", "precision", "loader", "world_size", "devices")
@@ -119,39 +119,42 @@ def read_run(directory: Path) -> Run:
     if not by_kind["run"] or not by_kind["epoch"]:
         raise TrainError(f"{log} tells of no {'epoch' if by_kind['run'] else 'run'}: the file is damaged")
     first = {"from": None, "gpu_hours_before": 0.0} | by_kind["run"][0]  # older logs know of no such start
-    return Run(directory.name, directory, first, by_kind["epoch"], by_kind["resize"], by_kind["done"][-1])
+    return Run(directory.resolve().name, directory, first, by_kind["epoch"], by_kind["resize"], by_kind["done"][-1])
 
 
 def group_runs(runs: Iterable[Run]) -> list[Group]:
     """Repetitions together, dense ones first, else in the order given. A run whose log lacks its settings is alone."""
     members: dict[Any, list[Run]] = {}
     for run in sorted(runs, key=lambda run: not run.is_dense):
-        settings = {key: value for key, value in run.settings.items() if key not in NAMING}
+        settings = {key: value for key, value in run.settings.items() if not key.startswith(NAMING)}
         key = (repr(sorted(settings.items())), run.conditions) if settings else run.directory
         members.setdefault(key, []).append(run)
-    names = [_common_name([run.name for run in group]) for group in members.values()]
-    return [
-        Group(name if names.count(name) == 1 else group[0].name, tuple(group))
-        for name, group in zip(names, members.values(), strict=True)
-    ]
+    groups = [tuple(group) for group in members.values()]
+    # The shortest names that tell the groups apart: what the runs' names share, a run's name, its directory.
+    for name in (_common_name, lambda group: group[0].name, lambda group: str(group[0].directory)):
+        names = [name(group) for group in groups]
+        if len(set(names)) == len(names):
+            break
+    return [Group(name, group) for name, group in zip(names, groups, strict=True)]
 
 
 def differing_settings(groups: list[Group]) -> dict[str, list[Any]]:
     """Dotted key -> its value in each group, where groups that have the setting differ; None for those without it."""
     settings = [group.one.settings for group in groups]
-    keys = dict.fromkeys(key for one in settings for key in one if key not in NAMING)
+    keys = dict.fromkeys(key for one in settings for key in one if not key.startswith(NAMING))
     found = {key: [one[key] for one in settings if key in one] for key in keys}
     differing = [key for key, values in found.items() if any(value != values[0] for value in values)]
     return {key: [one.get(key) for one in settings] for key in differing}
 
 
-def _common_name(names: list[str]) -> str:
+def _common_name(runs: Sequence[Run]) -> str:
     """c10_cup_s0, c10_cup_s1 -> c10_cup; a run alone keeps its name."""
-    if len(names) == 1:
-        return names[0]
-    common = takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
+    first = runs[0].name
+    if len(runs) == 1:
+        return first
+    common = takewhile(lambda letters: len(set(letters)) == 1, zip(*(run.name for run in runs), strict=False))
     prefix = "".join(letters[0] for letters in common)
-    return re.sub(r"[-_.](s|seed)?[-_.]?\d*$", "", prefix) or names[0]
+    return re.sub(r"[-_.](s|seed)?[-_.]?\d*$", "", prefix) or first
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
