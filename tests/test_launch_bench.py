@@ -172,7 +172,7 @@ def test_a_projection_adds_up_and_says_that_it_is_one(lenet_run, tmp_path, capsy
     argv += ["--measure-batch-size", "4", "--round-to", "1", "16", *QUICK, "--out", str(out)]
     assert main(argv) == 0
     result = json.loads(out.read_text())
-    assert [row["round_to"] for row in result["rows"]] == [1, 16]
+    assert [row["round_to"] for row in result["rows"]] == ["1", "16"]
     assert result["resize_s"] == pytest.approx(2 * (0.5 + 1.0) / 2), "both ranks wait for a resize"
     parts = result["segments"]["1"]
     assert [(part["first"], part["last"]) for part in parts] == [(1, 2), (3, 6), (7, 10)]

@@ -23,7 +23,6 @@ import torch
 
 from launch.benches.measure import machine, rounds_in_turn, write_result
 from launch.benches.step import (
-    RoundTo,
     StepBench,
     Table,
     Widths,
@@ -54,8 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep-fr",
         action="store_true",
-        help="shrink what rounding widened, all groups by one factor, until the run's FR is back: what a run with that "
-        "round_to and the same target comes to",
+        help="project also with the run's FR brought back after rounding, all groups narrowed by one factor: about "
+        "what a run with that round_to and the same target comes to",
     )
     add_device_arguments(parser)
 
@@ -123,8 +122,10 @@ def measure(options: argparse.Namespace) -> None:
     )
     path = spread([line["widths"] for line in lines], options.epochs)
     allowed = tables(options.round_to, bench, path[0].keys())
-    rounded = at_equal_reduction if options.keep_fr else StepBench.rounded
-    paths = {found: [rounded(bench, widths, table) for widths in path] for found, table in allowed.items()}
+    paths = {str(found): [bench.rounded(widths, table) for widths in path] for found, table in allowed.items()}
+    if options.keep_fr:
+        for found, table in allowed.items():
+            paths[f"{found}, FR kept"] = [at_equal_reduction(bench, widths, table) for widths in path]
     costs = _measured(bench, [bench.dense_widths, *(widths for path in paths.values() for widths in path)], options)
     resize_s = mean_resize_s(options.run)
 
@@ -155,7 +156,7 @@ def measure(options: argparse.Namespace) -> None:
             "rows": rows,
             "dense_hours": hours(dense),
             "segments": {
-                str(key): [asdict(part) for part in parts] for key, parts in {"dense": dense, **projected}.items()
+                name: [asdict(part) for part in parts] for name, parts in {"dense": dense, **projected}.items()
             },
         }
         write_result(options.out, content)
@@ -244,7 +245,7 @@ def _key(widths: Widths) -> str:
     return " ".join(f"{name}:{width}" for name, width in sorted(widths.items()))
 
 
-def _row(found: RoundTo, parts: Sequence[Segment], dense: Sequence[Segment]) -> dict[str, Any]:
+def _row(found: str, parts: Sequence[Segment], dense: Sequence[Segment]) -> dict[str, Any]:
     """What a way of rounding saves in percent, and step by step what becomes of that which its FLOPs promise."""
     last, dense_step_s = parts[-1], dense[0].step_s
     steps = sum(part.steps for part in parts)

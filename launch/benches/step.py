@@ -218,11 +218,8 @@ class StepBench:
 
         def run() -> None:
             state.model.eval()
-            with (
-                torch.no_grad(),
-                state.precision.autocast(),
-                torch.compiler.set_stance("force_eager"),
-            ):  # as the trainer
+            eagerly = torch.compiler.set_stance("force_eager")  # as the trainer evaluates
+            with torch.no_grad(), state.precision.autocast(), eagerly:
                 state.model(self.images)
             state.model.train()
 
