@@ -6,15 +6,16 @@ has the widths of the run's epoch 1 + floor((j - 1) R / E), R being the epochs o
     for each stretch of epochs at equal widths: training steps x seconds of a step, validation batches x seconds of one,
     for each change of widths: a resize as the run measured it, and what the first step takes more than the others
 
-A step of the whole batch counts as many steps of the measured one as there are images in it, on one device or on
-several: GPU hours are the same. Not in it: all-reduce, waiting for data, startup, checkpoints. They come on top of the
-dense run's hours as well as the shrinking one's.
+A step of the whole batch counts as many steps of the measured one as there are images in it: the hours are those of one
+device. With --compile blocks every stretch runs compiled, whatever train.compile_steps says. Not in it: all-reduce,
+waiting for data, startup, checkpoints. They come on top of the dense run's hours as well as the shrinking one's.
 """
 
 import argparse
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from operator import itemgetter
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -29,11 +30,13 @@ from launch.benches.step import (
     add_device_arguments,
     epochs_of_run,
     model_of_run,
+    steps_at_once,
     tables,
 )
 from train.checkpoint import load_checkpoint, stored_architecture
 from train.cli import non_negative_int, positive_int
 from train.engine import TrainConfig
+from train.errors import ConfigError, TrainError
 from train.rundir import RunDir, read_log
 from train.world import open_world
 
@@ -65,6 +68,15 @@ class Costs:
 
     step_s: float
     val_s: float
+    first_s: float
+
+
+@dataclass(frozen=True)
+class Timings:
+    """The rounds that `Costs` are made of."""
+
+    step_s: list[float]
+    val_s: list[float]
     first_s: float
 
 
@@ -110,8 +122,14 @@ class Schedule:
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Measure, print the arithmetic and the table, write the result."""
+    """Measure, print the arithmetic and the table, write the result.
+
+    Raises TrainError for a run that is not finished or never shrank.
+    """
+    if options.images < options.batch_size:
+        raise ConfigError(f"--images: found {options.images}, allowed: from --batch-size ({options.batch_size})")
     lines = epochs_of_run(options.run)
+    _check_path(options.run)
     world = open_world(options.device)
     torch.backends.cudnn.benchmark = world.device.type == "cuda"  # as the trainer
     name, classes = model_of_run(options.run), options.classes or _classes_of_run(options.run)
@@ -126,14 +144,20 @@ def measure(options: argparse.Namespace) -> None:
     if options.keep_fr:
         for found, table in allowed.items():
             paths[f"{found}, FR kept"] = [at_equal_reduction(bench, widths, table) for widths in path]
-    costs = _measured(bench, [bench.dense_widths, *(widths for path in paths.values() for widths in path)], options)
+    paths = {"dense": [bench.dense_widths] * options.epochs, **paths}
+    timings = _measured(bench, [widths for path in paths.values() for widths in path], options)
     resize_s = mean_resize_s(options.run)
 
     def reduction(widths: Widths) -> float:
         return bench.dense.flops / bench.cost(widths).flops
 
-    dense = segments([bench.dense_widths] * options.epochs, costs, reduction, schedule, resize_s)
-    projected = {found: segments(path, costs, reduction, schedule, resize_s) for found, path in paths.items()}
+    def projection(chosen: Callable[[list[float]], float]) -> dict[str, list[Segment]]:
+        costs = _costs(timings, chosen)
+        return {found: segments(path, costs, reduction, schedule, resize_s) for found, path in paths.items()}
+
+    projected = projection(median)
+    dense = projected.pop("dense")
+    by_round = [projection(itemgetter(number)) for number in range(options.rounds)]
     print(
         f"A projection, not a training: {bench.title}; {options.epochs} epochs of {options.images:,} images, "
         f"{options.val_images:,} to validate, widths of {options.run} ({len(lines)} epochs), {resize_s:.2f} s a resize"
@@ -142,7 +166,8 @@ def measure(options: argparse.Namespace) -> None:
     rows = []
     for found, parts in projected.items():
         _print_segments(f"round_to {found}", parts)
-        rows.append(_row(found, parts, dense))
+        runs = [_saving(one[found], one["dense"]) for one in by_round]
+        rows.append(_row(found, parts, dense) | {"saving_runs": runs})
     _print_rows(rows, dense)
     if options.out:
         content = {
@@ -155,6 +180,7 @@ def measure(options: argparse.Namespace) -> None:
             "machine": machine("torchvision"),
             "rows": rows,
             "dense_hours": hours(dense),
+            "timings": [{"widths": key, **asdict(found)} for key, found in timings.items()],
             "segments": {
                 name: [asdict(part) for part in parts] for name, parts in {"dense": dense, **projected}.items()
             },
@@ -220,29 +246,50 @@ def mean_resize_s(run: Path) -> float:
     return ranks * mean(seconds) if seconds else 0.0
 
 
+def _check_path(run: Path) -> None:
+    """Only a run that shrank, and came to its end, has the widths of a whole schedule."""
+    events = {event.get("event") for event in read_log(RunDir(run).log)}
+    if "done" not in events:
+        raise TrainError(f"{run} is not finished, so its widths are not those of a whole schedule: let it go on first")
+    if "resize" not in events:
+        raise TrainError(f"{run} never shrank, so there is nothing to project: take a run with cup.enabled true")
+
+
 def _classes_of_run(run: Path) -> int:
     return stored_architecture(load_checkpoint(RunDir(run).last)).num_classes
 
 
-def _measured(bench: StepBench, networks: Sequence[Widths], options: argparse.Namespace) -> Callable[[Widths], Costs]:
-    """Costs of these widths, each measured once, all of them in turn."""
+def _measured(bench: StepBench, networks: Sequence[Widths], options: argparse.Namespace) -> dict[str, Timings]:
+    """Timings of these widths by `_key`, each measured once, all of them in turn."""
     distinct = {_key(widths): widths for widths in networks}
+    steps = steps_at_once(bench.world)
     contenders: dict[str, Callable[[], float]] = {}
     first_s: dict[str, float] = {}
     for key, widths in distinct.items():
         state = bench.state(widths)
-        contenders[f"step {key}"] = bench.step_timer(state)
-        contenders[f"val {key}"] = bench.forward_timer(state)
-        first_s[key] = contenders[f"step {key}"]()
+        first_s[key] = bench.step_timer(state)()
+        contenders[f"step {key}"] = bench.step_timer(state, steps)
+        contenders[f"val {key}"] = bench.forward_timer(state, steps)
     seconds = rounds_in_turn(contenders, options.rounds)
-    costs = {
-        key: Costs(median(seconds[f"step {key}"]), median(seconds[f"val {key}"]), first_s[key]) for key in distinct
-    }
-    return lambda widths: costs[_key(widths)]
+    return {key: Timings(seconds[f"step {key}"], seconds[f"val {key}"], first_s[key]) for key in distinct}
+
+
+def _costs(timings: Mapping[str, Timings], chosen: Callable[[list[float]], float]) -> Callable[[Widths], Costs]:
+    """Widths -> costs, `chosen` making one number of a list of rounds."""
+
+    def of(widths: Widths) -> Costs:
+        found = timings[_key(widths)]
+        return Costs(chosen(found.step_s), chosen(found.val_s), found.first_s)
+
+    return of
 
 
 def _key(widths: Widths) -> str:
     return " ".join(f"{name}:{width}" for name, width in sorted(widths.items()))
+
+
+def _saving(parts: Sequence[Segment], dense: Sequence[Segment]) -> float:
+    return 100 * (1 - hours(parts) / hours(dense))
 
 
 def _row(found: str, parts: Sequence[Segment], dense: Sequence[Segment]) -> dict[str, Any]:
@@ -257,7 +304,7 @@ def _row(found: str, parts: Sequence[Segment], dense: Sequence[Segment]) -> dict
         "saving_if_time_were_flops": 100 * (1 - 1 / last.flops_reduction),
         "saving_at_the_final_step": 100 * (1 - last.step_s / dense_step_s),
         "saving_in_steps": 100 * (1 - in_steps),
-        "saving": 100 * (1 - hours(parts) / hours(dense)),
+        "saving": _saving(parts, dense),
         "hours": hours(parts),
     }
 
@@ -275,16 +322,18 @@ def _print_segments(name: str, parts: Sequence[Segment]) -> None:
 
 
 def _print_rows(rows: Sequence[Mapping[str, Any]], dense: Sequence[Segment]) -> None:
-    print(f"projected GPU hours; dense {hours(dense):.2f}. Saving in percent of it:")
+    print(f"projected hours of one device; dense {hours(dense):.2f}. Saving in percent of it, median (rounds):")
     print(
-        "  | round_to | FR at the end | speed-up there | hours | saving | FLOPs promise | final step | with the ramp |"
+        "  | round_to | FR at the end | speed-up there | hours | FLOPs promise | final step | with the ramp | saving |"
     )
     print("  |---|---:|---:|---:|---:|---:|---:|---:|")
     for row in rows:
         numbers = [row["final_flops_reduction"], row["final_speed_up"], row["hours"]]
-        numbers += [row["saving"], row["saving_if_time_were_flops"], row["saving_at_the_final_step"]]
+        numbers += [row["saving_if_time_were_flops"], row["saving_at_the_final_step"]]
         numbers += [row["saving_in_steps"]]
-        print(f"  | {row['round_to']} | {' | '.join(f'{number:.2f}' for number in numbers)} |")
+        cells = [f"{number:.2f}" for number in numbers]
+        cells.append(f"{row['saving']:.1f} ({min(row['saving_runs']):.1f} to {max(row['saving_runs']):.1f})")
+        print(f"  | {row['round_to']} | {' | '.join(cells)} |")
     print(
         "  FLOPs promise: if time followed FLOPs and all epochs had the final widths; final step: at its measured "
         "time; with the ramp: the epochs before it counted as they are; saving: with evaluation, resizes and warm-up"
