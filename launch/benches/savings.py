@@ -122,27 +122,30 @@ def measure(options: argparse.Namespace) -> None:
     )
     path = spread([line["widths"] for line in lines], options.epochs)
     allowed = tables(options.round_to, bench, path[0].keys())
-    paths = {str(found): [bench.rounded(widths, table) for widths in path] for found, table in allowed.items()}
+    paths = {f"round_to {key}": [bench.rounded(widths, table) for widths in path] for key, table in allowed.items()}
     if options.keep_fr:
-        for found, table in allowed.items():
-            paths[f"{found}, FR kept"] = [at_equal_reduction(bench, widths, table) for widths in path]
-    costs = _measured(bench, [bench.dense_widths, *(widths for path in paths.values() for widths in path)], options)
+        for key, table in allowed.items():
+            paths[f"round_to {key}, FR kept"] = [at_equal_reduction(bench, widths, table) for widths in path]
+    paths = {"dense": [bench.dense_widths] * options.epochs, **paths}
+    costs = _measured(bench, [widths for path in paths.values() for widths in path], options)
     resize_s = mean_resize_s(options.run)
 
-    def reduction(widths: Widths) -> float:
-        return bench.dense.flops / bench.cost(widths).flops
+    def projected(name: str, costs: Callable[[Widths], Costs]) -> list[Segment]:
+        return segments(paths[name], costs, lambda w: bench.dense.flops / bench.cost(w).flops, schedule, resize_s)
 
-    dense = segments([bench.dense_widths] * options.epochs, costs, reduction, schedule, resize_s)
-    projected = {found: segments(path, costs, reduction, schedule, resize_s) for found, path in paths.items()}
+    found = {name: projected(name, costs.medians) for name in paths}
+    by_round = {name: [hours(projected(name, costs.of_round(r))) for r in range(options.rounds)] for name in paths}
     print(
         f"A projection, not a training: {bench.title}; {options.epochs} epochs of {options.images:,} images, "
         f"{options.val_images:,} to validate, widths of {options.run} ({len(lines)} epochs), {resize_s:.2f} s a resize"
     )
-    _print_segments("dense", dense)
+    for name, parts in found.items():
+        _print_segments(name, parts)
+    dense = found.pop("dense")
     rows = []
-    for found, parts in projected.items():
-        _print_segments(f"round_to {found}", parts)
-        rows.append(_row(found, parts, dense))
+    for name, parts in found.items():
+        savings = [100 * (1 - mine / full) for mine, full in zip(by_round[name], by_round["dense"], strict=True)]
+        rows.append({**_row(name, parts, dense), "savings_by_round": savings})
     _print_rows(rows, dense)
     if options.out:
         content = {
@@ -155,9 +158,7 @@ def measure(options: argparse.Namespace) -> None:
             "machine": machine("torchvision"),
             "rows": rows,
             "dense_hours": hours(dense),
-            "segments": {
-                name: [asdict(part) for part in parts] for name, parts in {"dense": dense, **projected}.items()
-            },
+            "segments": {name: [asdict(part) for part in parts] for name, parts in {"dense": dense, **found}.items()},
         }
         write_result(options.out, content)
 
@@ -224,8 +225,26 @@ def _classes_of_run(run: Path) -> int:
     return stored_architecture(load_checkpoint(RunDir(run).last)).num_classes
 
 
-def _measured(bench: StepBench, networks: Sequence[Widths], options: argparse.Namespace) -> Callable[[Widths], Costs]:
-    """Costs of these widths, each measured once, all of them in turn."""
+@dataclass(frozen=True)
+class _Measured:
+    """What was measured of each network, in every round. first_s: key -> seconds of the first step."""
+
+    step_s: Mapping[str, list[float]]
+    val_s: Mapping[str, list[float]]
+    first_s: Mapping[str, float]
+
+    def medians(self, widths: Widths) -> Costs:
+        key = _key(widths)
+        return Costs(median(self.step_s[key]), median(self.val_s[key]), self.first_s[key])
+
+    def of_round(self, number: int) -> Callable[[Widths], Costs]:
+        return lambda widths: Costs(
+            self.step_s[_key(widths)][number], self.val_s[_key(widths)][number], self.first_s[_key(widths)]
+        )
+
+
+def _measured(bench: StepBench, networks: Sequence[Widths], options: argparse.Namespace) -> _Measured:
+    """The costs of these widths, each network once, all of them in turn."""
     distinct = {_key(widths): widths for widths in networks}
     contenders: dict[str, Callable[[], float]] = {}
     first_s: dict[str, float] = {}
@@ -235,23 +254,24 @@ def _measured(bench: StepBench, networks: Sequence[Widths], options: argparse.Na
         contenders[f"val {key}"] = bench.forward_timer(state)
         first_s[key] = contenders[f"step {key}"]()
     seconds = rounds_in_turn(contenders, options.rounds)
-    costs = {
-        key: Costs(median(seconds[f"step {key}"]), median(seconds[f"val {key}"]), first_s[key]) for key in distinct
-    }
-    return lambda widths: costs[_key(widths)]
+    return _Measured(
+        step_s={key: seconds[f"step {key}"] for key in distinct},
+        val_s={key: seconds[f"val {key}"] for key in distinct},
+        first_s=first_s,
+    )
 
 
 def _key(widths: Widths) -> str:
     return " ".join(f"{name}:{width}" for name, width in sorted(widths.items()))
 
 
-def _row(found: str, parts: Sequence[Segment], dense: Sequence[Segment]) -> dict[str, Any]:
+def _row(name: str, parts: Sequence[Segment], dense: Sequence[Segment]) -> dict[str, Any]:
     """What a way of rounding saves in percent, and step by step what becomes of that which its FLOPs promise."""
     last, dense_step_s = parts[-1], dense[0].step_s
     steps = sum(part.steps for part in parts)
     in_steps = sum(part.steps * part.step_s for part in parts) / (steps * dense_step_s)
     return {
-        "round_to": found,
+        "widths": name,
         "final_flops_reduction": last.flops_reduction,
         "final_speed_up": dense_step_s / last.step_s,
         "saving_if_time_were_flops": 100 * (1 - 1 / last.flops_reduction),
@@ -276,16 +296,17 @@ def _print_segments(name: str, parts: Sequence[Segment]) -> None:
 
 def _print_rows(rows: Sequence[Mapping[str, Any]], dense: Sequence[Segment]) -> None:
     print(f"projected GPU hours; dense {hours(dense):.2f}. Saving in percent of it:")
-    print(
-        "  | round_to | FR at the end | speed-up there | hours | saving | FLOPs promise | final step | with the ramp |"
-    )
+    print("  | widths | final FR | speed-up there | hours | saving (spread) | FLOPs promise | final step | with ramp |")
     print("  |---|---:|---:|---:|---:|---:|---:|---:|")
     for row in rows:
-        numbers = [row["final_flops_reduction"], row["final_speed_up"], row["hours"]]
-        numbers += [row["saving"], row["saving_if_time_were_flops"], row["saving_at_the_final_step"]]
-        numbers += [row["saving_in_steps"]]
-        print(f"  | {row['round_to']} | {' | '.join(f'{number:.2f}' for number in numbers)} |")
+        lowest, highest = min(row["savings_by_round"]), max(row["savings_by_round"])
+        numbers = [row["saving_if_time_were_flops"], row["saving_at_the_final_step"], row["saving_in_steps"]]
+        print(
+            f"  | {row['widths']} | {row['final_flops_reduction']:.2f} | {row['final_speed_up']:.2f} | "
+            f"{row['hours']:.2f} | {row['saving']:.1f} ({lowest:.1f} to {highest:.1f}) | "
+            f"{' | '.join(f'{number:.1f}' for number in numbers)} |"
+        )
     print(
         "  FLOPs promise: if time followed FLOPs and all epochs had the final widths; final step: at its measured "
-        "time; with the ramp: the epochs before it counted as they are; saving: with evaluation, resizes and warm-up"
+        "time; with ramp: the epochs before it counted as they are; saving: with evaluation, resizes and warm-up"
     )
