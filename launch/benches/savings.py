@@ -15,7 +15,6 @@ import argparse
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from operator import itemgetter
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -68,15 +67,6 @@ class Costs:
 
     step_s: float
     val_s: float
-    first_s: float
-
-
-@dataclass(frozen=True)
-class Timings:
-    """The rounds that `Costs` are made of."""
-
-    step_s: list[float]
-    val_s: list[float]
     first_s: float
 
 
@@ -140,34 +130,30 @@ def measure(options: argparse.Namespace) -> None:
     )
     path = spread([line["widths"] for line in lines], options.epochs)
     allowed = tables(options.round_to, bench, path[0].keys())
-    paths = {str(found): [bench.rounded(widths, table) for widths in path] for found, table in allowed.items()}
+    paths = {f"round_to {key}": [bench.rounded(widths, table) for widths in path] for key, table in allowed.items()}
     if options.keep_fr:
-        for found, table in allowed.items():
-            paths[f"{found}, FR kept"] = [at_equal_reduction(bench, widths, table) for widths in path]
+        for key, table in allowed.items():
+            paths[f"round_to {key}, FR kept"] = [at_equal_reduction(bench, widths, table) for widths in path]
     paths = {"dense": [bench.dense_widths] * options.epochs, **paths}
-    timings = _measured(bench, [widths for path in paths.values() for widths in path], options)
+    costs = _measured(bench, [widths for path in paths.values() for widths in path], options)
     resize_s = mean_resize_s(options.run)
 
-    def reduction(widths: Widths) -> float:
-        return bench.dense.flops / bench.cost(widths).flops
+    def projected(name: str, costs: Callable[[Widths], Costs]) -> list[Segment]:
+        return segments(paths[name], costs, lambda w: bench.dense.flops / bench.cost(w).flops, schedule, resize_s)
 
-    def projection(chosen: Callable[[list[float]], float]) -> dict[str, list[Segment]]:
-        costs = _costs(timings, chosen)
-        return {found: segments(path, costs, reduction, schedule, resize_s) for found, path in paths.items()}
-
-    projected = projection(median)
-    dense = projected.pop("dense")
-    by_round = [projection(itemgetter(number)) for number in range(options.rounds)]
+    found = {name: projected(name, costs.medians) for name in paths}
+    by_round = {name: [hours(projected(name, costs.of_round(r))) for r in range(options.rounds)] for name in paths}
     print(
         f"A projection, not a training: {bench.title}; {options.epochs} epochs of {options.images:,} images, "
         f"{options.val_images:,} to validate, widths of {options.run} ({len(lines)} epochs), {resize_s:.2f} s a resize"
     )
-    _print_segments("dense", dense)
+    for name, parts in found.items():
+        _print_segments(name, parts)
+    dense = found.pop("dense")
     rows = []
-    for found, parts in projected.items():
-        _print_segments(f"round_to {found}", parts)
-        runs = [_saving(one[found], one["dense"]) for one in by_round]
-        rows.append(_row(found, parts, dense) | {"saving_runs": runs})
+    for name, parts in found.items():
+        savings = [100 * (1 - mine / full) for mine, full in zip(by_round[name], by_round["dense"], strict=True)]
+        rows.append({**_row(name, parts, dense), "savings_by_round": savings})
     _print_rows(rows, dense)
     if options.out:
         content = {
@@ -180,10 +166,7 @@ def measure(options: argparse.Namespace) -> None:
             "machine": machine("torchvision"),
             "rows": rows,
             "dense_hours": hours(dense),
-            "timings": [{"widths": key, **asdict(found)} for key, found in timings.items()],
-            "segments": {
-                name: [asdict(part) for part in parts] for name, parts in {"dense": dense, **projected}.items()
-            },
+            "segments": {name: [asdict(part) for part in parts] for name, parts in {"dense": dense, **found}.items()},
         }
         write_result(options.out, content)
 
@@ -259,52 +242,60 @@ def _classes_of_run(run: Path) -> int:
     return stored_architecture(load_checkpoint(RunDir(run).last)).num_classes
 
 
-def _measured(bench: StepBench, networks: Sequence[Widths], options: argparse.Namespace) -> dict[str, Timings]:
-    """Timings of these widths by `_key`, each measured once, all of them in turn."""
+@dataclass(frozen=True)
+class _Measured:
+    """What was measured of each network, in every round. first_s: key -> seconds of the first step."""
+
+    step_s: Mapping[str, list[float]]
+    val_s: Mapping[str, list[float]]
+    first_s: Mapping[str, float]
+
+    def medians(self, widths: Widths) -> Costs:
+        key = _key(widths)
+        return Costs(median(self.step_s[key]), median(self.val_s[key]), self.first_s[key])
+
+    def of_round(self, number: int) -> Callable[[Widths], Costs]:
+        return lambda widths: Costs(
+            self.step_s[_key(widths)][number], self.val_s[_key(widths)][number], self.first_s[_key(widths)]
+        )
+
+
+def _measured(bench: StepBench, networks: Sequence[Widths], options: argparse.Namespace) -> _Measured:
+    """The costs of these widths, each network once, all of them in turn."""
     distinct = {_key(widths): widths for widths in networks}
-    steps = steps_at_once(bench.world)
     contenders: dict[str, Callable[[], float]] = {}
     first_s: dict[str, float] = {}
+    steps = steps_at_once(bench.world)
     for key, widths in distinct.items():
         state = bench.state(widths)
         first_s[key] = bench.step_timer(state)()
         contenders[f"step {key}"] = bench.step_timer(state, steps)
         contenders[f"val {key}"] = bench.forward_timer(state, steps)
     seconds = rounds_in_turn(contenders, options.rounds)
-    return {key: Timings(seconds[f"step {key}"], seconds[f"val {key}"], first_s[key]) for key in distinct}
-
-
-def _costs(timings: Mapping[str, Timings], chosen: Callable[[list[float]], float]) -> Callable[[Widths], Costs]:
-    """Widths -> costs, `chosen` making one number of a list of rounds."""
-
-    def of(widths: Widths) -> Costs:
-        found = timings[_key(widths)]
-        return Costs(chosen(found.step_s), chosen(found.val_s), found.first_s)
-
-    return of
+    return _Measured(
+        step_s={key: seconds[f"step {key}"] for key in distinct},
+        val_s={key: seconds[f"val {key}"] for key in distinct},
+        first_s=first_s,
+    )
 
 
 def _key(widths: Widths) -> str:
     return " ".join(f"{name}:{width}" for name, width in sorted(widths.items()))
 
 
-def _saving(parts: Sequence[Segment], dense: Sequence[Segment]) -> float:
-    return 100 * (1 - hours(parts) / hours(dense))
-
-
-def _row(found: str, parts: Sequence[Segment], dense: Sequence[Segment]) -> dict[str, Any]:
+def _row(name: str, parts: Sequence[Segment], dense: Sequence[Segment]) -> dict[str, Any]:
     """What a way of rounding saves in percent, and step by step what becomes of that which its FLOPs promise."""
     last, dense_step_s = parts[-1], dense[0].step_s
     steps = sum(part.steps for part in parts)
     in_steps = sum(part.steps * part.step_s for part in parts) / (steps * dense_step_s)
     return {
-        "round_to": found,
+        "widths": name,
         "final_flops_reduction": last.flops_reduction,
         "final_speed_up": dense_step_s / last.step_s,
         "saving_if_time_were_flops": 100 * (1 - 1 / last.flops_reduction),
         "saving_at_the_final_step": 100 * (1 - last.step_s / dense_step_s),
         "saving_in_steps": 100 * (1 - in_steps),
-        "saving": _saving(parts, dense),
+        "saving": 100 * (1 - hours(parts) / hours(dense)),
         "hours": hours(parts),
     }
 
@@ -322,19 +313,18 @@ def _print_segments(name: str, parts: Sequence[Segment]) -> None:
 
 
 def _print_rows(rows: Sequence[Mapping[str, Any]], dense: Sequence[Segment]) -> None:
-    print(f"projected hours of one device; dense {hours(dense):.2f}. Saving in percent of it, median (rounds):")
-    print(
-        "  | round_to | FR at the end | speed-up there | hours | FLOPs promise | final step | with the ramp | saving |"
-    )
+    print(f"projected hours of one device; dense {hours(dense):.2f}. Saving in percent of it:")
+    print("  | widths | final FR | speed-up there | hours | saving (spread) | FLOPs promise | final step | with ramp |")
     print("  |---|---:|---:|---:|---:|---:|---:|---:|")
     for row in rows:
-        numbers = [row["final_flops_reduction"], row["final_speed_up"], row["hours"]]
-        numbers += [row["saving_if_time_were_flops"], row["saving_at_the_final_step"]]
-        numbers += [row["saving_in_steps"]]
-        cells = [f"{number:.2f}" for number in numbers]
-        cells.append(f"{row['saving']:.1f} ({min(row['saving_runs']):.1f} to {max(row['saving_runs']):.1f})")
-        print(f"  | {row['round_to']} | {' | '.join(cells)} |")
+        lowest, highest = min(row["savings_by_round"]), max(row["savings_by_round"])
+        numbers = [row["saving_if_time_were_flops"], row["saving_at_the_final_step"], row["saving_in_steps"]]
+        print(
+            f"  | {row['widths']} | {row['final_flops_reduction']:.2f} | {row['final_speed_up']:.2f} | "
+            f"{row['hours']:.2f} | {row['saving']:.1f} ({lowest:.1f} to {highest:.1f}) | "
+            f"{' | '.join(f'{number:.1f}' for number in numbers)} |"
+        )
     print(
         "  FLOPs promise: if time followed FLOPs and all epochs had the final widths; final step: at its measured "
-        "time; with the ramp: the epochs before it counted as they are; saving: with evaluation, resizes and warm-up"
+        "time; with ramp: the epochs before it counted as they are; saving: with evaluation, resizes and warm-up"
     )
