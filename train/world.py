@@ -197,16 +197,16 @@ def without_exchange(parallel: nn.Module) -> AbstractContextManager:
 def exchange_wait_s(parallel: nn.Module) -> float | None:
     """Seconds in which a step waits for the all-reduce of gradients with nothing left to compute beside it.
 
-    As DDP itself measures it, a mean over the steps that it samples since `World.wrap`: the first ten, then every
-    hundredth. None for one process, and before the second step.
+    As DDP itself measured it at the last step that it sampled: one of the first ten since `World.wrap`, later every
+    hundredth. Its mean would not do, for it counts the first step, in which the ranks compile and wait for each other.
+    None for one process, and before the second step.
     """
     if not isinstance(parallel, nn.parallel.DistributedDataParallel):
         return None
     measured = parallel._get_ddp_logging_data()
-    if "avg_backward_comm_time" not in measured:
+    if "backward_comm_time" not in measured:
         return None
-    hidden = measured["avg_backward_compute_comm_overlap_time"]
-    return max(0, measured["avg_backward_comm_time"] - hidden) / 1e9  # from nanoseconds
+    return max(0, measured["backward_comm_time"] - measured["backward_compute_comm_overlap_time"]) / 1e9  # from ns
 
 
 def available_cores() -> int:
