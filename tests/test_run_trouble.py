@@ -14,7 +14,7 @@ from launching import events, numbers, train
 from train import engine
 from train.checkpoint import load_checkpoint
 from train.errors import TrainError
-from train.rundir import read_log
+from train.rundir import RunDir, read_log
 from train.sinks import JsonLines, Sinks, TensorBoard
 
 EVERY_STEP = {"run__save_every_minutes": 1e-9, "train__epochs": 2, "cup__last_epoch": 2}  # epochs have 4 steps
@@ -96,6 +96,26 @@ def test_a_directory_that_cannot_be_made_again_ends_in_an_error_after_training(
     with pytest.raises(TrainError, match=r"the run is not saved as it stands.*runs/tiny"):
         train(tmp_path / "runs")
     assert (tmp_path / "runs").read_text() == "not a folder"
+
+
+@pytest.mark.parametrize("question", ["JsonLines.size", "RunDir.config"])
+def test_a_network_drive_that_answers_nothing_for_a_while_costs_nothing_but_the_checkpoints_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, question: str
+):
+    def stale(self: object) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    owner, name = (JsonLines, "size") if question == "JsonLines.size" else (RunDir, "config")
+    honest = getattr(owner, name)
+    actions = {6: lambda: setattr(owner, name, property(stale)), 8: lambda: setattr(owner, name, honest)}
+    try:
+        at_step(monkeypatch, actions)
+        log = train(tmp_path, **EVERY_STEP)
+    finally:
+        setattr(owner, name, honest)
+    notes = [event["message"] for event in events(log, "note")]
+    assert any("Stale file handle" in note for note in notes) and notes[-1] == "checkpoints can be written again"
+    assert log[-1]["event"] == "done"
 
 
 class FullFile:

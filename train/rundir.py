@@ -58,7 +58,10 @@ class RunDir:
         return next((event.get("job") for event in reversed(self._events()) if event.get("event") == "run"), None)
 
     def _events(self) -> list[dict[str, Any]]:
-        return read_log(self.log) if self.log.exists() else []
+        try:
+            return read_log(self.log) if self.log.exists() else []
+        except OSError as error:  # exists() passes on what is not an answer: EACCES, EIO, ESTALE
+            raise TrainError(f"cannot read {self.log}: {error}") from error
 
 
 def find_run_dir(config: RunConfig, job: str | None = None) -> RunDir:
@@ -66,8 +69,16 @@ def find_run_dir(config: RunConfig, job: str | None = None) -> RunDir:
 
     An unfinished run of the same configuration goes on; a finished one is kept and the next free number taken. What
     the torchrun job called `job` began or finished is its own after a restart, whatever run.resume says. Raises
-    ConfigError for an unfinished run of another configuration, TrainError where the directory holds something else.
+    ConfigError for an unfinished run of another configuration, TrainError where the directory holds something else or
+    cannot be looked into.
     """
+    try:
+        return _find_run_dir(config, job)
+    except OSError as error:
+        raise TrainError(f"cannot look into {config.run.root}: {error}; choose another --run.root") from error
+
+
+def _find_run_dir(config: RunConfig, job: str | None) -> RunDir:
     number = 1
     while True:
         name = config.run.name if number == 1 else f"{config.run.name}-{number}"
@@ -93,10 +104,10 @@ def create_run_dir(run_dir: RunDir, config: RunConfig) -> None:
 
     Raises TrainError where it cannot be written.
     """
-    if run_dir.config.exists():
-        return
     temporary = run_dir.config.with_name("config.yaml.part")
     try:
+        if run_dir.config.exists():
+            return
         run_dir.path.mkdir(parents=True, exist_ok=True)
         temporary.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
         temporary.replace(run_dir.config)

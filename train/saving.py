@@ -86,20 +86,22 @@ class Saver:
 
     def _write(self, trainer: Trainer, ranks: list[dict[str, Any]], is_best: bool) -> str:
         """On rank 0; returns why it could not, or nothing."""
-        content = self._content(trainer, ranks)
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in trainer.state.model.parameters()):
+            raise TrainError(f"the weights are not finite after step {trainer.progress.step}: {AFTER_NONFINITE}")
         try:
             create_run_dir(self._run_dir, self._config)  # which may have gone since
+            content = self._content(trainer, ranks)
             if is_best:
                 save_checkpoint(self._run_dir.best, content)
             save_checkpoint(self._run_dir.last, content, keep=self._config.run.keep)
         except TrainError as error:
             return str(error)
+        except OSError as error:  # what a network drive answers to the simplest question: EIO, ESTALE, EACCES
+            return f"could not write in {self._run_dir.path}: {error}"
         return ""
 
     def _content(self, trainer: Trainer, ranks: list[dict[str, Any]]) -> dict[str, Any]:
         state, before = trainer.state, trainer.progress.gpu_hours_before
-        if not all(bool(torch.isfinite(parameter).all()) for parameter in state.model.parameters()):
-            raise TrainError(f"the weights are not finite after step {trainer.progress.step}: {AFTER_NONFINITE}")
         buffers = [rank["buffers"] or {"model": {}, "ema": {}} for rank in ranks]
         return {
             "architecture": dataclasses.asdict(self._architecture),
