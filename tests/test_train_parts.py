@@ -353,6 +353,21 @@ def test_a_directory_that_is_no_run_is_left_alone(tmp_path: Path):
     assert [path.name for path in (tmp_path / "tiny").iterdir()] == ["thesis.tex"]
 
 
+def test_a_kill_while_the_configuration_is_written_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny/config.yaml.part").write_text("run:\n  na")
+    assert choose_run_dir(config_in(tmp_path)).path == tmp_path / "tiny"
+    assert [path.name for path in (tmp_path / "tiny").iterdir()] == ["config.yaml"]
+
+    def full_disk(self: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full_disk)
+    with pytest.raises(TrainError, match="No space left"):
+        create_run_dir(RunDir(tmp_path / "other"), config_in(tmp_path))
+    assert not list((tmp_path / "other").iterdir())
+
+
 def test_a_log_with_damage_in_the_middle_is_refused_but_a_cut_off_end_is_not(tmp_path: Path):
     log = tmp_path / "log.jsonl"
     log.write_text('{"event": "run"}\n{"event": "ep')

@@ -9,6 +9,7 @@ ROOT/NAME/alive.json       seconds so far, while the run is not finished
 """
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def _find_run_dir(config: RunConfig, job: str | None) -> RunDir:
     while True:
         name = config.run.name if number == 1 else f"{config.run.name}-{number}"
         run_dir = RunDir(Path(config.run.root) / name)
-        if not run_dir.path.exists() or (run_dir.path.is_dir() and not any(run_dir.path.iterdir())):
+        if not run_dir.path.exists() or (run_dir.path.is_dir() and _holds_nothing(run_dir.path)):
             return run_dir
         if not run_dir.config.exists():
             raise TrainError(f"{run_dir.path} is there and is no run directory; choose another --run.name")
@@ -99,6 +100,11 @@ def _find_run_dir(config: RunConfig, job: str | None) -> RunDir:
         number += 1
 
 
+def _holds_nothing(path: Path) -> bool:
+    """Whether a run may begin there: nothing lies in it, but perhaps what a kill left of a first file."""
+    return all(file.name.endswith(".part") for file in path.iterdir())
+
+
 def create_run_dir(run_dir: RunDir, config: RunConfig) -> None:
     """Make the directory, with config.yaml in it, unless a run is in it already. Rank 0 only.
 
@@ -112,6 +118,8 @@ def create_run_dir(run_dir: RunDir, config: RunConfig) -> None:
         temporary.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
         temporary.replace(run_dir.config)
     except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise TrainError(
             f"cannot write the run directory {run_dir.path}: {error.strerror}; choose another --run.root or --run.name"
         ) from error
