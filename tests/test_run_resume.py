@@ -173,6 +173,20 @@ def test_a_damaged_checkpoint_makes_way_for_the_one_before(
     assert events(again, "run")[-1]["first_step"] == 2
     notes = [event["message"] for event in events(again, "note") if "last-1.pt" in event["message"]]
     assert len(notes) == (damage != "gone") and all("last.pt is damaged" in note for note in notes)
+    assert (tmp_path / "b/tiny/last.pt.damaged").exists() == (damage != "gone")
+
+
+def test_the_first_save_after_a_damaged_checkpoint_keeps_the_good_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    changes = {**EVERY_STEP, "run__keep": 2}
+    with broken_off(monkeypatch, at_step=8):
+        train(tmp_path, **changes)
+    last, good = tmp_path / "tiny/last.pt", tmp_path / "tiny/last-1.pt"
+    last.write_bytes(last.read_bytes()[:-1000])
+    before = good.read_bytes()
+    with broken_off(monkeypatch, at_step=2):  # after one step and its checkpoint
+        train(tmp_path, **changes)
+    load_checkpoint(last)
+    assert good.read_bytes() == before
 
 
 def test_where_no_checkpoint_can_be_read_the_run_does_not_start_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

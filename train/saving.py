@@ -121,10 +121,11 @@ class Saver:
         }
 
 
-def load_stored(run_dir: RunDir, world: World) -> tuple[dict[str, Any] | None, list[str]]:
-    """The checkpoint to go on from, on every rank, None for a run that begins; and words for the user.
+def load_stored(run_dir: RunDir, world: World) -> tuple[dict[str, Any] | None, list[Path], list[str]]:
+    """The checkpoint to go on from, on every rank, None for a run that begins; damaged files; words for the user.
 
-    All ranks call it. Where the newest is damaged it is the one before. Raises CheckpointError if none can be read.
+    All ranks call it. Where the newest is damaged it is the one before, and the damaged ones have to be put aside
+    before training goes on. Raises CheckpointError if none can be read.
     """
 
     def find() -> dict[str, Any]:
@@ -132,11 +133,11 @@ def load_stored(run_dir: RunDir, world: World) -> tuple[dict[str, Any] | None, l
             path, damaged = newest_checkpoint(run_dir.last)
         except CheckpointError as error:
             raise CheckpointError(f"{error}; delete them to start this run over, or take --run.resume never") from error
-        return {"path": path and str(path), "damaged": damaged}
+        return {"path": path and str(path), "damaged": {str(file): why for file, why in damaged.items()}}
 
     found = world.on_rank_zero(find)
     if found["path"] is None:
-        return None, []
+        return None, [], []
     stored = world.together(lambda: load_checkpoint(Path(found["path"])))
     wrong = [key for key, kind in RUN_PARTS.items() if key not in stored or not isinstance(stored[key], kind)]
     if wrong:
@@ -144,8 +145,12 @@ def load_stored(run_dir: RunDir, world: World) -> tuple[dict[str, Any] | None, l
             f"{found['path']} cannot be gone on from, {', '.join(wrong)} missing or not as written: start another run "
             "with --model.from"
         )
-    notes = [f"{message}; going on from {found['path']}, which was written before" for message in found["damaged"]]
-    return stored, notes
+    notes = [
+        f"{why}; going on from {found['path']}, which was written before, and {Path(file).name} becomes "
+        f"{Path(file).name}.damaged"
+        for file, why in found["damaged"].items()
+    ]
+    return stored, [Path(file) for file in found["damaged"]], notes
 
 
 def restore(trainer: Trainer, stored: dict[str, Any], batch_size: int) -> list[str]:
