@@ -203,6 +203,24 @@ def test_where_no_checkpoint_can_be_read_the_run_does_not_start_over(tmp_path: P
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
+def test_a_run_that_lost_its_checkpoints_does_not_start_over_but_one_killed_in_its_first_save_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    undisturbed = train(tmp_path / "a", train__epochs=2, cup__last_epoch=2)
+    with broken_off(monkeypatch, at_step=8):
+        train(tmp_path / "b", train__epochs=2, cup__last_epoch=2)
+    (tmp_path / "b/tiny/last.pt").unlink()  # epoch 1's line and best.pt stay, as a kill between the two leaves them
+    assert numbers(train(tmp_path / "b", train__epochs=2, cup__last_epoch=2)) == numbers(undisturbed)
+    log = tmp_path / "b/tiny/log.jsonl"
+    log.write_text("".join(f"{line}\n" for line in log.read_text().splitlines() if '"done"' not in line))
+    for path in (tmp_path / "b/tiny").glob("last*.pt"):
+        path.unlink()
+    before = log.read_bytes()
+    with pytest.raises(CheckpointError, match=r"holds 2 epochs of an unfinished run, but last\.pt"):
+        train(tmp_path / "b", train__epochs=2, cup__last_epoch=2)
+    assert log.read_bytes() == before
+
+
 def test_a_checkpoint_in_the_middle_of_an_epoch_can_be_evaluated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):

@@ -12,7 +12,7 @@ import torch
 from launching import events, numbers, train
 
 from train import engine
-from train.checkpoint import load_checkpoint
+from train.checkpoint import CheckpointError, load_checkpoint
 from train.errors import TrainError
 from train.rundir import RunDir, read_log
 from train.sinks import JsonLines, Sinks, TensorBoard
@@ -74,6 +74,10 @@ def test_a_run_that_cannot_be_saved_at_its_end_fails_and_is_not_finished(
     assert [event["epoch"] for event in events(log, "epoch")] == [1, 2, 3]
     assert not events(log, "done") and len(events(log, "note")) == 1
     monkeypatch.undo()
+    with pytest.raises(CheckpointError, match=r"3 epochs of an unfinished run.*delete the directory to start over"):
+        train(tmp_path)
+    assert read_log(tmp_path / "tiny/log.jsonl") == log  # nothing was cut off
+    shutil.rmtree(tmp_path / "tiny")
     assert train(tmp_path)[-1]["event"] == "done"
 
 

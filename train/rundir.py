@@ -52,13 +52,14 @@ class RunDir:
 
     def closing_event(self) -> dict[str, Any] | None:
         """The last event of a run that came to its end, else None. Raises TrainError if the log cannot be read."""
-        return next((event for event in self._events() if event.get("event") == "done"), None)
+        return next((event for event in self.events() if event.get("event") == "done"), None)
 
     def job(self) -> str | None:
         """The torchrun job that ran last in it; None where there was none."""
-        return next((event.get("job") for event in reversed(self._events()) if event.get("event") == "run"), None)
+        return next((event.get("job") for event in reversed(self.events()) if event.get("event") == "run"), None)
 
-    def _events(self) -> list[dict[str, Any]]:
+    def events(self) -> list[dict[str, Any]]:
+        """What the log holds; empty where there is none. Raises TrainError if it cannot be read."""
         try:
             return read_log(self.log) if self.log.exists() else []
         except OSError as error:  # exists() passes on what is not an answer: EACCES, EIO, ESTALE

@@ -125,14 +125,18 @@ def load_stored(run_dir: RunDir, world: World) -> tuple[dict[str, Any] | None, l
     """The checkpoint to go on from, on every rank, None for a run that begins; damaged files; words for the user.
 
     All ranks call it. Where the newest is damaged it is the one before, and the damaged ones have to be put aside
-    before training goes on. Raises CheckpointError if none can be read.
+    before training goes on. Raises CheckpointError if none can be read, or all are gone.
     """
 
     def find() -> dict[str, Any]:
         try:
             path, damaged = newest_checkpoint(run_dir.last)
+        except OSError as error:
+            raise CheckpointError(f"cannot look for checkpoints in {run_dir.path}: {error}") from error
         except CheckpointError as error:
             raise CheckpointError(f"{error}; delete them to start this run over, or take --run.resume never") from error
+        if path is None:
+            _require_young(run_dir)
         return {"path": path and str(path), "damaged": {str(file): why for file, why in damaged.items()}}
 
     found = world.on_rank_zero(find)
@@ -151,6 +155,21 @@ def load_stored(run_dir: RunDir, world: World) -> tuple[dict[str, Any] | None, l
         for file, why in found["damaged"].items()
     ]
     return stored, [Path(file) for file in found["damaged"]], notes
+
+
+def _require_young(run_dir: RunDir) -> None:
+    """Raises CheckpointError for a run that is past its first epoch: starting over would write over what is left of it.
+
+    A kill in the first save leaves that epoch's line, and perhaps `best`; then nothing but this epoch is lost.
+    """
+    epochs = [event.get("epoch", 0) for event in run_dir.events() if event.get("event") == "epoch"]
+    if run_dir.best.exists():
+        epochs.append(load_checkpoint(run_dir.best).get("progress", {}).get("epoch", 0))
+    if max(epochs, default=0) > 1:
+        raise CheckpointError(
+            f"{run_dir.path} holds {max(epochs)} epochs of an unfinished run, but {run_dir.last.name} and those before "
+            "it are not there: put one back, delete the directory to start over, or take --run.resume never"
+        )
 
 
 def restore(trainer: Trainer, stored: dict[str, Any], batch_size: int) -> list[str]:
