@@ -345,6 +345,15 @@ def test_an_unfinished_run_of_another_configuration_is_refused(tmp_path: Path):
         choose_run_dir(config_in(tmp_path, optim__lr="0.3"))
 
 
+def test_a_run_may_go_on_with_settings_that_compute_nothing_and_leave_out_steps_that_broke_it(tmp_path: Path):
+    choose_run_dir(config_in(tmp_path))
+    others = {"data__threads": "3", "data__mmap": "false", "data__path": "elsewhere", "data__hw_decoder_load": "0"}
+    again = config_in(tmp_path, **others, train__nonfinite="skip", train__nonfinite_limit="3")
+    assert choose_run_dir(again).path.name == "tiny"
+    with pytest.raises(ConfigError, match=r"train\.precision \('fp32' there, 'bf16' now\)"):
+        choose_run_dir(config_in(tmp_path, train__precision="bf16"))
+
+
 def test_a_directory_that_is_no_run_is_left_alone(tmp_path: Path):
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny/thesis.tex").write_text("years of work")

@@ -40,8 +40,8 @@ from train.world import World, exchange_wait_s, without_exchange
 NOT_TRAINING = ("startup", "eval", "save", "lost")
 """Kinds of seconds that do not count when images a second are told."""
 AFTER_NONFINITE = (
-    "lower optim.lr, take bf16 in place of fp16, or leave such steps out with train.nonfinite: skip; the last "
-    "checkpoint, if any, is untouched"
+    "lower optim.lr, or take bf16 in place of fp16, in a new run (another --run.name, and --model.from with the last "
+    "checkpoint, which is untouched, if there is one), or go on and leave such steps out with --train.nonfinite skip"
 )
 
 

@@ -16,8 +16,17 @@ from typing import Any
 
 import yaml
 
+from data.batch import DECODING_ON_GPU
 from train.config import RunConfig, differing_keys
 from train.errors import ConfigError, TrainError
+
+# Settings that may differ when a run goes on: where it lies, how it is saved and resumed; where the images lie and how
+# they are read; what to do about steps that are not finite.
+BESIDE = {
+    "run": ("root", "resume", "save_every_minutes", "keep", "timeout_minutes"),
+    "data": ("path", "threads", "mmap", *DECODING_ON_GPU),
+    "train": ("nonfinite", "nonfinite_limit"),
+}
 
 
 @dataclass(frozen=True)
@@ -160,11 +169,13 @@ def _differences(run_dir: RunDir, config: RunConfig) -> list[str]:
 
 
 def _computed(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings that decide what a run computes: where it lies, how it is saved and how it is resumed do not.
+    """The settings that decide what a run computes, without those with which it may go on otherwise than it began.
 
-    Nor does a network's name beside the file that it starts from, which names it; it may be asked for or left out.
+    A network's name beside the file that it starts from says nothing more; it may be asked for or left out.
     """
-    beside = ("root", "resume", "save_every_minutes", "keep", "timeout_minutes")
-    run = {key: value for key, value in config.get("run", {}).items() if key not in beside}
+    kept = {
+        section: {k: v for k, v in values.items() if k not in BESIDE[section]} if section in BESIDE else values
+        for section, values in config.items()
+    }
     model = config.get("model", {})
-    return config | {"run": run, "model": {**model, "name": None} if model.get("from") else model}
+    return kept | {"model": {**model, "name": None} if model.get("from") else model}
