@@ -82,7 +82,7 @@ def run(config: RunConfig, world: World, ledger: Ledger) -> dict[str, Any]:
     trainer.sinks, words = world.together(lambda: _open_sinks(run_dir, world, ledger, stored))
     notes += words
     world.on_rank_zero(lambda: put_aside(damaged))  # the log is ours alone by now
-    with StopSignals() as signals:
+    with StopSignals(is_speaker=world.is_main) as signals:
         beat = (lambda: saver.beat(ledger)) if world.is_main else (lambda: None)
         trainer.watch = Watch(world, lambda: signals.stop_wanted, 60 * config.run.save_every_minutes, beat)
         try:
