@@ -97,14 +97,18 @@ def test_ctrl_c_ends_with_code_0_and_the_line_that_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ):
     monkeypatch.setattr("train.watch.MOST_STEPS", 1)
+    with broken_off(monkeypatch, at_step=3):  # an older run, which is not the one to go on with
+        train(tmp_path)
     signalled(monkeypatch, "training_step", 2, signal.SIGINT)
     arguments = ["--config", str(TINY), "--run.root", str(tmp_path), "--run.resume", "never"]
     assert launch_train.main(arguments) == 0
-    said = capfd.readouterr().out.splitlines()[-1]
-    assert said.startswith("stopped in epoch 1, after step 2, and saved; to go on: ")
-    assert said.endswith(f"--run.root {tmp_path} --run.resume never --run.resume auto")
-    assert launch_train.main([*arguments, "--run.resume", "auto"]) == 0
-    assert read_log(tmp_path / "tiny/log.jsonl")[-1]["event"] == "done"
+    said = capfd.readouterr()
+    assert "stopping after this step; Ctrl-C again ends at once" in said.err
+    line, again = said.out.splitlines()[-1], ["--run.name", "tiny-2", "--run.resume", "auto"]
+    assert line.startswith("stopped in epoch 1, after step 2, and saved; to go on: ")
+    assert line.endswith(f"--run.root {tmp_path} --run.resume never {' '.join(again)}")
+    assert launch_train.main([*arguments, *again]) == 0
+    assert read_log(tmp_path / "tiny-2/log.jsonl")[-1]["event"] == "done"
 
 
 def test_a_second_ctrl_c_ends_at_once_even_where_python_does_not_run(tmp_path: Path):

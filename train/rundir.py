@@ -20,10 +20,10 @@ from data.batch import DECODING_ON_GPU
 from train.config import RunConfig, differing_keys
 from train.errors import ConfigError, TrainError
 
-# Settings that may differ when a run goes on: where it lies, how it is saved and resumed; where the images lie and how
-# they are read; what to do about steps that are not finite.
+# Settings that may differ when a run goes on: where it lies (NAME-2 may be asked for by its own name), how it is saved
+# and resumed; where the images lie and how they are read; what to do about steps that are not finite.
 BESIDE = {
-    "run": ("root", "resume", "save_every_minutes", "keep", "timeout_minutes"),
+    "run": ("name", "root", "resume", "save_every_minutes", "keep", "timeout_minutes"),
     "data": ("path", "threads", "mmap", *DECODING_ON_GPU),
     "train": ("nonfinite", "nonfinite_limit"),
 }
