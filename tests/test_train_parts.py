@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from launch import train
 from train import optim
 from train.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from train.config import RunConfig, parse_config
-from train.engine import TrainConfig, evaluate, training_step
+from train.engine import EpochSoFar, TrainConfig, evaluate, training_step
 from train.errors import ConfigError, TrainError
 from train.ledger import Ledger
 from train.models import build_model
@@ -403,6 +404,17 @@ def test_lines_of_an_exclude_list_that_match_nothing_are_a_note():
     [note] = _excluded(RunConfig(), trainer)
     assert note.startswith("datasets/imagenet/exclude.txt names what is not in the data set")
     assert note.endswith("a, b, c and 2 more")
+
+
+@pytest.mark.parametrize(("ratio", "steps", "step", "is_averaged"), [("4/3", 4, 3, False), ("3/4", 5, 5, True)])
+def test_an_epoch_at_its_end_is_taken_up_with_another_batch(ratio: str, steps: int, step: int, is_averaged: bool):
+    """5 of 5 steps of 24 are 3 of 4 steps of 32, so one is to be made; of 18 they would be 6, but an epoch has 5."""
+    world = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
+    written = [EpochSoFar(None, {}, torch.tensor(10.0), torch.tensor(0.0), step=5, is_averaged=True)] * 3
+    so_far = EpochSoFar.restored(written, world, Fraction(ratio), steps)
+    assert (so_far.step, so_far.is_averaged) == (step, is_averaged)
+    assert so_far.loss_sum == pytest.approx(2.0 * step)
+    assert written[0].step == 5
 
 
 def test_an_interrupted_training_says_how_it_goes_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):

@@ -277,7 +277,8 @@ def _restore_rank(trainer: Trainer, stored: dict[str, Any], batch_size: int) -> 
     trainer.ledger.load_state_dict(ranks[min(world.rank, len(ranks) - 1)]["ledger"])
     if ranks[0]["so_far"] is not None:
         parts = [_as_written(EpochSoFar, rank["so_far"]) for rank in ranks]
-        trainer.so_far = EpochSoFar.restored(parts, world, Fraction(batch_size, stored["batch_size"]))
+        ratio = Fraction(batch_size, stored["batch_size"])
+        trainer.so_far = EpochSoFar.restored(parts, world, ratio, len(trainer.train_loader))
     if len(ranks) != world.size:
         return [f"resumed on {world.size} ranks, stored by {len(ranks)}: augmentation and dropout draw other numbers"]
     mine = ranks[world.rank]
