@@ -11,7 +11,7 @@ import pytest
 import torch
 from launching import events, numbers, train
 
-from train import engine
+from train import engine, saving
 from train.checkpoint import CheckpointError, load_checkpoint
 from train.errors import TrainError
 from train.rundir import RunDir, read_log
@@ -79,6 +79,28 @@ def test_a_run_that_cannot_be_saved_at_its_end_fails_and_is_not_finished(
     assert read_log(tmp_path / "tiny/log.jsonl") == log  # nothing was cut off
     shutil.rmtree(tmp_path / "tiny")
     assert train(tmp_path)[-1]["event"] == "done"
+
+
+def test_a_best_that_cannot_be_written_leaves_last_alone_and_does_not_count_as_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    honest, tried = saving.save_checkpoint, []
+
+    def save(path: Path, content: dict, keep: int = 1) -> None:
+        if path.name == "best.pt":
+            tried.append(content["progress"]["epoch"])
+            if len(tried) == 1:
+                raise CheckpointError(f"could not write {path}: No space left on device")
+        honest(path, content, keep)
+
+    tops = iter([90.0, 80.0, 70.0])
+    monkeypatch.setattr(saving, "save_checkpoint", save)
+    monkeypatch.setattr(engine, "evaluate", lambda *arguments: engine.Evaluation(next(tops), 99.0, 32))
+    log = train(tmp_path)
+    assert tried == [1, 2]  # the second beats nothing but what could be written
+    stored = load_checkpoint(tmp_path / "tiny/best.pt")["progress"]
+    assert (stored["epoch"], stored["best_top1"], log[-1]["best_top1"]) == (2, 80.0, 80.0)
+    assert load_checkpoint(tmp_path / "tiny/last-2.pt")["progress"]["best_top1"] == -1.0  # epoch 1's was written
 
 
 def test_a_run_directory_that_is_removed_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -77,7 +77,7 @@ def run(config: RunConfig, world: World, ledger: Ledger) -> dict[str, Any]:
         restore_buffers(trainer, stored)
     trainer.state.parallel = world.wrap(trainer.state.model)
     architecture = _architecture(config, trainer.train_loader.num_classes)
-    saver = Saver(config, run_dir, architecture, fitted.data.batch_size)
+    saver = Saver(config, run_dir, architecture, fitted.data.batch_size, trainer.progress)
     trainer.save = saver.save
     trainer.sinks, words = world.together(lambda: _open_sinks(run_dir, world, ledger, stored))
     notes += words

@@ -51,12 +51,18 @@ RUN_PARTS = {
 class Saver:
     """Writes a run's checkpoints. All ranks have one; rank 0's writes."""
 
-    def __init__(self, config: RunConfig, run_dir: RunDir, architecture: Architecture, batch_size: int) -> None:
-        """batch_size: images a step of all ranks, as it is; `config` may ask for more (train/run.py)."""
+    def __init__(
+        self, config: RunConfig, run_dir: RunDir, architecture: Architecture, batch_size: int, progress: Progress
+    ) -> None:
+        """batch_size: images a step of all ranks, as it is; `config` may ask for more (train/run.py).
+
+        progress: as the run goes on from.
+        """
         self._config = config
         self._batch_size = batch_size
         self._run_dir = run_dir
         self._architecture = architecture
+        self._best = _best(progress)  # what lies in best.pt
         self._beaten_at = -BEAT_EVERY_S
         self.failure = ""
         """Why the last checkpoint could not be written, the same on all ranks; empty if it was."""
@@ -64,13 +70,19 @@ class Saver:
     def save(self, trainer: Trainer, is_best: bool) -> None:
         """Write `last`, and `best` where it is. All ranks call it, between two steps.
 
-        What cannot be written is noted, once, and tried again the next time: `failure` says so meanwhile. Raises
-        TrainError, on all ranks, if the weights are not finite.
+        What cannot be written is noted, once, and tried again the next time: `failure` says so meanwhile. Where that is
+        `best`, `trainer.progress` goes back to the best that could be written. Raises TrainError, on all ranks, if the
+        weights are not finite.
         """
         world = trainer.world
         ranks = world.gather(_state_of_rank(trainer))
         failed_before = bool(self.failure)
-        self.failure = world.on_rank_zero(lambda: self._write(trainer, ranks, is_best))
+        written = world.on_rank_zero(lambda: self._write(trainer, ranks, is_best))
+        self.failure = "; ".join(written["failures"])
+        if written["best"]:
+            self._best = _best(trainer.progress)
+        elif is_best:  # so that the next one that beats what lies in best.pt takes its place
+            vars(trainer.progress).update(self._best)
         trainer.watch.saved()
         if bool(self.failure) != failed_before:
             message = f"{self.failure}; training goes on" if self.failure else "checkpoints can be written again"
@@ -84,21 +96,28 @@ class Saver:
         with suppress(OSError):  # a full disk is reported where it matters, by the checkpoint
             _write_alive(self._run_dir.alive, ledger)
 
-    def _write(self, trainer: Trainer, ranks: list[dict[str, Any]], is_best: bool) -> str:
-        """On rank 0; returns why it could not, or nothing."""
+    def _write(self, trainer: Trainer, ranks: list[dict[str, Any]], is_best: bool) -> dict[str, Any]:
+        """On rank 0; returns whether `best` was written, and why what could not be written could not."""
         if not all(bool(torch.isfinite(parameter).all()) for parameter in trainer.state.model.parameters()):
             raise TrainError(f"the weights are not finite after step {trainer.progress.step}: {AFTER_NONFINITE}")
+        wrote_best, failures = False, []
         try:
             create_run_dir(self._run_dir, self._config)  # which may have gone since
+            trainer.sinks.sync_log()
             content = self._content(trainer, ranks)
             if is_best:
-                save_checkpoint(self._run_dir.best, content)
+                try:
+                    save_checkpoint(self._run_dir.best, content)
+                    wrote_best = True
+                except TrainError as error:
+                    failures.append(str(error))
+                    content["progress"] |= self._best
             save_checkpoint(self._run_dir.last, content, keep=self._config.run.keep)
         except TrainError as error:
-            return str(error)
+            failures.append(str(error))
         except OSError as error:  # what a network drive answers to the simplest question: EIO, ESTALE, EACCES
-            return f"could not write in {self._run_dir.path}: {error}"
-        return ""
+            failures.append(f"could not write in {self._run_dir.path}: {error}")
+        return {"best": wrote_best, "failures": failures}
 
     def _content(self, trainer: Trainer, ranks: list[dict[str, Any]]) -> dict[str, Any]:
         state, before = trainer.state, trainer.progress.gpu_hours_before
@@ -109,7 +128,7 @@ class Saver:
             "plans": plans_to_store(trainer.resizer.plans),
             "widths": trainer.resizer.widths,
             "allowed_widths": trainer.resizer.allowed_widths,
-            "progress": vars(trainer.progress),
+            "progress": dict(vars(trainer.progress)),
             "batch_size": self._batch_size,
             "gpu_hours": None if before is None else before + trainer.ledger.gpu_hours(trainer.ledger.total_s),
             "log_bytes": trainer.sinks.log_bytes,
@@ -221,6 +240,10 @@ def lost_seconds(run_dir: RunDir, stored: dict[str, Any] | None) -> dict[str, fl
         spent["wall_s"] -= sum(account["seconds"].values())
         spent["rank_s"] -= account["rank_s"]
     return {key: max(0.0, seconds) for key, seconds in spent.items()}
+
+
+def _best(progress: Progress) -> dict[str, float]:
+    return {"best_top1": progress.best_top1, "best_top5": progress.best_top5}
 
 
 def _write_alive(path: Path, ledger: Ledger) -> None:
