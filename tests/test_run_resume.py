@@ -148,8 +148,9 @@ def test_seconds_after_the_last_checkpoint_are_lost_and_counted(tmp_path: Path, 
 def test_seconds_of_a_run_that_was_killed_before_its_first_checkpoint_are_counted_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    with broken_off(monkeypatch, at_step=3):
+    with broken_off(monkeypatch, at_step=1):
         train(tmp_path)
+    assert json.loads((tmp_path / "tiny/alive.json").read_text())["wall_s"] > 0  # its startup
     (tmp_path / "tiny/alive.json").write_text('{"wall_s": 100.0, "rank_s": 400.0}')  # of four ranks
     done = train(tmp_path)[-1]
     assert done["seconds"]["lost"] == 100

@@ -403,11 +403,13 @@ def evaluate(
 
 def _resize(trainer: Trainer, epoch: int) -> ResizeOutcome:
     """Let the hook resize, and write what it did."""
+    trainer.watch.beat()
     started = trainer.ledger.seconds["resize"]
     with trainer.ledger.charge("resize"):
         outcome = trainer.resizer.at_epoch_start(epoch, trainer.state, trainer.world)
         trainer.world.synchronize()
     seconds = trainer.ledger.seconds["resize"] - started
+    trainer.watch.beat()
     if outcome.note:
         trainer.sinks.write({"event": "note", "time_s": trainer.ledger.total_s, "message": outcome.note})
     if outcome.removed:

@@ -85,6 +85,7 @@ def run(config: RunConfig, world: World, ledger: Ledger) -> dict[str, Any]:
     with StopSignals(is_speaker=world.is_main) as signals:
         beat = (lambda: saver.beat(ledger)) if world.is_main else (lambda: None)
         trainer.watch = Watch(world, lambda: signals.stop_wanted, 60 * config.run.save_every_minutes, beat)
+        beat()  # a kill from here on is in the account
         try:
             trainer.sinks.write(_first_line(fitted, trainer, run_dir))
             for note in notes:
