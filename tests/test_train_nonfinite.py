@@ -104,6 +104,8 @@ def test_by_default_the_run_ends_at_the_next_look_and_not_after_the_epoch(
     stored = load_checkpoint(tmp_path / "tiny/last.pt")
     assert stored["ranks"][0]["so_far"]["step"] == 1  # the step before
     assert all(torch.isfinite(value).all() for value in stored["model"].values())
+    log = train(tmp_path, cup__enabled="false", train__nonfinite="skip")  # as the error says
+    assert (events(log, "run")[-1]["first_step"], log[-1]["event"]) == (1, "done")
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -40,8 +40,8 @@ from train.world import World, exchange_wait_s, without_exchange
 NOT_TRAINING = ("startup", "eval", "save", "lost")
 """Kinds of seconds that do not count when images a second are told."""
 AFTER_NONFINITE = (
-    "lower optim.lr, take bf16 in place of fp16, or leave such steps out with train.nonfinite: skip; the last "
-    "checkpoint, if any, is untouched"
+    "lower optim.lr, or take bf16 in place of fp16, in a new run (another --run.name, and --model.from with the last "
+    "checkpoint, which is untouched, if there is one), or go on and leave such steps out with --train.nonfinite skip"
 )
 
 
@@ -67,8 +67,9 @@ class TrainConfig:
     compile: Literal["none", "blocks"] = "none"
     """blocks = torch.compile on the network's repeated blocks, where enough steps at the same widths and image size lie
     ahead."""
-    compile_steps: int = 2000
-    """How many steps at the same widths and image size are enough; compiling takes about a minute."""
+    compile_steps: int = 6000
+    """How many steps at the same widths and image size are enough: so many pay for a minute of compiling where each
+    gets 10 ms shorter."""
     ema_decay: float = 0.0
     """Decay of the moving average of the weights a step, evaluated instead of them; 0 = none."""
     nonfinite: Literal["stop", "skip"] = "stop"
@@ -172,19 +173,20 @@ class EpochSoFar:
         return cls(threshold, trainer.ledger.seconds, nothing, nothing.clone())
 
     @staticmethod
-    def restored(ranks: Sequence["EpochSoFar"], world: World, batch_ratio: Fraction) -> "EpochSoFar":
+    def restored(ranks: Sequence["EpochSoFar"], world: World, batch_ratio: Fraction, steps: int) -> "EpochSoFar":
         """This rank's part of an epoch that `ranks` were in the middle of, who may have been fewer or more.
 
-        batch_ratio: images a step now over images a step then. The same images are done, to within a batch, and the
-        mean of the losses so far stays what it is.
+        batch_ratio: images a step now over images a step then. steps: of the epoch, now. The same images are done, to
+        within a batch, and the mean of the losses so far stays what it is.
         """
         so_far = ranks[min(world.rank, len(ranks) - 1)]
         so_far = replace(so_far, loss_sum=so_far.loss_sum.to(world.device), skipped=so_far.skipped.to(world.device))
         if (len(ranks), batch_ratio) != (world.size, 1):
             kept = max(so_far.step - float(so_far.skipped), 1)
             mean = sum(float(rank.loss_sum) for rank in ranks) / (kept * len(ranks))
-            so_far.step = math.floor(so_far.step / batch_ratio)
-            so_far.skipped = (so_far.skipped / float(batch_ratio)).floor()
+            so_far.step = min(math.floor(so_far.step / batch_ratio), steps)
+            so_far.skipped = (so_far.skipped / float(batch_ratio)).floor().clamp(max=so_far.step)
+            so_far.is_averaged &= so_far.step == steps  # smaller batches may leave a step to make
             kept = so_far.step - float(so_far.skipped)
             so_far.loss_sum.fill_(mean * kept * world.size if world.is_main else 0.0)
         return so_far
@@ -401,11 +403,13 @@ def evaluate(
 
 def _resize(trainer: Trainer, epoch: int) -> ResizeOutcome:
     """Let the hook resize, and write what it did."""
+    trainer.watch.beat()
     started = trainer.ledger.seconds["resize"]
     with trainer.ledger.charge("resize"):
         outcome = trainer.resizer.at_epoch_start(epoch, trainer.state, trainer.world)
         trainer.world.synchronize()
     seconds = trainer.ledger.seconds["resize"] - started
+    trainer.watch.beat()
     if outcome.note:
         trainer.sinks.write({"event": "note", "time_s": trainer.ledger.total_s, "message": outcome.note})
     if outcome.removed:

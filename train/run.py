@@ -22,6 +22,7 @@ from train.checkpoint import (
     load_checkpoint,
     load_network,
     load_weights,
+    put_aside,
     stored_architecture,
     stored_plans,
     stored_weights,
@@ -56,7 +57,7 @@ def run(config: RunConfig, world: World, ledger: Ledger) -> dict[str, Any]:
     run_dir = RunDir(Path(world.on_rank_zero(lambda: str(find_run_dir(config, torchrun_job()).path))))
     if done := world.on_rank_zero(run_dir.closing_event):  # torchrun restarts a job that failed after its end
         return done
-    stored, notes = load_stored(run_dir, world)
+    stored, damaged, notes = load_stored(run_dir, world)
     source = _load_source(config, world) if stored is None else None
     config = _with_model_name(config, stored or source)
     world.on_rank_zero(lambda: prepare_data(config.data))
@@ -76,13 +77,15 @@ def run(config: RunConfig, world: World, ledger: Ledger) -> dict[str, Any]:
         restore_buffers(trainer, stored)
     trainer.state.parallel = world.wrap(trainer.state.model)
     architecture = _architecture(config, trainer.train_loader.num_classes)
-    saver = Saver(config, run_dir, architecture, fitted.data.batch_size)
+    saver = Saver(config, run_dir, architecture, fitted.data.batch_size, trainer.progress)
     trainer.save = saver.save
     trainer.sinks, words = world.together(lambda: _open_sinks(run_dir, world, ledger, stored))
     notes += words
-    with StopSignals() as signals:
+    world.on_rank_zero(lambda: put_aside(damaged))  # the log is ours alone by now
+    with StopSignals(is_speaker=world.is_main) as signals:
         beat = (lambda: saver.beat(ledger)) if world.is_main else (lambda: None)
         trainer.watch = Watch(world, lambda: signals.stop_wanted, 60 * config.run.save_every_minutes, beat)
+        beat()  # a kill from here on is in the account
         try:
             trainer.sinks.write(_first_line(fitted, trainer, run_dir))
             for note in notes:
