@@ -2,6 +2,7 @@
 
 import json
 import math
+import socket
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from launching import TINY
 from torch import nn
 
@@ -16,6 +18,7 @@ from data import Batch
 from launch import train
 from train import optim
 from train.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from train.cli import exit_code_of
 from train.config import RunConfig, parse_config
 from train.engine import EpochSoFar, TrainConfig, evaluate, training_step
 from train.errors import ConfigError, TrainError
@@ -27,7 +30,7 @@ from train.run import _excluded
 from train.rundir import RunDir, create_run_dir, find_run_dir, read_log
 from train.sinks import JsonLines
 from train.state import TrainState
-from train.world import World
+from train.world import World, open_world
 
 
 class Clock:
@@ -415,6 +418,37 @@ def test_an_epoch_at_its_end_is_taken_up_with_another_batch(ratio: str, steps: i
     assert (so_far.step, so_far.is_averaged) == (step, is_averaged)
     assert so_far.loss_sum == pytest.approx(2.0 * step)
     assert written[0].step == 5
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError("Tried to allocate 2 GiB.\nmore"), "lower data.batch_size or raise train.accumulate"),
+        (dist.DistNetworkError("Connection closed by peer [10.0.0.2]:4711\nmore"), "lost another rank"),
+        (dist.DistError("Timed out waiting 1000ms\nmore"), "another rank did not answer in time"),
+    ],
+)
+def test_what_torch_raises_for_a_full_gpu_or_a_lost_rank_is_one_line(
+    error: Exception, said: str, capsys: pytest.CaptureFixture
+):
+    def action() -> None:
+        raise error
+
+    assert exit_code_of(action, debug=False) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert said in line and line.endswith(f"({str(error).splitlines()[0]})")
+
+
+def test_a_meeting_place_that_does_not_exist_is_one_line(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RANK", "junk")
+    with pytest.raises(ConfigError, match="RANK: found 'junk' in the environment, allowed: a whole number"):
+        open_world("cpu")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        variables = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": taken.getsockname()[1]}
+        for name, value in variables.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(TrainError, match=r"cannot join the other ranks at 127\.0\.0\.1:\d+ .*EADDRINUSE"):
+            open_world("cpu", timeout_minutes=0.05)
 
 
 def test_an_interrupted_training_says_how_it_goes_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from train.errors import ConfigError
-from train.world import USER_ERRORS, lost_peer
+from train.world import USER_ERRORS, lost_peer, out_of_memory
 
 LINGER_S = 3.0
 
@@ -32,7 +32,7 @@ def exit_code_of(action: Callable[[], None], debug: bool, after_interrupt: str =
     except Exception as error:
         if isinstance(error, USER_ERRORS):
             message = " ".join(str(error).split())
-        elif (message := lost_peer(error)) is None:
+        elif (message := lost_peer(error) or out_of_memory(error)) is None:
             raise
         if debug:
             traceback.print_exc()
@@ -84,12 +84,13 @@ def _int_from(lowest: int, text: str) -> int:
 
 
 def _ranks() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    size = os.environ.get("WORLD_SIZE", "1")
+    return int(size) if size.isdecimal() else 1
 
 
 def _say(message: str) -> None:
     """One line on stderr, with the rank where there are several."""
-    rank = f"[rank {os.environ['RANK']}] " if _ranks() > 1 else ""
+    rank = f"[rank {os.environ.get('RANK', '?')}] " if _ranks() > 1 else ""
     # One write, newline included: torchrun runs Python unbuffered, and the ranks' lines would mix.
     sys.stderr.write(f"{rank}{message}\n")
     sys.stderr.flush()
