@@ -56,6 +56,8 @@ def run(config: RunConfig, world: World, ledger: Ledger) -> dict[str, Any]:
     """
     run_dir = RunDir(Path(world.on_rank_zero(lambda: str(find_run_dir(config, torchrun_job()).path))))
     if done := world.on_rank_zero(run_dir.closing_event):  # torchrun restarts a job that failed after its end
+        if world.is_main:
+            ConsoleSink().write({"event": "note", "message": f"{run_dir.path} is finished, by this very job"})
         return done
     stored, damaged, notes = load_stored(run_dir, world)
     source = _load_source(config, world) if stored is None else None
