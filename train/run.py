@@ -7,6 +7,7 @@ import os
 import platform
 import time
 import warnings
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -328,7 +329,8 @@ def _close(trainer: Trainer, saver: Saver, run_dir: RunDir, done: dict[str, Any]
             f"trained to the end, but {trainer.sinks.unwritten} lines of {run_dir.log} could not be written; "
             f"{run_dir.last} is complete, and the same command closes the run once there is room"
         )
-    run_dir.alive.unlink(missing_ok=True)
+    with suppress(OSError):  # the run is finished all the same
+        run_dir.alive.unlink(missing_ok=True)
 
 
 def _require_saved(saver: Saver, run_dir: RunDir) -> None:
