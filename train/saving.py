@@ -300,6 +300,8 @@ def _restore_rank(trainer: Trainer, stored: dict[str, Any], batch_size: int) -> 
     trainer.ledger.load_state_dict(ranks[min(world.rank, len(ranks) - 1)]["ledger"])
     if ranks[0]["so_far"] is not None:
         parts = [_as_written(EpochSoFar, rank["so_far"]) for rank in ranks]
+        if any(part.seconds_before.keys() != trainer.ledger.seconds.keys() for part in parts):
+            raise TypeError("the seconds of the epoch's beginning are not as written")
         ratio = Fraction(batch_size, stored["batch_size"])
         trainer.so_far = EpochSoFar.restored(parts, world, ratio, len(trainer.train_loader))
     if len(ranks) != world.size:
