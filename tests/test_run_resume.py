@@ -307,11 +307,15 @@ def test_what_one_rank_sees_is_decided_for_all():
     assert decision.stop and decision.broken and not decision.save
 
 
-def test_a_finished_run_is_not_begun_again_by_the_job_that_finished_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_finished_run_is_not_begun_again_by_the_job_that_finished_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-17")
     monkeypatch.setattr(run, "OWN_SIGNAL_WITHIN_S", 0)
     first = begin(tmp_path, run__resume="never")
+    capsys.readouterr()
     assert begin(tmp_path, run__resume="never")["time_s"] == first["time_s"]
+    assert f"{tmp_path / 'tiny'} is finished" in capsys.readouterr().out
     assert not (tmp_path / "tiny-2").exists()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # torchrun without --rdzv-id: any job may be called so
     assert RunDir(Path(begin(tmp_path)["directory"])).path == tmp_path / "tiny-2"

@@ -39,10 +39,12 @@ from train.world import World, exchange_wait_s, without_exchange
 
 NOT_TRAINING = ("startup", "eval", "save", "lost")
 """Kinds of seconds that do not count when images a second are told."""
+NEW_RUN = "in a new run (another --run.name, and --model.from with the last checkpoint, which is untouched, if any)"
 AFTER_NONFINITE = (
-    "lower optim.lr, or take bf16 in place of fp16, in a new run (another --run.name, and --model.from with the last "
-    "checkpoint, which is untouched, if there is one), or go on and leave such steps out with --train.nonfinite skip"
+    f"lower optim.lr, or take bf16 in place of fp16, {NEW_RUN}, or go on and leave such steps out with "
+    "--train.nonfinite skip"
 )
+AFTER_SKIPPING = f"look at the data, or lower optim.lr {NEW_RUN}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +76,7 @@ class TrainConfig:
     """Decay of the moving average of the weights a step, evaluated instead of them; 0 = none."""
     nonfinite: Literal["stop", "skip"] = "stop"
     """What a loss that is NaN or infinite does: stop = it ends the run; skip = a step whose gradients are not finite
-    changes nothing, on all ranks alike."""
+    changes nothing, on all ranks alike, but that a moving average takes the unchanged weights once more."""
     nonfinite_limit: int = 25
     """With skip: as many such steps in a row end the run. fp16 leaves out about ten by itself to find its scale."""
 
@@ -219,6 +221,11 @@ def fit(trainer: Trainer) -> dict[str, Any]:
             trainer.so_far = EpochSoFar.beginning(trainer, outcome.threshold)
         loss, images_per_s = train_epoch(trainer, epoch, just_resized)
         if not math.isfinite(loss):  # the mean over all ranks, so all of them stop here
+            if trainer.guard is not None and trainer.so_far.skipped >= trainer.so_far.step:
+                raise TrainError(
+                    f"all {trainer.so_far.step} steps of epoch {epoch} were left out, for their gradients were not "
+                    f"finite: {AFTER_SKIPPING}"
+                )
             raise TrainError(f"the loss is {loss} in epoch {epoch}: {AFTER_NONFINITE}")
         with trainer.ledger.charge("eval"):
             result = _evaluate(trainer)
@@ -297,8 +304,8 @@ def _look(trainer: Trainer, epoch: int) -> None:
     where = f"in epoch {epoch}, at or before step {trainer.so_far.step}"
     if decision.broken and trainer.guard is not None:
         raise TrainError(
-            f"{trainer.config.nonfinite_limit} steps in a row were not finite {where} (train.nonfinite_limit): lower "
-            "optim.lr, or look at the data; the last checkpoint, if any, is untouched"
+            f"{trainer.config.nonfinite_limit} steps in a row were not finite {where} (train.nonfinite_limit): "
+            f"{AFTER_SKIPPING}"
         )
     if decision.broken:
         raise TrainError(f"the loss is not finite {where}: {AFTER_NONFINITE}")

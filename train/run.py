@@ -7,6 +7,7 @@ import os
 import platform
 import time
 import warnings
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,8 @@ def run(config: RunConfig, world: World, ledger: Ledger) -> dict[str, Any]:
     """
     run_dir = RunDir(Path(world.on_rank_zero(lambda: str(find_run_dir(config, torchrun_job()).path))))
     if done := world.on_rank_zero(run_dir.closing_event):  # torchrun restarts a job that failed after its end
+        if world.is_main:
+            ConsoleSink().write({"event": "note", "message": f"{run_dir.path} is finished, by this very job"})
         return done
     stored, damaged, notes = load_stored(run_dir, world)
     source = _load_source(config, world) if stored is None else None
@@ -326,7 +329,8 @@ def _close(trainer: Trainer, saver: Saver, run_dir: RunDir, done: dict[str, Any]
             f"trained to the end, but {trainer.sinks.unwritten} lines of {run_dir.log} could not be written; "
             f"{run_dir.last} is complete, and the same command closes the run once there is room"
         )
-    run_dir.alive.unlink(missing_ok=True)
+    with suppress(OSError):  # the run is finished all the same
+        run_dir.alive.unlink(missing_ok=True)
 
 
 def _require_saved(saver: Saver, run_dir: RunDir) -> None:

@@ -257,7 +257,5 @@ def _number(variable: str, otherwise: int) -> int:
     """A variable of torchrun's. Raises ConfigError if somebody set it to something else."""
     text = os.environ.get(variable, str(otherwise))
     if not text.isdecimal():
-        raise ConfigError(
-            f"{variable}: found {text!r} in the environment, allowed: a whole number, which torchrun sets"
-        )
+        raise ConfigError(f"{variable}: found {text!r} in the environment, allowed: a whole number, as torchrun sets")
     return int(text)
