@@ -277,7 +277,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, 
     with pytest.raises(CheckpointError, match="No space left"):
         save_checkpoint(path, {"epoch": 2})
     monkeypatch.undo()
-    assert load_checkpoint(path)["epoch"] == 1
+    assert torch.load(path, weights_only=True)["epoch"] == 1  # no whole checkpoint, which load_checkpoint would ask for
     assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
 
 
