@@ -145,6 +145,16 @@ def test_seconds_after_the_last_checkpoint_are_lost_and_counted(tmp_path: Path, 
     assert not (tmp_path / "tiny/alive.json").exists()
 
 
+def test_an_error_leaves_word_of_the_seconds_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As after the minutes in which a rank waits for one that is gone."""
+    with broken_off(monkeypatch, at_step=4):
+        monkeypatch.setattr(engine, "set_learning_rate", lambda *arguments: time.sleep(0.3))
+        train(tmp_path)
+    alive = json.loads((tmp_path / "tiny/alive.json").read_text())
+    began = read_log(tmp_path / "tiny/log.jsonl")[0]["time_s"]
+    assert alive["wall_s"] - began > 1.1  # four times, of which the beat every 5 seconds has seen one
+
+
 def test_seconds_of_a_run_that_was_killed_before_its_first_checkpoint_are_counted_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -101,6 +101,10 @@ def run(config: RunConfig, world: World, ledger: Ledger) -> dict[str, Any]:
             _require_saved(saver, run_dir)
             _await_own_signal(signals)
             return _stopped_event(trainer, run_dir)
+        except BaseException:  # whatever it was: the wait for a rank that is gone may have taken minutes
+            if world.is_main:
+                saver.beat(ledger, at_once=True)
+            raise
         finally:
             trainer.sinks.close()
             trainer.train_loader.close()

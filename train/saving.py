@@ -88,9 +88,9 @@ class Saver:
             message = f"{self.failure}; training goes on" if self.failure else "checkpoints can be written again"
             trainer.sinks.write({"event": "note", "time_s": trainer.ledger.total_s, "message": message})
 
-    def beat(self, ledger: Ledger) -> None:
+    def beat(self, ledger: Ledger, at_once: bool = False) -> None:
         """Leave word of the seconds so far, every few seconds, in case this process is killed. Rank 0 only."""
-        if (now := time.monotonic()) - self._beaten_at < BEAT_EVERY_S:
+        if (now := time.monotonic()) - self._beaten_at < BEAT_EVERY_S and not at_once:
             return
         self._beaten_at = now
         with suppress(OSError):  # a full disk is reported where it matters, by the checkpoint
