@@ -3,6 +3,7 @@
 torchrun --standalone --nproc-per-node=2 launch/train.py [--config FILE] [--KEY VALUE ...]
 """
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -35,7 +36,11 @@ def _train(argv: list[str]) -> None:
     world.close()
     if ending["event"] == "stopped" and world.is_main:
         where = f"in epoch {ending['epoch']}, after step {ending['step']}"
-        print(f"stopped {where}, and saved; to go on: {command_again(argv, config.run.resume)}", flush=True)
+        again = command_again(argv, config.run.resume, config.run.name, ending["directory"])
+        try:
+            print(f"stopped {where}, and saved; to go on: {again}", flush=True)
+        except OSError:  # nobody reads it any more, nor what Python would flush at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

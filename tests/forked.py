@@ -4,6 +4,7 @@ Real processes, a real gloo group, real signals; what torchrun adds (it starts r
 here in a few lines. Nothing in this process may have started a thread or a group before.
 """
 
+import ctypes
 import os
 import signal
 import socket
@@ -23,6 +24,7 @@ from torch import nn  # noqa: E402
 import train.cli  # noqa: E402
 from launch import train as launch_train  # noqa: E402
 
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # Long enough for a rank that has lost another to say so (train/cli.py lets it linger).
 ENDS_WITHIN_S = 20
 
@@ -112,6 +114,7 @@ def _be_rank(
 ) -> None:
     """Be a rank and never return."""
     code = 70
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # where the script is ended, nobody stays behind
     try:
         file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, 1)

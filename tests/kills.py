@@ -219,15 +219,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 2, 4], help="of the runs, in turn")
     parser.add_argument("--out", type=Path, help="JSON; what is in it already is added to")
     options = parser.parse_args()
     prepare()
     generator = random.Random(options.seed)
     runs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        models = {ranks: undisturbed(Path(folder) / f"undisturbed-{ranks}", ranks) for ranks in (2, 4)}
+        models = {ranks: undisturbed(Path(folder) / f"undisturbed-{ranks}", ranks) for ranks in set(options.ranks)}
         while (so_far := sum(len(run["kills"]) for run in runs)) < options.kills:
-            ranks = 4 if len(runs) % 3 == 2 else 2
+            ranks = options.ranks[len(runs) % len(options.ranks)]
             most = min(generator.randint(2, MOST_KILLS_A_RUN), options.kills - so_far)
             kills = [draw(generator, ranks, models[ranks].seconds) for _ in range(most)]
             root = Path(folder) / f"run-{len(runs)}"

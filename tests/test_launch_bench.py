@@ -78,6 +78,7 @@ def lenet_run(tmp_path):
         if epoch in (2, 4):
             events.append({"event": "resize", "epoch": epoch, "seconds": epoch / 4})
         events.append({"event": "epoch", "epoch": epoch, "widths": widths})
+    events.append({"event": "done"})
     run = tmp_path / "run"
     run.mkdir()
     (run / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
@@ -172,15 +173,20 @@ def test_a_projection_adds_up_and_says_that_it_is_one(lenet_run, tmp_path, capsy
     argv += ["--measure-batch-size", "4", "--round-to", "1", "16", *QUICK, "--out", str(out)]
     assert main(argv) == 0
     result = json.loads(out.read_text())
-    assert [row["round_to"] for row in result["rows"]] == [1, 16]
+    assert [row["widths"] for row in result["rows"]] == ["round_to 1", "round_to 16"]
     assert result["resize_s"] == pytest.approx(2 * (0.5 + 1.0) / 2), "both ranks wait for a resize"
-    parts = result["segments"]["1"]
+    parts = result["segments"]["round_to 1"]
     assert [(part["first"], part["last"]) for part in parts] == [(1, 2), (3, 6), (7, 10)]
     hours = sum(p["steps"] * p["step_s"] + p["val_steps"] * p["val_s"] + p["resize_s"] for p in parts) / 3600
     row = result["rows"][0]
     assert row["hours"] == pytest.approx(hours)
     assert row["saving"] == pytest.approx(100 * (1 - hours / result["dense_hours"]))
+    assert row["savings_by_round"] == pytest.approx([row["saving"]]), "of one round"
     assert row["saving_if_time_were_flops"] == pytest.approx(100 * (1 - 1 / parts[-1]["flops_reduction"]))
+    dense_s = result["segments"]["dense"][0]["step_s"]
+    assert row["saving_at_the_final_step"] == pytest.approx(100 * (1 - parts[-1]["step_s"] / dense_s))
+    in_steps = sum(p["steps"] * p["step_s"] for p in parts) / (sum(p["steps"] for p in parts) * dense_s)
+    assert row["saving_in_steps"] == pytest.approx(100 * (1 - in_steps))
     printed = capsys.readouterr().out
     assert "A projection, not a training" in printed
     assert "epochs   3 to   6" in printed
@@ -194,6 +200,27 @@ def test_rounded_widths_can_be_brought_back_to_the_reduction_that_they_had(round
     assert equal == bench.rounded(equal, round_to), "these are widths that rounding gives"
     assert bench.cost(rounded).flops > free
     assert abs(bench.cost(equal).flops - free) < abs(bench.cost(rounded).flops - free)
+
+
+def test_a_projection_needs_a_finished_run_that_shrank(lenet_run, capsys):
+    log = lenet_run / "log.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(line for line in lines if '"done"' not in line))
+    assert main(["savings", "--run", str(lenet_run)]) == 1
+    assert "is not finished" in capsys.readouterr().err
+    log.write_text("".join(line for line in lines if '"resize"' not in line))
+    assert main(["savings", "--run", str(lenet_run)]) == 1
+    assert "never shrank" in capsys.readouterr().err
+    assert main(["savings", "--run", str(lenet_run), "--images", "10"]) == 2
+    assert "--images: found 10, allowed: from --batch-size (256)" in capsys.readouterr().err
+
+
+def test_widths_that_the_network_cannot_have_are_refused(tmp_path, capsys):
+    widths = tmp_path / "widths.json"
+    for width in (0, 999):
+        widths.write_text(json.dumps({"conv1": width}))
+        assert main(["step", "--model", "lenet", "--widths", str(widths), "--classes", "10"]) == 2
+        assert f"lenet, conv1: found width {width}, allowed: 1 to 20" in capsys.readouterr().err
 
 
 def test_a_projection_needs_a_run_and_its_classes(lenet_run, capsys):

@@ -122,7 +122,7 @@ def test_without_dense_runs_of_the_same_seeds_both_scatters_count(tmp_path: Path
     shrunk = written("cup", seeds, (72.0, 75.0, 78.0), (29.0, 30.0, 31.0))
     row = rows_of(*dense, *shrunk)[1]
     assert (row.change1.mean, row.change1.deviation) == (-1.0, 5.0)  # 3 and 4
-    assert (row.saving.mean, row.saving.deviation) == (50.0, pytest.approx(50 * math.hypot(1 / 30, 10 / 60)))
+    assert (row.saving.mean, row.saving.deviation) == pytest.approx((50.0, 50 * math.hypot(1 / 30, 10 / 60)))
     alone = rows_of(dense[0], *shrunk)[1]
     assert (alone.change1.mean, alone.change1.deviation, alone.saving.deviation) == (3.0, None, None)
 

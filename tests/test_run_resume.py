@@ -97,14 +97,18 @@ def test_ctrl_c_ends_with_code_0_and_the_line_that_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ):
     monkeypatch.setattr("train.watch.MOST_STEPS", 1)
+    with broken_off(monkeypatch, at_step=3):  # an older run, which is not the one to go on with
+        train(tmp_path)
     signalled(monkeypatch, "training_step", 2, signal.SIGINT)
     arguments = ["--config", str(TINY), "--run.root", str(tmp_path), "--run.resume", "never"]
     assert launch_train.main(arguments) == 0
-    said = capfd.readouterr().out.splitlines()[-1]
-    assert said.startswith("stopped in epoch 1, after step 2, and saved; to go on: ")
-    assert said.endswith(f"--run.root {tmp_path} --run.resume never --run.resume auto")
-    assert launch_train.main([*arguments, "--run.resume", "auto"]) == 0
-    assert read_log(tmp_path / "tiny/log.jsonl")[-1]["event"] == "done"
+    said = capfd.readouterr()
+    assert "stopping after this step; Ctrl-C again ends at once" in said.err
+    line, again = said.out.splitlines()[-1], ["--run.name", "tiny-2", "--run.resume", "auto"]
+    assert line.startswith("stopped in epoch 1, after step 2, and saved; to go on: ")
+    assert line.endswith(f"--run.root {tmp_path} --run.resume never {' '.join(again)}")
+    assert launch_train.main([*arguments, *again]) == 0
+    assert read_log(tmp_path / "tiny-2/log.jsonl")[-1]["event"] == "done"
 
 
 def test_a_second_ctrl_c_ends_at_once_even_where_python_does_not_run(tmp_path: Path):
@@ -141,11 +145,22 @@ def test_seconds_after_the_last_checkpoint_are_lost_and_counted(tmp_path: Path, 
     assert not (tmp_path / "tiny/alive.json").exists()
 
 
+def test_an_error_leaves_word_of_the_seconds_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As after the minutes in which a rank waits for one that is gone."""
+    with broken_off(monkeypatch, at_step=4):
+        monkeypatch.setattr(engine, "set_learning_rate", lambda *arguments: time.sleep(0.3))
+        train(tmp_path)
+    alive = json.loads((tmp_path / "tiny/alive.json").read_text())
+    began = read_log(tmp_path / "tiny/log.jsonl")[0]["time_s"]
+    assert alive["wall_s"] - began > 1.1  # four times, of which the beat every 5 seconds has seen one
+
+
 def test_seconds_of_a_run_that_was_killed_before_its_first_checkpoint_are_counted_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    with broken_off(monkeypatch, at_step=3):
+    with broken_off(monkeypatch, at_step=1):
         train(tmp_path)
+    assert json.loads((tmp_path / "tiny/alive.json").read_text())["wall_s"] > 0  # its startup
     (tmp_path / "tiny/alive.json").write_text('{"wall_s": 100.0, "rank_s": 400.0}')  # of four ranks
     done = train(tmp_path)[-1]
     assert done["seconds"]["lost"] == 100
@@ -173,6 +188,20 @@ def test_a_damaged_checkpoint_makes_way_for_the_one_before(
     assert events(again, "run")[-1]["first_step"] == 2
     notes = [event["message"] for event in events(again, "note") if "last-1.pt" in event["message"]]
     assert len(notes) == (damage != "gone") and all("last.pt is damaged" in note for note in notes)
+    assert (tmp_path / "b/tiny/last.pt.damaged").exists() == (damage != "gone")
+
+
+def test_the_first_save_after_a_damaged_checkpoint_keeps_the_good_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    changes = {**EVERY_STEP, "run__keep": 2}
+    with broken_off(monkeypatch, at_step=8):
+        train(tmp_path, **changes)
+    last, good = tmp_path / "tiny/last.pt", tmp_path / "tiny/last-1.pt"
+    last.write_bytes(last.read_bytes()[:-1000])
+    before = good.read_bytes()
+    with broken_off(monkeypatch, at_step=2):  # after one step and its checkpoint
+        train(tmp_path, **changes)
+    load_checkpoint(last)
+    assert good.read_bytes() == before
 
 
 def test_where_no_checkpoint_can_be_read_the_run_does_not_start_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -187,6 +216,24 @@ def test_where_no_checkpoint_can_be_read_the_run_does_not_start_over(tmp_path: P
     ):
         train(tmp_path, **EVERY_STEP)
     assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_a_run_that_lost_its_checkpoints_does_not_start_over_but_one_killed_in_its_first_save_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    undisturbed = train(tmp_path / "a", train__epochs=2, cup__last_epoch=2)
+    with broken_off(monkeypatch, at_step=8):
+        train(tmp_path / "b", train__epochs=2, cup__last_epoch=2)
+    (tmp_path / "b/tiny/last.pt").unlink()  # epoch 1's line and best.pt stay, as a kill between the two leaves them
+    assert numbers(train(tmp_path / "b", train__epochs=2, cup__last_epoch=2)) == numbers(undisturbed)
+    log = tmp_path / "b/tiny/log.jsonl"
+    log.write_text("".join(f"{line}\n" for line in log.read_text().splitlines() if '"done"' not in line))
+    for path in (tmp_path / "b/tiny").glob("last*.pt"):
+        path.unlink()
+    before = log.read_bytes()
+    with pytest.raises(CheckpointError, match=r"holds 2 epochs of an unfinished run, but last\.pt"):
+        train(tmp_path / "b", train__epochs=2, cup__last_epoch=2)
+    assert log.read_bytes() == before
 
 
 def test_a_checkpoint_in_the_middle_of_an_epoch_can_be_evaluated(
@@ -270,11 +317,15 @@ def test_what_one_rank_sees_is_decided_for_all():
     assert decision.stop and decision.broken and not decision.save
 
 
-def test_a_finished_run_is_not_begun_again_by_the_job_that_finished_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_finished_run_is_not_begun_again_by_the_job_that_finished_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-17")
     monkeypatch.setattr(run, "OWN_SIGNAL_WITHIN_S", 0)
     first = begin(tmp_path, run__resume="never")
+    capsys.readouterr()
     assert begin(tmp_path, run__resume="never")["time_s"] == first["time_s"]
+    assert f"{tmp_path / 'tiny'} is finished" in capsys.readouterr().out
     assert not (tmp_path / "tiny-2").exists()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # torchrun without --rdzv-id: any job may be called so
     assert RunDir(Path(begin(tmp_path)["directory"])).path == tmp_path / "tiny-2"

@@ -11,10 +11,10 @@ import pytest
 import torch
 from launching import events, numbers, train
 
-from train import engine
-from train.checkpoint import load_checkpoint
+from train import engine, saving
+from train.checkpoint import CheckpointError, load_checkpoint
 from train.errors import TrainError
-from train.rundir import read_log
+from train.rundir import RunDir, read_log
 from train.sinks import JsonLines, Sinks, TensorBoard
 
 EVERY_STEP = {"run__save_every_minutes": 1e-9, "train__epochs": 2, "cup__last_epoch": 2}  # epochs have 4 steps
@@ -74,7 +74,33 @@ def test_a_run_that_cannot_be_saved_at_its_end_fails_and_is_not_finished(
     assert [event["epoch"] for event in events(log, "epoch")] == [1, 2, 3]
     assert not events(log, "done") and len(events(log, "note")) == 1
     monkeypatch.undo()
+    with pytest.raises(CheckpointError, match=r"3 epochs of an unfinished run.*delete the directory to start over"):
+        train(tmp_path)
+    assert read_log(tmp_path / "tiny/log.jsonl") == log  # nothing was cut off
+    shutil.rmtree(tmp_path / "tiny")
     assert train(tmp_path)[-1]["event"] == "done"
+
+
+def test_a_best_that_cannot_be_written_leaves_last_alone_and_does_not_count_as_the_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    honest, tried = saving.save_checkpoint, []
+
+    def save(path: Path, content: dict, keep: int = 1) -> None:
+        if path.name == "best.pt":
+            tried.append(content["progress"]["epoch"])
+            if len(tried) == 1:
+                raise CheckpointError(f"could not write {path}: No space left on device")
+        honest(path, content, keep)
+
+    tops = iter([90.0, 80.0, 70.0])
+    monkeypatch.setattr(saving, "save_checkpoint", save)
+    monkeypatch.setattr(engine, "evaluate", lambda *arguments: engine.Evaluation(next(tops), 99.0, 32))
+    log = train(tmp_path)
+    assert tried == [1, 2]  # the second beats nothing but what could be written
+    stored = load_checkpoint(tmp_path / "tiny/best.pt")["progress"]
+    assert (stored["epoch"], stored["best_top1"], log[-1]["best_top1"]) == (2, 80.0, 80.0)
+    assert load_checkpoint(tmp_path / "tiny/last-2.pt")["progress"]["best_top1"] == -1.0  # epoch 1's was written
 
 
 def test_a_run_directory_that_is_removed_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -96,6 +122,26 @@ def test_a_directory_that_cannot_be_made_again_ends_in_an_error_after_training(
     with pytest.raises(TrainError, match=r"the run is not saved as it stands.*runs/tiny"):
         train(tmp_path / "runs")
     assert (tmp_path / "runs").read_text() == "not a folder"
+
+
+@pytest.mark.parametrize("question", ["JsonLines.size", "RunDir.config"])
+def test_a_network_drive_that_answers_nothing_for_a_while_costs_nothing_but_the_checkpoints_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, question: str
+):
+    def stale(self: object) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    owner, name = (JsonLines, "size") if question == "JsonLines.size" else (RunDir, "config")
+    honest = getattr(owner, name)
+    actions = {6: lambda: setattr(owner, name, property(stale)), 8: lambda: setattr(owner, name, honest)}
+    try:
+        at_step(monkeypatch, actions)
+        log = train(tmp_path, **EVERY_STEP)
+    finally:
+        setattr(owner, name, honest)
+    notes = [event["message"] for event in events(log, "note")]
+    assert any("Stale file handle" in note for note in notes) and notes[-1] == "checkpoints can be written again"
+    assert log[-1]["event"] == "done"
 
 
 class FullFile:

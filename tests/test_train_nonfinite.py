@@ -87,6 +87,12 @@ def test_so_many_in_a_row_end_the_run(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (tmp_path / "tiny/last.pt").exists()
 
 
+def test_an_epoch_of_nothing_but_steps_left_out_is_said_to_be_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    in_place_of_steps(monkeypatch, {5, 6, 7, 8}, with_nan)
+    with pytest.raises(TrainError, match=r"all 4 steps of epoch 2 were left out.*look at the data"):
+        train(tmp_path, **SKIP)
+
+
 def test_fp16_leaves_steps_out_by_its_scaler_and_counts_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     in_place_of_steps(monkeypatch, {3}, with_nan)
     log = train(tmp_path, **SKIP, train__precision="fp16")
@@ -104,6 +110,8 @@ def test_by_default_the_run_ends_at_the_next_look_and_not_after_the_epoch(
     stored = load_checkpoint(tmp_path / "tiny/last.pt")
     assert stored["ranks"][0]["so_far"]["step"] == 1  # the step before
     assert all(torch.isfinite(value).all() for value in stored["model"].values())
+    log = train(tmp_path, cup__enabled="false", train__nonfinite="skip")  # as the error says
+    assert (events(log, "run")[-1]["first_step"], log[-1]["event"]) == (1, "done")
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

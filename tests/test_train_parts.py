@@ -2,12 +2,15 @@
 
 import json
 import math
+import socket
 import sys
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from launching import TINY
 from torch import nn
 
@@ -15,8 +18,9 @@ from data import Batch
 from launch import train
 from train import optim
 from train.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from train.cli import exit_code_of
 from train.config import RunConfig, parse_config
-from train.engine import TrainConfig, evaluate, training_step
+from train.engine import EpochSoFar, TrainConfig, evaluate, training_step
 from train.errors import ConfigError, TrainError
 from train.ledger import Ledger
 from train.models import build_model
@@ -26,7 +30,7 @@ from train.run import _excluded
 from train.rundir import RunDir, create_run_dir, find_run_dir, read_log
 from train.sinks import JsonLines
 from train.state import TrainState
-from train.world import World
+from train.world import World, open_world
 
 
 class Clock:
@@ -273,7 +277,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, 
     with pytest.raises(CheckpointError, match="No space left"):
         save_checkpoint(path, {"epoch": 2})
     monkeypatch.undo()
-    assert load_checkpoint(path)["epoch"] == 1
+    assert torch.load(path, weights_only=True)["epoch"] == 1  # no whole checkpoint, which load_checkpoint would ask for
     assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
 
 
@@ -345,12 +349,36 @@ def test_an_unfinished_run_of_another_configuration_is_refused(tmp_path: Path):
         choose_run_dir(config_in(tmp_path, optim__lr="0.3"))
 
 
+def test_a_run_may_go_on_with_settings_that_compute_nothing_and_leave_out_steps_that_broke_it(tmp_path: Path):
+    choose_run_dir(config_in(tmp_path))
+    others = {"data__threads": "3", "data__mmap": "false", "data__path": "elsewhere", "data__hw_decoder_load": "0"}
+    again = config_in(tmp_path, **others, train__nonfinite="skip", train__nonfinite_limit="3")
+    assert choose_run_dir(again).path.name == "tiny"
+    with pytest.raises(ConfigError, match=r"train\.precision \('fp32' there, 'bf16' now\)"):
+        choose_run_dir(config_in(tmp_path, train__precision="bf16"))
+
+
 def test_a_directory_that_is_no_run_is_left_alone(tmp_path: Path):
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny/thesis.tex").write_text("years of work")
     with pytest.raises(TrainError, match="no run directory"):
         choose_run_dir(config_in(tmp_path))
     assert [path.name for path in (tmp_path / "tiny").iterdir()] == ["thesis.tex"]
+
+
+def test_a_kill_while_the_configuration_is_written_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny/config.yaml.part").write_text("run:\n  na")
+    assert choose_run_dir(config_in(tmp_path)).path == tmp_path / "tiny"
+    assert [path.name for path in (tmp_path / "tiny").iterdir()] == ["config.yaml"]
+
+    def full_disk(self: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full_disk)
+    with pytest.raises(TrainError, match="No space left"):
+        create_run_dir(RunDir(tmp_path / "other"), config_in(tmp_path))
+    assert not list((tmp_path / "other").iterdir())
 
 
 def test_a_log_with_damage_in_the_middle_is_refused_but_a_cut_off_end_is_not(tmp_path: Path):
@@ -379,6 +407,48 @@ def test_lines_of_an_exclude_list_that_match_nothing_are_a_note():
     [note] = _excluded(RunConfig(), trainer)
     assert note.startswith("datasets/imagenet/exclude.txt names what is not in the data set")
     assert note.endswith("a, b, c and 2 more")
+
+
+@pytest.mark.parametrize(("ratio", "steps", "step", "is_averaged"), [("4/3", 4, 3, False), ("3/4", 5, 5, True)])
+def test_an_epoch_at_its_end_is_taken_up_with_another_batch(ratio: str, steps: int, step: int, is_averaged: bool):
+    """5 of 5 steps of 24 are 3 of 4 steps of 32, so one is to be made; of 18 they would be 6, but an epoch has 5."""
+    world = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
+    written = [EpochSoFar(None, {}, torch.tensor(10.0), torch.tensor(0.0), step=5, is_averaged=True)] * 3
+    so_far = EpochSoFar.restored(written, world, Fraction(ratio), steps)
+    assert (so_far.step, so_far.is_averaged) == (step, is_averaged)
+    assert so_far.loss_sum == pytest.approx(2.0 * step)
+    assert written[0].step == 5
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError("Tried to allocate 2 GiB.\nmore"), "lower data.batch_size or raise train.accumulate"),
+        (dist.DistNetworkError("Connection closed by peer [10.0.0.2]:4711\nmore"), "lost another rank"),
+        (dist.DistError("Timed out waiting 1000ms\nmore"), "another rank did not answer in time"),
+    ],
+)
+def test_what_torch_raises_for_a_full_gpu_or_a_lost_rank_is_one_line(
+    error: Exception, said: str, capsys: pytest.CaptureFixture
+):
+    def action() -> None:
+        raise error
+
+    assert exit_code_of(action, debug=False) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert said in line and line.endswith(f"({str(error).splitlines()[0]})")
+
+
+def test_a_meeting_place_that_does_not_exist_is_one_line(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RANK", "junk")
+    with pytest.raises(ConfigError, match="RANK: found 'junk' in the environment, allowed: a whole number"):
+        open_world("cpu")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        variables = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": taken.getsockname()[1]}
+        for name, value in variables.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(TrainError, match=r"cannot join the other ranks at 127\.0\.0\.1:\d+ .*EADDRINUSE"):
+            open_world("cpu", timeout_minutes=0.05)
 
 
 def test_an_interrupted_training_says_how_it_goes_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):

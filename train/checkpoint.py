@@ -99,26 +99,35 @@ def earlier_checkpoint(path: Path, number: int) -> Path:
     return path.with_name(f"{path.stem}-{number}{path.suffix}") if number else path
 
 
-def newest_checkpoint(path: Path) -> tuple[Path | None, list[str]]:
+def newest_checkpoint(path: Path) -> tuple[Path | None, dict[Path, str]]:
     """The newest of `path` and those before it that can be read; None where there is none at all.
 
-    Also returns why the newer ones cannot, in words for the user. Raises CheckpointError if none of them can.
+    Also returns the newer ones, and why they cannot, in words for the user. Raises CheckpointError if none of them can.
     """
     numbered = re.compile(rf"{re.escape(path.stem)}-([1-9]\d*){re.escape(path.suffix)}")
     matches = (numbered.fullmatch(file.name) for file in path.parent.glob("*"))
     numbers = [0, *sorted(int(match[1]) for match in matches if match)]
     found = [file for number in numbers if (file := earlier_checkpoint(path, number)).exists()]
-    damaged: list[str] = []
+    damaged: dict[Path, str] = {}
     for file in found:
         try:
             load_checkpoint(file)
         except CheckpointError as error:
-            damaged.append(str(error))
+            damaged[file] = str(error)
         else:
             return file, damaged
     if damaged:
-        raise CheckpointError("; ".join(damaged))
-    return None, []
+        raise CheckpointError("; ".join(damaged.values()))
+    return None, {}
+
+
+def put_aside(damaged: Sequence[Path]) -> None:
+    """Rename damaged checkpoints to NAME.damaged: among the others they would push a good one out at the next save."""
+    for path in damaged:
+        try:
+            path.replace(path.with_name(path.name + ".damaged"))
+        except OSError as error:
+            raise CheckpointError(f"{path} is damaged and cannot be renamed: {error}") from error
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

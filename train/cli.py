@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from train.errors import ConfigError
-from train.world import USER_ERRORS, lost_peer
+from train.world import USER_ERRORS, lost_peer, out_of_memory
 
 LINGER_S = 3.0
 
@@ -32,7 +32,7 @@ def exit_code_of(action: Callable[[], None], debug: bool, after_interrupt: str =
     except Exception as error:
         if isinstance(error, USER_ERRORS):
             message = " ".join(str(error).split())
-        elif (message := lost_peer(error)) is None:
+        elif (message := lost_peer(error) or out_of_memory(error)) is None:
             raise
         if debug:
             traceback.print_exc()
@@ -43,19 +43,24 @@ def exit_code_of(action: Callable[[], None], debug: bool, after_interrupt: str =
     return 0
 
 
-def command_again(argv: list[str], resume: str) -> str:
+def command_again(argv: list[str], resume: str, name: str, directory: str) -> str:
     """The command line that goes on with this run: torchrun's where that started this process, else our own.
 
-    argv: our own arguments. resume: the run's run.resume, which has to be auto to go on.
+    argv: our own arguments. resume: the run's run.resume, which has to be auto to go on. name: its run.name, under
+    which auto may find another run than the one in `directory`, where run.resume: never gave it a number.
     """
+    more = []
+    if resume != "auto":
+        own_name = Path(directory).name
+        more = [*([] if own_name == name else ["--run.name", own_name]), "--run.resume", "auto"]
     command = [sys.executable, *sys.argv[:1], *argv]
     if "TORCHELASTIC_RUN_ID" in os.environ:
         try:  # the parent process, as Linux shows it
             words = Path(f"/proc/{os.getppid()}/cmdline").read_text(encoding="utf-8").split("\0")
             command = [word for word in words if word] or command
         except (OSError, UnicodeDecodeError):
-            return "the same torchrun command"
-    return shlex.join(command + ([] if resume == "auto" else ["--run.resume", "auto"]))
+            return " ".join(["the same torchrun command", *(["with", *more] if more else [])])
+    return shlex.join(command + more)
 
 
 def positive_int(text: str) -> int:
@@ -79,12 +84,13 @@ def _int_from(lowest: int, text: str) -> int:
 
 
 def _ranks() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    size = os.environ.get("WORLD_SIZE", "1")
+    return int(size) if size.isdecimal() else 1
 
 
 def _say(message: str) -> None:
     """One line on stderr, with the rank where there are several."""
-    rank = f"[rank {os.environ['RANK']}] " if _ranks() > 1 else ""
+    rank = f"[rank {os.environ.get('RANK', '?')}] " if _ranks() > 1 else ""
     # One write, newline included: torchrun runs Python unbuffered, and the ranks' lines would mix.
     sys.stderr.write(f"{rank}{message}\n")
     sys.stderr.flush()

@@ -39,10 +39,12 @@ from train.world import World, exchange_wait_s, without_exchange
 
 NOT_TRAINING = ("startup", "eval", "save", "lost")
 """Kinds of seconds that do not count when images a second are told."""
+NEW_RUN = "in a new run (another --run.name, and --model.from with the last checkpoint, which is untouched, if any)"
 AFTER_NONFINITE = (
-    "lower optim.lr, take bf16 in place of fp16, or leave such steps out with train.nonfinite: skip; the last "
-    "checkpoint, if any, is untouched"
+    f"lower optim.lr, or take bf16 in place of fp16, {NEW_RUN}, or go on and leave such steps out with "
+    "--train.nonfinite skip"
 )
+AFTER_SKIPPING = f"look at the data, or lower optim.lr {NEW_RUN}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,13 +69,14 @@ class TrainConfig:
     compile: Literal["none", "blocks"] = "none"
     """blocks = torch.compile on the network's repeated blocks, where enough steps at the same widths and image size lie
     ahead."""
-    compile_steps: int = 2000
-    """How many steps at the same widths and image size are enough; compiling takes about a minute."""
+    compile_steps: int = 6000
+    """How many steps at the same widths and image size are enough: so many pay for a minute of compiling where each
+    gets 10 ms shorter."""
     ema_decay: float = 0.0
     """Decay of the moving average of the weights a step, evaluated instead of them; 0 = none."""
     nonfinite: Literal["stop", "skip"] = "stop"
     """What a loss that is NaN or infinite does: stop = it ends the run; skip = a step whose gradients are not finite
-    changes nothing, on all ranks alike."""
+    changes nothing, on all ranks alike, but that a moving average takes the unchanged weights once more."""
     nonfinite_limit: int = 25
     """With skip: as many such steps in a row end the run. fp16 leaves out about ten by itself to find its scale."""
 
@@ -172,19 +175,20 @@ class EpochSoFar:
         return cls(threshold, trainer.ledger.seconds, nothing, nothing.clone())
 
     @staticmethod
-    def restored(ranks: Sequence["EpochSoFar"], world: World, batch_ratio: Fraction) -> "EpochSoFar":
+    def restored(ranks: Sequence["EpochSoFar"], world: World, batch_ratio: Fraction, steps: int) -> "EpochSoFar":
         """This rank's part of an epoch that `ranks` were in the middle of, who may have been fewer or more.
 
-        batch_ratio: images a step now over images a step then. The same images are done, to within a batch, and the
-        mean of the losses so far stays what it is.
+        batch_ratio: images a step now over images a step then. steps: of the epoch, now. The same images are done, to
+        within a batch, and the mean of the losses so far stays what it is.
         """
         so_far = ranks[min(world.rank, len(ranks) - 1)]
         so_far = replace(so_far, loss_sum=so_far.loss_sum.to(world.device), skipped=so_far.skipped.to(world.device))
         if (len(ranks), batch_ratio) != (world.size, 1):
             kept = max(so_far.step - float(so_far.skipped), 1)
             mean = sum(float(rank.loss_sum) for rank in ranks) / (kept * len(ranks))
-            so_far.step = math.floor(so_far.step / batch_ratio)
-            so_far.skipped = (so_far.skipped / float(batch_ratio)).floor()
+            so_far.step = min(math.floor(so_far.step / batch_ratio), steps)
+            so_far.skipped = (so_far.skipped / float(batch_ratio)).floor().clamp(max=so_far.step)
+            so_far.is_averaged &= so_far.step == steps  # smaller batches may leave a step to make
             kept = so_far.step - float(so_far.skipped)
             so_far.loss_sum.fill_(mean * kept * world.size if world.is_main else 0.0)
         return so_far
@@ -217,6 +221,11 @@ def fit(trainer: Trainer) -> dict[str, Any]:
             trainer.so_far = EpochSoFar.beginning(trainer, outcome.threshold)
         loss, images_per_s = train_epoch(trainer, epoch, just_resized)
         if not math.isfinite(loss):  # the mean over all ranks, so all of them stop here
+            if trainer.guard is not None and trainer.so_far.skipped >= trainer.so_far.step:
+                raise TrainError(
+                    f"all {trainer.so_far.step} steps of epoch {epoch} were left out, for their gradients were not "
+                    f"finite: {AFTER_SKIPPING}"
+                )
             raise TrainError(f"the loss is {loss} in epoch {epoch}: {AFTER_NONFINITE}")
         with trainer.ledger.charge("eval"):
             result = _evaluate(trainer)
@@ -295,8 +304,8 @@ def _look(trainer: Trainer, epoch: int) -> None:
     where = f"in epoch {epoch}, at or before step {trainer.so_far.step}"
     if decision.broken and trainer.guard is not None:
         raise TrainError(
-            f"{trainer.config.nonfinite_limit} steps in a row were not finite {where} (train.nonfinite_limit): lower "
-            "optim.lr, or look at the data; the last checkpoint, if any, is untouched"
+            f"{trainer.config.nonfinite_limit} steps in a row were not finite {where} (train.nonfinite_limit): "
+            f"{AFTER_SKIPPING}"
         )
     if decision.broken:
         raise TrainError(f"the loss is not finite {where}: {AFTER_NONFINITE}")
@@ -401,11 +410,13 @@ def evaluate(
 
 def _resize(trainer: Trainer, epoch: int) -> ResizeOutcome:
     """Let the hook resize, and write what it did."""
+    trainer.watch.beat()
     started = trainer.ledger.seconds["resize"]
     with trainer.ledger.charge("resize"):
         outcome = trainer.resizer.at_epoch_start(epoch, trainer.state, trainer.world)
         trainer.world.synchronize()
     seconds = trainer.ledger.seconds["resize"] - started
+    trainer.watch.beat()
     if outcome.note:
         trainer.sinks.write({"event": "note", "time_s": trainer.ledger.total_s, "message": outcome.note})
     if outcome.removed:

@@ -7,6 +7,7 @@ import os
 import platform
 import time
 import warnings
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from train.checkpoint import (
     load_checkpoint,
     load_network,
     load_weights,
+    put_aside,
     stored_architecture,
     stored_plans,
     stored_weights,
@@ -55,8 +57,10 @@ def run(config: RunConfig, world: World, ledger: Ledger) -> dict[str, Any]:
     """
     run_dir = RunDir(Path(world.on_rank_zero(lambda: str(find_run_dir(config, torchrun_job()).path))))
     if done := world.on_rank_zero(run_dir.closing_event):  # torchrun restarts a job that failed after its end
+        if world.is_main:
+            ConsoleSink().write({"event": "note", "message": f"{run_dir.path} is finished, by this very job"})
         return done
-    stored, notes = load_stored(run_dir, world)
+    stored, damaged, notes = load_stored(run_dir, world)
     source = _load_source(config, world) if stored is None else None
     config = _with_model_name(config, stored or source)
     world.on_rank_zero(lambda: prepare_data(config.data))
@@ -76,13 +80,15 @@ def run(config: RunConfig, world: World, ledger: Ledger) -> dict[str, Any]:
         restore_buffers(trainer, stored)
     trainer.state.parallel = world.wrap(trainer.state.model)
     architecture = _architecture(config, trainer.train_loader.num_classes)
-    saver = Saver(config, run_dir, architecture, fitted.data.batch_size)
+    saver = Saver(config, run_dir, architecture, fitted.data.batch_size, trainer.progress)
     trainer.save = saver.save
     trainer.sinks, words = world.together(lambda: _open_sinks(run_dir, world, ledger, stored))
     notes += words
-    with StopSignals() as signals:
+    world.on_rank_zero(lambda: put_aside(damaged))  # the log is ours alone by now
+    with StopSignals(is_speaker=world.is_main) as signals:
         beat = (lambda: saver.beat(ledger)) if world.is_main else (lambda: None)
         trainer.watch = Watch(world, lambda: signals.stop_wanted, 60 * config.run.save_every_minutes, beat)
+        beat()  # a kill from here on is in the account
         try:
             trainer.sinks.write(_first_line(fitted, trainer, run_dir))
             for note in notes:
@@ -95,6 +101,10 @@ def run(config: RunConfig, world: World, ledger: Ledger) -> dict[str, Any]:
             _require_saved(saver, run_dir)
             _await_own_signal(signals)
             return _stopped_event(trainer, run_dir)
+        except BaseException:  # whatever it was: the wait for a rank that is gone may have taken minutes
+            if world.is_main:
+                saver.beat(ledger, at_once=True)
+            raise
         finally:
             trainer.sinks.close()
             trainer.train_loader.close()
@@ -323,7 +333,8 @@ def _close(trainer: Trainer, saver: Saver, run_dir: RunDir, done: dict[str, Any]
             f"trained to the end, but {trainer.sinks.unwritten} lines of {run_dir.log} could not be written; "
             f"{run_dir.last} is complete, and the same command closes the run once there is room"
         )
-    run_dir.alive.unlink(missing_ok=True)
+    with suppress(OSError):  # the run is finished all the same
+        run_dir.alive.unlink(missing_ok=True)
 
 
 def _require_saved(saver: Saver, run_dir: RunDir) -> None:

@@ -51,12 +51,18 @@ RUN_PARTS = {
 class Saver:
     """Writes a run's checkpoints. All ranks have one; rank 0's writes."""
 
-    def __init__(self, config: RunConfig, run_dir: RunDir, architecture: Architecture, batch_size: int) -> None:
-        """batch_size: images a step of all ranks, as it is; `config` may ask for more (train/run.py)."""
+    def __init__(
+        self, config: RunConfig, run_dir: RunDir, architecture: Architecture, batch_size: int, progress: Progress
+    ) -> None:
+        """batch_size: images a step of all ranks, as it is; `config` may ask for more (train/run.py).
+
+        progress: as the run goes on from.
+        """
         self._config = config
         self._batch_size = batch_size
         self._run_dir = run_dir
         self._architecture = architecture
+        self._best = _best(progress)  # what lies in best.pt
         self._beaten_at = -BEAT_EVERY_S
         self.failure = ""
         """Why the last checkpoint could not be written, the same on all ranks; empty if it was."""
@@ -64,42 +70,57 @@ class Saver:
     def save(self, trainer: Trainer, is_best: bool) -> None:
         """Write `last`, and `best` where it is. All ranks call it, between two steps.
 
-        What cannot be written is noted, once, and tried again the next time: `failure` says so meanwhile. Raises
-        TrainError, on all ranks, if the weights are not finite.
+        What cannot be written is noted, once, and tried again the next time: `failure` says so meanwhile. Where that is
+        `best`, `trainer.progress` goes back to the best that could be written. Raises TrainError, on all ranks, if the
+        weights are not finite.
         """
         world = trainer.world
         ranks = world.gather(_state_of_rank(trainer))
         failed_before = bool(self.failure)
-        self.failure = world.on_rank_zero(lambda: self._write(trainer, ranks, is_best))
+        written = world.on_rank_zero(lambda: self._write(trainer, ranks, is_best))
+        self.failure = "; ".join(written["failures"])
+        if written["best"]:
+            self._best = _best(trainer.progress)
+        elif is_best:  # so that the next one that beats what lies in best.pt takes its place
+            vars(trainer.progress).update(self._best)
         trainer.watch.saved()
         if bool(self.failure) != failed_before:
             message = f"{self.failure}; training goes on" if self.failure else "checkpoints can be written again"
             trainer.sinks.write({"event": "note", "time_s": trainer.ledger.total_s, "message": message})
 
-    def beat(self, ledger: Ledger) -> None:
+    def beat(self, ledger: Ledger, at_once: bool = False) -> None:
         """Leave word of the seconds so far, every few seconds, in case this process is killed. Rank 0 only."""
-        if (now := time.monotonic()) - self._beaten_at < BEAT_EVERY_S:
+        if (now := time.monotonic()) - self._beaten_at < BEAT_EVERY_S and not at_once:
             return
         self._beaten_at = now
         with suppress(OSError):  # a full disk is reported where it matters, by the checkpoint
             _write_alive(self._run_dir.alive, ledger)
 
-    def _write(self, trainer: Trainer, ranks: list[dict[str, Any]], is_best: bool) -> str:
-        """On rank 0; returns why it could not, or nothing."""
-        content = self._content(trainer, ranks)
+    def _write(self, trainer: Trainer, ranks: list[dict[str, Any]], is_best: bool) -> dict[str, Any]:
+        """On rank 0; returns whether `best` was written, and why what could not be written could not."""
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in trainer.state.model.parameters()):
+            raise TrainError(f"the weights are not finite after step {trainer.progress.step}: {AFTER_NONFINITE}")
+        wrote_best, failures = False, []
         try:
             create_run_dir(self._run_dir, self._config)  # which may have gone since
+            trainer.sinks.sync_log()
+            content = self._content(trainer, ranks)
             if is_best:
-                save_checkpoint(self._run_dir.best, content)
+                try:
+                    save_checkpoint(self._run_dir.best, content)
+                    wrote_best = True
+                except TrainError as error:
+                    failures.append(str(error))
+                    content["progress"] |= self._best
             save_checkpoint(self._run_dir.last, content, keep=self._config.run.keep)
         except TrainError as error:
-            return str(error)
-        return ""
+            failures.append(str(error))
+        except OSError as error:  # what a network drive answers to the simplest question: EIO, ESTALE, EACCES
+            failures.append(f"could not write in {self._run_dir.path}: {error}")
+        return {"best": wrote_best, "failures": failures}
 
     def _content(self, trainer: Trainer, ranks: list[dict[str, Any]]) -> dict[str, Any]:
         state, before = trainer.state, trainer.progress.gpu_hours_before
-        if not all(bool(torch.isfinite(parameter).all()) for parameter in state.model.parameters()):
-            raise TrainError(f"the weights are not finite after step {trainer.progress.step}: {AFTER_NONFINITE}")
         buffers = [rank["buffers"] or {"model": {}, "ema": {}} for rank in ranks]
         return {
             "architecture": dataclasses.asdict(self._architecture),
@@ -107,7 +128,7 @@ class Saver:
             "plans": plans_to_store(trainer.resizer.plans),
             "widths": trainer.resizer.widths,
             "allowed_widths": trainer.resizer.allowed_widths,
-            "progress": vars(trainer.progress),
+            "progress": dict(vars(trainer.progress)),
             "batch_size": self._batch_size,
             "gpu_hours": None if before is None else before + trainer.ledger.gpu_hours(trainer.ledger.total_s),
             "log_bytes": trainer.sinks.log_bytes,
@@ -119,22 +140,27 @@ class Saver:
         }
 
 
-def load_stored(run_dir: RunDir, world: World) -> tuple[dict[str, Any] | None, list[str]]:
-    """The checkpoint to go on from, on every rank, None for a run that begins; and words for the user.
+def load_stored(run_dir: RunDir, world: World) -> tuple[dict[str, Any] | None, list[Path], list[str]]:
+    """The checkpoint to go on from, on every rank, None for a run that begins; damaged files; words for the user.
 
-    All ranks call it. Where the newest is damaged it is the one before. Raises CheckpointError if none can be read.
+    All ranks call it. Where the newest is damaged it is the one before, and the damaged ones have to be put aside
+    before training goes on. Raises CheckpointError if none can be read, or all are gone.
     """
 
     def find() -> dict[str, Any]:
         try:
             path, damaged = newest_checkpoint(run_dir.last)
+        except OSError as error:
+            raise CheckpointError(f"cannot look for checkpoints in {run_dir.path}: {error}") from error
         except CheckpointError as error:
             raise CheckpointError(f"{error}; delete them to start this run over, or take --run.resume never") from error
-        return {"path": path and str(path), "damaged": damaged}
+        if path is None:
+            _require_young(run_dir)
+        return {"path": path and str(path), "damaged": {str(file): why for file, why in damaged.items()}}
 
     found = world.on_rank_zero(find)
     if found["path"] is None:
-        return None, []
+        return None, [], []
     stored = world.together(lambda: load_checkpoint(Path(found["path"])))
     wrong = [key for key, kind in RUN_PARTS.items() if key not in stored or not isinstance(stored[key], kind)]
     if wrong:
@@ -142,8 +168,27 @@ def load_stored(run_dir: RunDir, world: World) -> tuple[dict[str, Any] | None, l
             f"{found['path']} cannot be gone on from, {', '.join(wrong)} missing or not as written: start another run "
             "with --model.from"
         )
-    notes = [f"{message}; going on from {found['path']}, which was written before" for message in found["damaged"]]
-    return stored, notes
+    notes = [
+        f"{why}; going on from {found['path']}, which was written before, and {Path(file).name} becomes "
+        f"{Path(file).name}.damaged"
+        for file, why in found["damaged"].items()
+    ]
+    return stored, [Path(file) for file in found["damaged"]], notes
+
+
+def _require_young(run_dir: RunDir) -> None:
+    """Raises CheckpointError for a run that is past its first epoch: starting over would write over what is left of it.
+
+    A kill in the first save leaves that epoch's line, and perhaps `best`; then nothing but this epoch is lost.
+    """
+    epochs = [event.get("epoch", 0) for event in run_dir.events() if event.get("event") == "epoch"]
+    if run_dir.best.exists():
+        epochs.append(load_checkpoint(run_dir.best).get("progress", {}).get("epoch", 0))
+    if max(epochs, default=0) > 1:
+        raise CheckpointError(
+            f"{run_dir.path} holds {max(epochs)} epochs of an unfinished run, but {run_dir.last.name} and those before "
+            "it are not there: put one back, delete the directory to start over, or take --run.resume never"
+        )
 
 
 def restore(trainer: Trainer, stored: dict[str, Any], batch_size: int) -> list[str]:
@@ -195,6 +240,10 @@ def lost_seconds(run_dir: RunDir, stored: dict[str, Any] | None) -> dict[str, fl
         spent["wall_s"] -= sum(account["seconds"].values())
         spent["rank_s"] -= account["rank_s"]
     return {key: max(0.0, seconds) for key, seconds in spent.items()}
+
+
+def _best(progress: Progress) -> dict[str, float]:
+    return {"best_top1": progress.best_top1, "best_top5": progress.best_top5}
 
 
 def _write_alive(path: Path, ledger: Ledger) -> None:
@@ -251,7 +300,10 @@ def _restore_rank(trainer: Trainer, stored: dict[str, Any], batch_size: int) -> 
     trainer.ledger.load_state_dict(ranks[min(world.rank, len(ranks) - 1)]["ledger"])
     if ranks[0]["so_far"] is not None:
         parts = [_as_written(EpochSoFar, rank["so_far"]) for rank in ranks]
-        trainer.so_far = EpochSoFar.restored(parts, world, Fraction(batch_size, stored["batch_size"]))
+        if any(part.seconds_before.keys() != trainer.ledger.seconds.keys() for part in parts):
+            raise TypeError("the seconds of the epoch's beginning are not as written")
+        ratio = Fraction(batch_size, stored["batch_size"])
+        trainer.so_far = EpochSoFar.restored(parts, world, ratio, len(trainer.train_loader))
     if len(ranks) != world.size:
         return [f"resumed on {world.size} ranks, stored by {len(ranks)}: augmentation and dropout draw other numbers"]
     mine = ranks[world.rank]

@@ -8,12 +8,14 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from types import TracebackType
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SECOND_AFTER_S = 1.0
 """torchrun passes on the Ctrl-C that the terminal gave to everybody: what comes together counts once."""
 EXIT_CODE_OF_INTERRUPT = 130
+HEARD = b"stopping after this step; Ctrl-C again ends at once\n"
 
 
 class StopSignals:
@@ -22,7 +24,9 @@ class StopSignals:
     Processes that are started meanwhile get the usual handlers. Entered by another thread it does nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, is_speaker: bool = True) -> None:
+        """is_speaker: whether this process answers a Ctrl-C on stderr; one of all ranks is enough."""
+        self._is_speaker = is_speaker
         self._wanted = threading.Event()
         self._before: dict[signal.Signals, object] = {}
         self._pipe: tuple[int, int] | None = None
@@ -66,7 +70,11 @@ class StopSignals:
                 continue
             self._wanted.set()
             if number[0] == signal.SIGINT:
-                interrupted_at = interrupted_at or time.monotonic()
+                if interrupted_at is None:
+                    interrupted_at = time.monotonic()
+                    if self._is_speaker:
+                        with suppress(OSError):  # os.write, for the main thread may hold the lock of sys.stderr
+                            os.write(2, HEARD)
                 if time.monotonic() - interrupted_at > SECOND_AFTER_S:
                     os._exit(EXIT_CODE_OF_INTERRUPT)
         os.close(end)

@@ -67,6 +67,11 @@ class Sinks:
             else:
                 self._log_fails = self._log_fails and sink is not self._log
 
+    def sync_log(self) -> None:
+        """See to it that a power cut takes nothing from the log that a checkpoint counts on. Raises OSError."""
+        if self._log is not None:
+            self._log.sync()
+
     def progress(self, what: str, step: int, steps: int) -> None:
         for sink in self._sinks:
             sink.progress(what, step, steps)
@@ -122,6 +127,9 @@ class JsonLines:
                 self._file.truncate(before)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
             del self._pending[0]
+
+    def sync(self) -> None:
+        os.fsync(self._file.fileno())
 
     def progress(self, what: str, step: int, steps: int) -> None:
         pass

@@ -37,12 +37,12 @@ class Watch:
         beat: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """save_every_s: 0 = never in the middle of an epoch. beat: called at every look."""
+        """save_every_s: 0 = never in the middle of an epoch. beat: called at every look, and before what takes long."""
         self._world = world
         self._stop_wanted = stop_wanted
         self._save_every_s = save_every_s
         self._look_every_s = min(LOOK_EVERY_S, save_every_s / 4) if save_every_s else LOOK_EVERY_S
-        self._beat = beat
+        self.beat = beat
         self._clock = clock
         self._saved_at = clock()
         self.restart()
@@ -72,5 +72,5 @@ class Watch:
             steps_to_look = round(min(max(self._look_every_s / max(a_step_s, 1e-9), 1), MOST_STEPS))
         stop, save, broken, steps_to_look = self._world.highest([self._stop_wanted(), save_due, broken, steps_to_look])
         self._steps, self._steps_to_look, self._looked_at = 0, steps_to_look, now
-        self._beat()
+        self.beat()
         return Decision(bool(stop), bool(save), bool(broken))

@@ -163,10 +163,11 @@ def open_world(device: str = "auto", timeout_minutes: float = COLLECTIVE_TIMEOUT
 
     device: auto (a GPU if there is one), cpu or cuda. nccl moves GPU tensors, gloo everything else.
     timeout_minutes: a rank that waits longer than this for the others in a collective gives up.
-    Raises ConfigError if cuda is asked for and there is none, or fewer GPUs than ranks on this machine.
+    Raises ConfigError if cuda is asked for and there is none, or fewer GPUs than ranks on this machine; TrainError if
+    the other ranks cannot be reached.
     """
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    rank, size = _number("RANK", 0), _number("WORLD_SIZE", 1)
+    local_rank, local_size = _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", 1)
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     where = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
@@ -179,9 +180,16 @@ def open_world(device: str = "auto", timeout_minutes: float = COLLECTIVE_TIMEOUT
             )
         torch.cuda.set_device(local_rank)
     if size > 1:
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if use_cuda else "gloo", timeout=timedelta(minutes=timeout_minutes)
-        )
+        try:
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if use_cuda else "gloo", timeout=timedelta(minutes=timeout_minutes)
+            )
+        except (RuntimeError, ValueError) as error:  # the network's are RuntimeErrors, a missing variable a ValueError
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise TrainError(
+                f"cannot join the other ranks at {where} (MASTER_ADDR, MASTER_PORT; torchrun's --rdzv-endpoint): "
+                f"{_first_line(error)}"
+            ) from error
     return World(rank, size, local_rank, local_size, where)
 
 
@@ -197,16 +205,16 @@ def without_exchange(parallel: nn.Module) -> AbstractContextManager:
 def exchange_wait_s(parallel: nn.Module) -> float | None:
     """Seconds in which a step waits for the all-reduce of gradients with nothing left to compute beside it.
 
-    As DDP itself measures it, a mean over the steps that it samples since `World.wrap`: the first ten, then every
-    hundredth. None for one process, and before the second step.
+    As DDP itself measured it at the last step that it sampled: one of the first ten since `World.wrap`, later every
+    hundredth. Its mean would not do, for it counts the first step, in which the ranks compile and wait for each other.
+    None for one process, and before the second step.
     """
     if not isinstance(parallel, nn.parallel.DistributedDataParallel):
         return None
     measured = parallel._get_ddp_logging_data()
-    if "avg_backward_comm_time" not in measured:
+    if "backward_comm_time" not in measured:
         return None
-    hidden = measured["avg_backward_compute_comm_overlap_time"]
-    return max(0, measured["avg_backward_comm_time"] - hidden) / 1e9  # from nanoseconds
+    return max(0, measured["backward_comm_time"] - measured["backward_compute_comm_overlap_time"]) / 1e9  # from ns
 
 
 def available_cores() -> int:
@@ -228,5 +236,26 @@ def lost_peer(error: Exception) -> str | None:
     ):
         return None
     if "timed out" in str(error).lower() or "timeout" in str(error).lower():
-        return "another rank did not answer in time (run.timeout_minutes): is its machine there, and the network?"
-    return "lost another rank in the middle of a collective; that rank's own message says why"
+        what = "another rank did not answer in time (run.timeout_minutes): is its machine there, and the network?"
+    else:
+        what = "lost another rank in the middle of a collective; that rank's own message says why"
+    return f"{what} ({_first_line(error)})"
+
+
+def out_of_memory(error: Exception) -> str | None:
+    """What to do, in words, if `error` means that a GPU's memory is full; else None."""
+    if not isinstance(error, torch.OutOfMemoryError):
+        return None
+    return f"not enough GPU memory: lower data.batch_size or raise train.accumulate ({_first_line(error)})"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _number(variable: str, otherwise: int) -> int:
+    """A variable of torchrun's. Raises ConfigError if somebody set it to something else."""
+    text = os.environ.get(variable, str(otherwise))
+    if not text.isdecimal():
+        raise ConfigError(f"{variable}: found {text!r} in the environment, allowed: a whole number, as torchrun sets")
+    return int(text)

@@ -6,9 +6,9 @@ has the widths of the run's epoch 1 + floor((j - 1) R / E), R being the epochs o
     for each stretch of epochs at equal widths: training steps x seconds of a step, validation batches x seconds of one,
     for each change of widths: a resize as the run measured it, and what the first step takes more than the others
 
-A step of the whole batch counts as many steps of the measured one as there are images in it, on one device or on
-several: GPU hours are the same. Not in it: all-reduce, waiting for data, startup, checkpoints. They come on top of the
-dense run's hours as well as the shrinking one's.
+A step of the whole batch counts as many steps of the measured one as there are images in it: the hours are those of one
+device. With --compile blocks every stretch runs compiled, whatever train.compile_steps says. Not in it: all-reduce,
+waiting for data, startup, checkpoints. They come on top of the dense run's hours as well as the shrinking one's.
 """
 
 import argparse
@@ -23,18 +23,19 @@ import torch
 
 from launch.benches.measure import machine, rounds_in_turn, write_result
 from launch.benches.step import (
-    RoundTo,
     StepBench,
     Table,
     Widths,
     add_device_arguments,
     epochs_of_run,
     model_of_run,
+    steps_at_once,
     tables,
 )
 from train.checkpoint import load_checkpoint, stored_architecture
 from train.cli import non_negative_int, positive_int
 from train.engine import TrainConfig
+from train.errors import ConfigError, TrainError
 from train.rundir import RunDir, read_log
 from train.world import open_world
 
@@ -54,8 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep-fr",
         action="store_true",
-        help="shrink what rounding widened, all groups by one factor, until the run's FR is back: what a run with that "
-        "round_to and the same target comes to",
+        help="project also with the run's FR brought back after rounding, all groups narrowed by one factor: about "
+        "what a run with that round_to and the same target comes to",
     )
     add_device_arguments(parser)
 
@@ -111,8 +112,14 @@ class Schedule:
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Measure, print the arithmetic and the table, write the result."""
+    """Measure, print the arithmetic and the table, write the result.
+
+    Raises TrainError for a run that is not finished or never shrank.
+    """
+    if options.images < options.batch_size:
+        raise ConfigError(f"--images: found {options.images}, allowed: from --batch-size ({options.batch_size})")
     lines = epochs_of_run(options.run)
+    _check_path(options.run)
     world = open_world(options.device)
     torch.backends.cudnn.benchmark = world.device.type == "cuda"  # as the trainer
     name, classes = model_of_run(options.run), options.classes or _classes_of_run(options.run)
@@ -123,25 +130,30 @@ def measure(options: argparse.Namespace) -> None:
     )
     path = spread([line["widths"] for line in lines], options.epochs)
     allowed = tables(options.round_to, bench, path[0].keys())
-    rounded = at_equal_reduction if options.keep_fr else StepBench.rounded
-    paths = {found: [rounded(bench, widths, table) for widths in path] for found, table in allowed.items()}
-    costs = _measured(bench, [bench.dense_widths, *(widths for path in paths.values() for widths in path)], options)
+    paths = {f"round_to {key}": [bench.rounded(widths, table) for widths in path] for key, table in allowed.items()}
+    if options.keep_fr:
+        for key, table in allowed.items():
+            paths[f"round_to {key}, FR kept"] = [at_equal_reduction(bench, widths, table) for widths in path]
+    paths = {"dense": [bench.dense_widths] * options.epochs, **paths}
+    costs = _measured(bench, [widths for path in paths.values() for widths in path], options)
     resize_s = mean_resize_s(options.run)
 
-    def reduction(widths: Widths) -> float:
-        return bench.dense.flops / bench.cost(widths).flops
+    def projected(name: str, costs: Callable[[Widths], Costs]) -> list[Segment]:
+        return segments(paths[name], costs, lambda w: bench.dense.flops / bench.cost(w).flops, schedule, resize_s)
 
-    dense = segments([bench.dense_widths] * options.epochs, costs, reduction, schedule, resize_s)
-    projected = {found: segments(path, costs, reduction, schedule, resize_s) for found, path in paths.items()}
+    found = {name: projected(name, costs.medians) for name in paths}
+    by_round = {name: [hours(projected(name, costs.of_round(r))) for r in range(options.rounds)] for name in paths}
     print(
         f"A projection, not a training: {bench.title}; {options.epochs} epochs of {options.images:,} images, "
         f"{options.val_images:,} to validate, widths of {options.run} ({len(lines)} epochs), {resize_s:.2f} s a resize"
     )
-    _print_segments("dense", dense)
+    for name, parts in found.items():
+        _print_segments(name, parts)
+    dense = found.pop("dense")
     rows = []
-    for found, parts in projected.items():
-        _print_segments(f"round_to {found}", parts)
-        rows.append(_row(found, parts, dense))
+    for name, parts in found.items():
+        savings = [100 * (1 - mine / full) for mine, full in zip(by_round[name], by_round["dense"], strict=True)]
+        rows.append({**_row(name, parts, dense), "savings_by_round": savings})
     _print_rows(rows, dense)
     if options.out:
         content = {
@@ -154,9 +166,7 @@ def measure(options: argparse.Namespace) -> None:
             "machine": machine("torchvision"),
             "rows": rows,
             "dense_hours": hours(dense),
-            "segments": {
-                str(key): [asdict(part) for part in parts] for key, parts in {"dense": dense, **projected}.items()
-            },
+            "segments": {name: [asdict(part) for part in parts] for name, parts in {"dense": dense, **found}.items()},
         }
         write_result(options.out, content)
 
@@ -219,38 +229,67 @@ def mean_resize_s(run: Path) -> float:
     return ranks * mean(seconds) if seconds else 0.0
 
 
+def _check_path(run: Path) -> None:
+    """Only a run that shrank, and came to its end, has the widths of a whole schedule."""
+    events = {event.get("event") for event in read_log(RunDir(run).log)}
+    if "done" not in events:
+        raise TrainError(f"{run} is not finished, so its widths are not those of a whole schedule: let it go on first")
+    if "resize" not in events:
+        raise TrainError(f"{run} never shrank, so there is nothing to project: take a run with cup.enabled true")
+
+
 def _classes_of_run(run: Path) -> int:
     return stored_architecture(load_checkpoint(RunDir(run).last)).num_classes
 
 
-def _measured(bench: StepBench, networks: Sequence[Widths], options: argparse.Namespace) -> Callable[[Widths], Costs]:
-    """Costs of these widths, each measured once, all of them in turn."""
+@dataclass(frozen=True)
+class _Measured:
+    """What was measured of each network, in every round. first_s: key -> seconds of the first step."""
+
+    step_s: Mapping[str, list[float]]
+    val_s: Mapping[str, list[float]]
+    first_s: Mapping[str, float]
+
+    def medians(self, widths: Widths) -> Costs:
+        key = _key(widths)
+        return Costs(median(self.step_s[key]), median(self.val_s[key]), self.first_s[key])
+
+    def of_round(self, number: int) -> Callable[[Widths], Costs]:
+        return lambda widths: Costs(
+            self.step_s[_key(widths)][number], self.val_s[_key(widths)][number], self.first_s[_key(widths)]
+        )
+
+
+def _measured(bench: StepBench, networks: Sequence[Widths], options: argparse.Namespace) -> _Measured:
+    """The costs of these widths, each network once, all of them in turn."""
     distinct = {_key(widths): widths for widths in networks}
     contenders: dict[str, Callable[[], float]] = {}
     first_s: dict[str, float] = {}
+    steps = steps_at_once(bench.world)
     for key, widths in distinct.items():
         state = bench.state(widths)
-        contenders[f"step {key}"] = bench.step_timer(state)
-        contenders[f"val {key}"] = bench.forward_timer(state)
-        first_s[key] = contenders[f"step {key}"]()
+        first_s[key] = bench.step_timer(state)()
+        contenders[f"step {key}"] = bench.step_timer(state, steps)
+        contenders[f"val {key}"] = bench.forward_timer(state, steps)
     seconds = rounds_in_turn(contenders, options.rounds)
-    costs = {
-        key: Costs(median(seconds[f"step {key}"]), median(seconds[f"val {key}"]), first_s[key]) for key in distinct
-    }
-    return lambda widths: costs[_key(widths)]
+    return _Measured(
+        step_s={key: seconds[f"step {key}"] for key in distinct},
+        val_s={key: seconds[f"val {key}"] for key in distinct},
+        first_s=first_s,
+    )
 
 
 def _key(widths: Widths) -> str:
     return " ".join(f"{name}:{width}" for name, width in sorted(widths.items()))
 
 
-def _row(found: RoundTo, parts: Sequence[Segment], dense: Sequence[Segment]) -> dict[str, Any]:
+def _row(name: str, parts: Sequence[Segment], dense: Sequence[Segment]) -> dict[str, Any]:
     """What a way of rounding saves in percent, and step by step what becomes of that which its FLOPs promise."""
     last, dense_step_s = parts[-1], dense[0].step_s
     steps = sum(part.steps for part in parts)
     in_steps = sum(part.steps * part.step_s for part in parts) / (steps * dense_step_s)
     return {
-        "round_to": found,
+        "widths": name,
         "final_flops_reduction": last.flops_reduction,
         "final_speed_up": dense_step_s / last.step_s,
         "saving_if_time_were_flops": 100 * (1 - 1 / last.flops_reduction),
@@ -274,17 +313,18 @@ def _print_segments(name: str, parts: Sequence[Segment]) -> None:
 
 
 def _print_rows(rows: Sequence[Mapping[str, Any]], dense: Sequence[Segment]) -> None:
-    print(f"projected GPU hours; dense {hours(dense):.2f}. Saving in percent of it:")
-    print(
-        "  | round_to | FR at the end | speed-up there | hours | saving | FLOPs promise | final step | with the ramp |"
-    )
+    print(f"projected hours of one device; dense {hours(dense):.2f}. Saving in percent of it:")
+    print("  | widths | final FR | speed-up there | hours | saving (spread) | FLOPs promise | final step | with ramp |")
     print("  |---|---:|---:|---:|---:|---:|---:|---:|")
     for row in rows:
-        numbers = [row["final_flops_reduction"], row["final_speed_up"], row["hours"]]
-        numbers += [row["saving"], row["saving_if_time_were_flops"], row["saving_at_the_final_step"]]
-        numbers += [row["saving_in_steps"]]
-        print(f"  | {row['round_to']} | {' | '.join(f'{number:.2f}' for number in numbers)} |")
+        lowest, highest = min(row["savings_by_round"]), max(row["savings_by_round"])
+        numbers = [row["saving_if_time_were_flops"], row["saving_at_the_final_step"], row["saving_in_steps"]]
+        print(
+            f"  | {row['widths']} | {row['final_flops_reduction']:.2f} | {row['final_speed_up']:.2f} | "
+            f"{row['hours']:.2f} | {row['saving']:.1f} ({lowest:.1f} to {highest:.1f}) | "
+            f"{' | '.join(f'{number:.1f}' for number in numbers)} |"
+        )
     print(
         "  FLOPs promise: if time followed FLOPs and all epochs had the final widths; final step: at its measured "
-        "time; with the ramp: the epochs before it counted as they are; saving: with evaluation, resizes and warm-up"
+        "time; with ramp: the epochs before it counted as they are; saving: with evaluation, resizes and warm-up"
     )

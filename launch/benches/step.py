@@ -90,7 +90,7 @@ def measure(options: argparse.Namespace) -> None:
     """Measure, print the tables, write the result."""
     world = open_world(options.device)
     torch.backends.cudnn.benchmark = world.device.type == "cuda"  # as the trainer
-    steps = options.steps or (20 if world.device.type == "cuda" else 1)
+    steps = options.steps or steps_at_once(world)
     bench = StepBench(
         options.model or (model_of_run(options.run) if options.run else "resnet50"),
         options.classes,
@@ -136,6 +136,11 @@ def measure(options: argparse.Namespace) -> None:
         write_result(options.out, content)
 
 
+def steps_at_once(world: World) -> int:
+    """How many steps one measurement takes: on a GPU so many that its queue is full, as training keeps it."""
+    return 20 if world.device.type == "cuda" else 1
+
+
 @dataclass(frozen=True)
 class Rates:
     """What this device reaches: floating point operations a second of a matrix product, bytes a second of a copy."""
@@ -171,7 +176,8 @@ class StepBench:
         device = torch.cuda.get_device_name() if self.world.device.type == "cuda" else "CPU"
         side = self.shape[1]
         how = self.config.precision + (", compiled blocks" if self.config.compile == "blocks" else "")
-        return f"{self.name}, batch {self.batch_size}, {side} x {side} pixels, {how}, {device}"
+        what = f"{self.name}, {self.classes} classes, batch {self.batch_size}, {side} x {side} pixels"
+        return f"{what}, {how}, {device}"
 
     @property
     def dense_widths(self) -> dict[str, int]:
@@ -189,18 +195,23 @@ class StepBench:
         """
         options = cup.PlanOptions(round_to=round_to)
         groups = {group.name: group for group in self.groups}
-        unknown = set(widths) - set(groups)
-        if unknown:
-            raise ConfigError(f"{self.name} has no channel group {min(unknown)!r}: are these another network's widths?")
+        for name, width in widths.items():
+            if name not in groups:
+                raise ConfigError(f"{self.name} has no channel group {name!r}: are these another network's widths?")
+            if not 1 <= width <= groups[name].width:
+                raise ConfigError(
+                    f"{self.name}, {name}: found width {width}, allowed: 1 to {groups[name].width}; are these another "
+                    "network's widths?"
+                )
         rounded = {name: round_up(width, options.allowed_widths(groups[name])) for name, width in widths.items()}
         return self.dense_widths | rounded
 
-    def state(self, widths: Widths) -> TrainState:
-        """A fresh network at these widths, as the trainer holds it."""
+    def state(self, widths: Widths, compiled: bool = True) -> TrainState:
+        """A fresh network at these widths, as the trainer holds it. compiled: False leaves its blocks eager."""
         model = build_model(self.name, self.classes)
         cup.shrink_to(model, widths, self.example)
         model.to(self.world.device, memory_format=MEMORY_FORMAT).train()
-        if self.config.compile == "blocks":
+        if compiled and self.config.compile == "blocks":
             self._compile(model)
         return TrainState(model, model, build_optimizer(model, OptimConfig()), self._precision())
 
@@ -213,16 +224,13 @@ class StepBench:
 
         return lambda: timed(run, self.world) / steps
 
-    def forward_timer(self, state: TrainState) -> Callable[[], float]:
-        """A contender: seconds of one batch of an evaluation."""
+    def forward_timer(self, state: TrainState, batches: int = 1) -> Callable[[], float]:
+        """A contender: seconds of one batch of an evaluation, the mean of so many."""
 
         def run() -> None:
             state.model.eval()
-            with (
-                torch.no_grad(),
-                state.precision.autocast(),
-                torch.compiler.set_stance("force_eager"),
-            ):  # as the trainer
+            eagerly = torch.compiler.set_stance("force_eager")  # as the trainer evaluates
+            with torch.no_grad(), state.precision.autocast(), eagerly:
                 state.model(self.images)
             state.model.train()
 
@@ -318,21 +326,28 @@ class StepBench:
 
 
 class _Loops:
-    """An epoch of so many steps in our loop and in two that know nothing of ours; each method gives seconds a step."""
+    """An epoch of so many steps in our loop and in two that know nothing of ours; each method gives seconds a step.
+
+    All of them run eagerly, for it is the loops that are compared.
+    """
 
     def __init__(self, bench: StepBench, steps: int) -> None:
-        self.bench, self.steps, self.world = bench, steps, bench.world
-        self.config = DataConfig(
-            loader="synthetic",
-            batch_size=bench.batch_size,
-            channels=bench.shape[0],
-            image_size=bench.shape[1],
-            resize_size=bench.shape[1],
-            synthetic_images=max(4, bench.batch_size * steps),
-            synthetic_classes=max(2, bench.classes),
-        )
+        self.bench, self.world = bench, bench.world
+        try:
+            self.config = DataConfig(
+                loader="synthetic",
+                batch_size=bench.batch_size,
+                channels=bench.shape[0],
+                image_size=bench.shape[1],
+                resize_size=bench.shape[1],
+                synthetic_images=max(4, bench.batch_size * steps),
+                synthetic_classes=max(2, bench.classes),
+            )
+        except ValueError as error:
+            raise ConfigError(f"no batches can be made for it: {error}") from error
         self.epochs: Counter[str] = Counter()
         self.trainer = self._trainer()
+        self.steps = len(self.trainer.train_loader)
         self.networks = {memory_format: self._network(memory_format) for memory_format in (MEMORY_FORMAT, None)}
 
     def ours(self) -> float:
@@ -362,7 +377,7 @@ class _Loops:
         return build_loaders(self.config, rank=0, world_size=1, device=self.world.device, seed=0)
 
     def _trainer(self) -> Trainer:
-        state = self.bench.state({})
+        state = self.bench.state({}, compiled=False)
         train_loader, val_loader = self._loaders()
         return Trainer(
             config=TrainConfig(epochs=1, precision=self.bench.config.precision),
