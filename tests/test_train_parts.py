@@ -4,6 +4,9 @@ import json
 import math
 import socket
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +33,7 @@ from train.run import _excluded
 from train.rundir import RunDir, create_run_dir, find_run_dir, read_log
 from train.sinks import JsonLines
 from train.state import TrainState
-from train.world import World, open_world
+from train.world import World, _attempt, open_world
 
 
 class Clock:
@@ -449,6 +452,27 @@ def test_a_meeting_place_that_does_not_exist_is_one_line(monkeypatch: pytest.Mon
             monkeypatch.setenv(name, str(value))
         with pytest.raises(TrainError, match=r"cannot join the other ranks at 127\.0\.0\.1:\d+ .*EADDRINUSE"):
             open_world("cpu", timeout_minutes=0.05)
+
+
+def test_ranks_started_again_on_the_same_store_do_not_take_an_earlier_start_for_theirs():
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def start(rank: int, after_s: float) -> str:
+        time.sleep(after_s)
+        store = dist.TCPStore("127.0.0.1", server.port, wait_for_workers=False)
+        return _attempt(store, rank, 3, timedelta(seconds=20))
+
+    attempts = []
+    for delays in ((0.0, 0.0, 0.0), (0.0, 0.2, 0.4), (0.4, 0.0, 0.2)):
+        with ThreadPoolExecutor(3) as ranks:
+            names = set(ranks.map(start, range(3), delays))
+        assert len(names) == 1
+        attempts += names
+    assert len(set(attempts)) == 3
+    with pytest.raises(RuntimeError, match=r"timed out after 0:00:00.100000 with no word of all the others"):
+        _attempt(server, 0, 3, timedelta(seconds=0.1))
+    with pytest.raises(RuntimeError, match="no word of rank 0"):
+        _attempt(server, 1, 3, timedelta(seconds=0.1))
 
 
 def test_an_interrupted_training_says_how_it_goes_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):

@@ -118,7 +118,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(tmp_path: Path):
     undisturbed = train(tmp_path)
     log = tmp_path / "tiny/log.jsonl"
     log.write_text(json.dumps(undisturbed[0]) + '\n{"event": "ep')  # cut off in the middle of a line
-    for checkpoint in (tmp_path / "tiny").glob("last*.pt"):
+    for checkpoint in (tmp_path / "tiny").glob("*.pt"):
         checkpoint.unlink()
     again = train(tmp_path)
     assert numbers(again) == numbers(undisturbed)

@@ -8,7 +8,9 @@ import inspect
 import json
 import os
 import resource
+import secrets
 import sys
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -180,9 +182,15 @@ def open_world(device: str = "auto", timeout_minutes: float = COLLECTIVE_TIMEOUT
             )
         torch.cuda.set_device(local_rank)
     if size > 1:
+        timeout = timedelta(minutes=timeout_minutes)
         try:
+            store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
             dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if use_cuda else "gloo", timeout=timedelta(minutes=timeout_minutes)
+                "cpu:gloo,cuda:nccl" if use_cuda else "gloo",
+                store=dist.PrefixStore(_attempt(store, rank, size, timeout), store),
+                rank=rank,
+                world_size=size,
+                timeout=timeout,
             )
         except (RuntimeError, ValueError) as error:  # the network's are RuntimeErrors, a missing variable a ValueError
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
@@ -191,6 +199,32 @@ def open_world(device: str = "auto", timeout_minutes: float = COLLECTIVE_TIMEOUT
                 f"{_first_line(error)}"
             ) from error
     return World(rank, size, local_rank, local_size, where)
+
+
+def _attempt(store: dist.Store, rank: int, size: int, timeout: timedelta) -> str:
+    """A name for this start of the ranks: equal on all of them, in no earlier start's use. All ranks call it.
+
+    torchrun keeps its store when it starts the ranks again, and torch (2.11, 2.15: `_create_c10d_store`) leaves it at
+    that: a rank that comes first reads the addresses of processes that are dead, and waits for them. Counting starts
+    does not help, for each node counts its own (pytorch issue 135712). So rank 0 goes on to repeat the names that all
+    ranks gave themselves until every one of them has seen its own.
+
+    Raises RuntimeError if a rank does not come within the timeout.
+    """
+    deadline = time.monotonic() + timeout.total_seconds()
+    own, names = secrets.token_hex(8), [f"names/{other}" for other in range(size)]
+    store.set(names[rank], own)
+    while time.monotonic() < deadline:
+        if rank == 0 and store.check(names):
+            seen = [name.decode() for name in store.multi_get(names)]
+            store.set("names", json.dumps(seen))
+            if store.check([f"{own}/{name}" for name in seen[1:]]):
+                return own
+        elif rank != 0 and store.check(["names"]) and own in (seen := json.loads(store.get("names"))):
+            store.set(f"{seen[0]}/{own}", "seen")
+            return seen[0]
+        time.sleep(0.02)
+    raise RuntimeError(f"timed out after {timeout} with no word of {'rank 0' if rank else 'all the others'}")
 
 
 def without_exchange(parallel: nn.Module) -> AbstractContextManager:
