@@ -16,7 +16,7 @@ from launching import write_network
 from launch import report
 from launch.reports import published
 from launch.reports.dendrograms import draw_layers
-from launch.reports.figures import _means, _speedups, training_seconds, widths_at_start
+from launch.reports.figures import _means, _speedups, draw_accuracy, training_seconds, widths_at_start
 from launch.reports.page import page
 from launch.reports.read import Group, Run, differing_settings, group_runs, read_run
 from launch.reports.tables import Row, markdown, means_csv, notes, our_rows, published_rows, runs_csv, setting
@@ -159,6 +159,41 @@ def test_equal_runs_on_other_hardware_are_no_repetitions(tmp_path: Path):
         for name, device in (("a_s0", "NVIDIA H100"), ("a_s1", "NVIDIA A100"))
     ]
     assert [row.count for row in rows_of(*runs)] == [1, 1]
+
+
+def test_a_run_resumed_on_other_machines_is_compared_with_none(tmp_path: Path):
+    dense, shrunk = write_run(tmp_path / "dense"), write_run(tmp_path / "cup", cup=True, hours=30.0)
+    assert rows_of(dense, shrunk)[1].saving.mean == 50.0
+    first, *others = (dense / "log.jsonl").read_text().splitlines(keepends=True)
+    resumed = first.replace("H100", "A100")
+    (dense / "log.jsonl").write_text("".join([first, *others[:1], resumed, *others[1:]]))
+    groups = group_runs([read_run(dense), read_run(shrunk)])
+    assert our_rows(groups)[1].saving is None
+    assert any(note.endswith("dense, differs in devices") for note in notes(groups))
+    assert "8 x NVIDIA H100, then 8 x NVIDIA A100" in page(groups, [], [])
+
+
+def test_runs_of_several_networks_or_data_sets_say_which(tmp_path: Path):
+    runs = [
+        run_on(tmp_path, network, folder, 50_000)
+        for network, folder in (
+            ("resnet56_cifar", "cifar10"),
+            ("resnet56_cifar", "own|"),
+            ("resnet20_cifar", "own|"),
+        )
+    ]
+    headings = "| run | network | data | method | runs |"
+    table = markdown([*our_rows(group_runs(runs)), *published_rows(runs)])
+    assert table.startswith(headings) and "| resnet56_cifar | cifar10 | dense | 1 |" in table
+    assert r"| resnet56_cifar | own\| | dense | 1 |" in table
+    assert "| published, CIFAR-10 (notebook) | resnet56_cifar | CIFAR-10 | dense |  |" in table
+    assert "<th>run</th><th>network</th><th>data</th><th>method</th><th" in page(group_runs(runs), [], [])
+    alone = group_runs(runs[:1])
+    assert "| run | network | method | runs |" in markdown([*our_rows(alone), *published_rows(runs)])
+    assert "<th>run</th><th>method</th><th" in page(alone, [], []) and "There is one run." in page(alone, [], [])
+    assert [row["data"] for row in csv.DictReader(means_csv(our_rows(group_runs(runs))).splitlines())] == [
+        *("cifar10", "own|", "own|")
+    ]
 
 
 def test_older_logs_are_read_and_stand_alone(tmp_path: Path):
@@ -321,6 +356,11 @@ def test_a_line_without_an_event_is_passed_over(tmp_path: Path):
     assert read_run(run).hours == 60.0
 
 
+def test_figures_take_any_name(tmp_path: Path):
+    groups = group_runs([read_run(write_run(tmp_path / "a_$\\no$", cup=True))])
+    assert draw_accuracy(groups, tmp_path).path.exists()
+
+
 def test_a_run_by_two_paths_is_one(tmp_path: Path, capsys: pytest.CaptureFixture):
     run = write_run(tmp_path / "run", **with_settings(tmp_path / "run", cup={"enabled": False}))
     (tmp_path / "link").symlink_to(run)
@@ -339,9 +379,9 @@ def test_a_dendrogram_without_a_checkpoint_is_said_and_no_error(tmp_path: Path):
 def test_dendrograms_are_drawn_from_the_checkpoint_and_an_unknown_layer_is_named(tmp_path: Path, capsys):
     run = write_run(tmp_path / "cup", cup=True, model="lenet")
     write_network(run / "last.pt", "lenet")
-    assert report.main([str(run), "--out", str(tmp_path / "out"), "--dendrogram", "conv2", "fc1"]) == 0
+    assert report.main([str(run), "--out", str(tmp_path / "out"), "--dendrogram", "conv2", "conv1"]) == 0
     drawn = sorted(path.name for path in (tmp_path / "out/dendrograms_cup").iterdir())
-    assert drawn == ["conv2.png", "fc1.png"]
+    assert drawn == ["conv1.png", "conv2.png"]
     assert len(Resources((tmp_path / "out/report.html").read_text()).fetched) == 5 + 2
     assert report.main([str(run), "--out", str(tmp_path / "none"), "--dendrogram", "conv9"]) == 2
     assert "found conv9; allowed for cup: conv1, conv2, fc1" in capsys.readouterr().err
@@ -349,7 +389,7 @@ def test_dendrograms_are_drawn_from_the_checkpoint_and_an_unknown_layer_is_named
 
 
 def run_on(root: Path, network: str, folder: str, images: int) -> Run:
-    directory = root / f"{network}_{folder}"
+    directory = root / f"{network}_{folder.strip('|')}"
     settings = with_settings(directory, cup={"enabled": False}, data={"path": f"datasets/{folder}"})
     return read_run(write_run(directory, model=network, train_images=images, **settings))
 

@@ -225,6 +225,11 @@ def widths_at_start(run: Run) -> dict[str, int]:
 @contextmanager
 def _figure(path: Path, groups: list[Group], rows: int, columns: int, **options: Any) -> Iterator[Any]:
     """A figure's axes, to be drawn in; saved to `path` with a legend of `groups` on top, if there are any."""
+    with matplotlib.rc_context({"text.parse_math": False}):  # a run's name may hold a $
+        yield from _drawn(path, groups, rows, columns, **options)
+
+
+def _drawn(path: Path, groups: list[Group], rows: int, columns: int, **options: Any) -> Iterator[Any]:
     fig, axes = plt.subplots(rows, columns, layout="constrained", **options)
     try:
         yield axes

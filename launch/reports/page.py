@@ -1,6 +1,7 @@
 """The report as one HTML file that needs no other: figures inside, no script, nothing fetched."""
 
 import base64
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ from launch.reports.tables import (
     Row,
     cells_of,
     kinds_of,
+    method_of,
     our_rows,
     outcomes,
     published_rows,
     published_tables,
     row_of,
     tables_of,
+    telling,
 )
 
 
@@ -84,12 +87,11 @@ def page(groups: list[Group], figures: list[Figure], remarks: list[str]) -> str:
 
 
 def _subtitle(runs: list[Run]) -> str:
-    count = f"{len(runs)} runs" if len(runs) > 1 else "1 run"
     data = ", ".join(
         dict.fromkeys(f"{run.data or 'a data set'} of {run.first['train_images']:,} images" for run in runs)
     )
     where = ", ".join(dict.fromkeys(_devices(run) for run in runs))
-    return f"{count} on {data}; {where}"
+    return f"{_counted(len(runs), 'run')} on {data}; {where}"
 
 
 def _headline(row: Row) -> dict[str, Any]:
@@ -110,30 +112,31 @@ def _headline(row: Row) -> dict[str, Any]:
 
 
 def _results(rows: list[Row]) -> Table:
-    cells = [[row.name, _method(row), "" if row.source else str(row.count), *cells_of(row).values()] for row in rows]
-    headings = ["run", "method", "runs", *(heading for heading, _, _ in COLUMNS)]
-    return Table(headings, [Line(line) for line in cells], texts=2)
+    keys = telling(rows)
+    cells = [
+        [row.name, *(getattr(row, key) for key in keys), method_of(row), str(row.count), *cells_of(row).values()]
+        for row in rows
+    ]
+    headings = ["run", *keys, "method", "runs", *(heading for heading, _, _ in COLUMNS)]
+    return Table(headings, [Line(line) for line in cells], texts=2 + len(keys))
 
 
 def _with_published(rows: list[Row], title: str = "") -> Table:
     """Every measured column in which a row has something."""
     columns = [column for column in ALL_COLUMNS if any(getattr(row, column[1]) is not None for row in rows)]
-    lines = [
-        Line([row.name, row.network, _method(row), *cells_of(row, columns).values()], published=bool(row.source))
-        for row in rows
-    ]
-    headings = ["run", "network", "method", *(heading for heading, _, _ in columns)]
-    return Table(headings, lines, texts=3, title=title)
+    keys = telling(rows, "network")
+    lines = []
+    for row in rows:
+        cells = [row.name, *(getattr(row, key) for key in keys), method_of(row), *cells_of(row, columns).values()]
+        lines.append(Line(cells, published=bool(row.source)))
+    headings = ["run", *keys, "method", *(heading for heading, _, _ in columns)]
+    return Table(headings, lines, texts=2 + len(keys), title=title)
 
 
 def _sources(runs: list[Run]) -> str:
     """Where and on what the published rows beside these runs were measured."""
     titles = [table.title for table in tables_of(runs)]
     return f"Published: {'; '.join(titles)}. Hours of other hardware compare with each other, not with ours."
-
-
-def _method(row: Row) -> str:
-    return ", ".join(filter(None, [row.method, row.setting]))
 
 
 def _every_run(groups: list[Group]) -> Table:
@@ -232,7 +235,7 @@ def _resizes(run: Run) -> Table:
             )
         )
     headings = ["before epoch", "t", "channels removed", "FR", "seconds", "images/s, epoch before → after"]
-    return Table(headings, lines, title=f"{run.name}: {len(run.resizes)} resizes", texts=0)
+    return Table(headings, lines, title=f"{run.name}: {_counted(len(run.resizes), 'resize')}", texts=0)
 
 
 def _differing(groups: list[Group]) -> Table | None:
@@ -244,6 +247,8 @@ def _differing(groups: list[Group]) -> Table | None:
 def _no_difference(groups: list[Group]) -> str:
     if any(not group.one.settings for group in groups):
         return "The logs are of an older version and do not hold the settings."
+    if sum(len(group.runs) for group in groups) == 1:
+        return "There is one run."
     return "All runs have the same settings, but for names and seeds."
 
 
@@ -258,9 +263,15 @@ def _hardware(runs: list[Run]) -> Table:
     return Table(headings, [Line([*machine, ", ".join(names)]) for machine, names in lines.items()], texts=5)
 
 
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
 def _devices(run: Run) -> str:
-    counts = {device: run.first["devices"].count(device) for device in dict.fromkeys(run.first["devices"])}
-    return " and ".join(f"{count} x {device}" for device, count in counts.items())
+    """Of every process that the run had."""
+    found = [Counter(start["devices"]) for start in run.starts]
+    words = [" and ".join(f"{count} x {device}" for device, count in counts.items()) for counts in found]
+    return ", then ".join(dict.fromkeys(words))
 
 
 def _yaml(run: Run) -> str:

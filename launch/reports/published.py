@@ -7,27 +7,37 @@ against the dense network, FLOPs in the paper's counting.
 
 import re
 from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+Number = TypeVar("Number")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
-    """One published result; what was not published is None.
+class Measures(Generic[Number]):
+    """What can be said of a result in numbers, published ones and ours; None is what nobody knows."""
 
-    network: the name of our model. gflops: of one image.
-    """
+    reduction: Number | None = None
+    """FR in the paper's counting."""
+    top1: Number | None = None
+    top5: Number | None = None
+    change1: Number | None = None
+    change5: Number | None = None
+    hours: Number | None = None
+    """GPU hours of training."""
+    saving: Number | None = None
+    """Percent of the dense network's hours."""
+    gflops: Number | None = None
+    """Of one image."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result(Measures[float]):
+    """One published result. network: the name of our model."""
 
     network: str
     method: str
     setting: str = ""
     source: str
-    reduction: float | None = None
-    gflops: float | None = None
-    top1: float | None = None
-    top5: float | None = None
-    change1: float | None = None
-    change5: float | None = None
-    hours: float | None = None
-    """GPU hours of training."""
 
 
 @dataclass(frozen=True)
@@ -72,20 +82,9 @@ def _difference(value: float | None, dense: float | None) -> float | None:
     return None if value is None or dense is None else value - dense
 
 
-def _drops(network: str, *rows: tuple) -> tuple[Result, ...]:
-    """rows: (method, retrained?, FR, change of top-1, change of top-5 where published)."""
-    return tuple(
-        Result(
-            network=network,
-            method=method,
-            setting="retrained" if retrained else "no retraining",
-            source="slides",
-            reduction=reduction,
-            change1=change1,
-            change5=change5,
-        )
-        for method, retrained, reduction, change1, change5 in rows
-    )
+def _listed(network: str, source: str, columns: str, *rows: tuple) -> tuple[Result, ...]:
+    """Results as they are printed. columns: the fields that each row gives, in order."""
+    return tuple(Result(network=network, source=source, **dict(zip(columns.split(), row, strict=True))) for row in rows)
 
 
 ON_IMAGENET = DataSet("ImageNet", "imagenet", 1_281_167)
@@ -106,53 +105,52 @@ IMAGENET = Table(
         ("CUP-SS", "k 0.03, b 0.4", None, 74.31, 92.10, 3.80),
         ("CUP-SS", "k 0.03, b 0.5", None, 74.39, 91.94, 3.72),
     )
-    + tuple(
-        Result(
-            network="resnet50",
-            method=method,
-            setting="no retraining",
-            source="slides",
-            reduction=reduction,
-            top1=top1,
-            hours=hours,
-        )
-        for method, reduction, top1, hours in (
-            ("CUP-RF", 2.21, 74.34, 51.6),
-            ("SFP", 1.73, 74.01, 61.8),
-            ("GM", 2.15, 74.13, 62.2),
-        )
+    + _listed(
+        "resnet50",
+        "slides",
+        "method setting reduction top1 hours",
+        ("CUP-RF", "no retraining", 2.21, 74.34, 51.6),
+        ("SFP", "no retraining", 1.73, 74.01, 61.8),
+        ("GM", "no retraining", 2.15, 74.13, 62.2),
     ),
 )
 
+DROP_COLUMNS = "method setting reduction change1 change5"
 DROPS = Table(
     "Change of accuracy on ImageNet against each method's own dense network",
     ON_IMAGENET,
-    _drops(
+    _listed(
         "resnet18",
-        ("GM", True, 1.71, -1.87, -1.15),
-        ("COP", True, 1.75, -2.48, None),
-        ("CUP", True, 1.75, -1.00, -0.79),
-        ("SFP", False, 1.71, -3.18, -1.85),
-        ("GM", False, 1.71, -2.47, -1.52),
-        ("CUP-RF", False, 1.75, -2.37, -1.40),
+        "slides",
+        DROP_COLUMNS,
+        ("GM", "retrained", 1.71, -1.87, -1.15),
+        ("COP", "retrained", 1.75, -2.48, None),
+        ("CUP", "retrained", 1.75, -1.00, -0.79),
+        ("SFP", "no retraining", 1.71, -3.18, -1.85),
+        ("GM", "no retraining", 1.71, -2.47, -1.52),
+        ("CUP-RF", "no retraining", 1.75, -2.37, -1.40),
     )
-    + _drops(
+    + _listed(
         "resnet34",
-        ("L1", True, 1.31, -1.06, None),
-        ("GM", True, 1.69, -1.29, -0.54),
-        ("CUP", True, 1.78, -0.86, -0.53),
-        ("SFP", False, 1.69, -2.09, -1.29),
-        ("GM", False, 1.69, -2.13, -0.92),
-        ("CUP-RF", False, 1.71, -1.61, -0.89),
+        "slides",
+        DROP_COLUMNS,
+        ("L1", "retrained", 1.31, -1.06, None),
+        ("GM", "retrained", 1.69, -1.29, -0.54),
+        ("CUP", "retrained", 1.78, -0.86, -0.53),
+        ("SFP", "no retraining", 1.69, -2.09, -1.29),
+        ("GM", "no retraining", 1.69, -2.13, -0.92),
+        ("CUP-RF", "no retraining", 1.71, -1.61, -0.89),
     )
-    + _drops(
+    + _listed(
         "resnet50",
-        ("SFP", True, 2.15, -14.0, -8.20),
-        ("MetaPruning", True, 2.05, -1.20, None),
-        ("CUP", True, 2.47, -1.17, -0.81),
-        ("SFP", False, 1.71, -1.54, -0.81),
-        ("GM", False, 2.15, -2.02, -0.93),
-        ("CUP-RF", False, 2.20, -1.47, -0.88),
+        "slides",
+        DROP_COLUMNS,
+        ("SFP", "retrained", 2.15, -14.0, -8.20),
+        ("MetaPruning", "retrained", 2.05, -1.20, None),
+        ("CUP", "retrained", 2.47, -1.17, -0.81),
+        ("SFP", "no retraining", 1.71, -1.54, -0.81),
+        ("GM", "no retraining", 2.15, -2.02, -0.93),
+        ("CUP-RF", "no retraining", 2.20, -1.47, -0.88),
     ),
 )
 

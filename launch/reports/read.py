@@ -30,14 +30,19 @@ NEEDED = {
 
 @dataclass(frozen=True)
 class Run:
-    """What a log says of one finished run. `first` is its run event, `done` its closing one."""
+    """What a log says of one finished run. `starts` are its run events, one a process; `done` is its closing one."""
 
     name: str
     directory: Path
-    first: dict[str, Any]
+    starts: list[dict[str, Any]]
     epochs: list[dict[str, Any]]
     resizes: list[dict[str, Any]]
     done: dict[str, Any]
+
+    @property
+    def first(self) -> dict[str, Any]:
+        """The run event that it began with."""
+        return self.starts[0]
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -90,7 +95,8 @@ class Run:
 
     @property
     def conditions(self) -> tuple[Any, ...]:
-        return tuple(str(self.first[key]) for key in COMPARABLE)
+        """A run that was resumed on other machines has all of theirs, so that it is like no other one."""
+        return tuple(" then ".join(dict.fromkeys(str(start[key]) for start in self.starts)) for key in COMPARABLE)
 
     def differences(self, other: "Run", *, accuracy: bool = False) -> list[str]:
         """What besides shrinking could make a difference of hours, with `accuracy` of accuracy: keys with two values.
@@ -138,8 +144,8 @@ def read_run(directory: Path) -> Run:
         raise TrainError(f"the run in {directory} is not finished: start it again with the same command, it will go on")
     if not by_kind["epoch"]:
         raise TrainError(f"{log} tells of no epoch: the file is damaged")
-    first = {"from": None, "gpu_hours_before": 0.0} | by_kind["run"][0]  # older logs know of no such start
-    return Run(directory.resolve().name, directory, first, by_kind["epoch"], by_kind["resize"], by_kind["done"][-1])
+    starts = [{"from": None, "gpu_hours_before": 0.0} | start for start in by_kind["run"]]  # older logs know of none
+    return Run(directory.resolve().name, directory, starts, by_kind["epoch"], by_kind["resize"], by_kind["done"][-1])
 
 
 def group_runs(runs: Iterable[Run]) -> list[Group]:

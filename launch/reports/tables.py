@@ -6,10 +6,10 @@ import io
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-from launch.reports.published import TABLES, Result, Table
+from launch.reports.published import TABLES, Measures, Result, Table
 from launch.reports.read import Group, Run
 
 
@@ -63,31 +63,24 @@ class Outcome:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class Row(Measures[Spread]):
     """One line of the table, ours or published.
 
-    source: "" for ours. hours: GPU hours, ranks x wall time where `on_cpu`. gflops: of one image, at the end.
+    data: name of the data set, "" where a log does not say. source: "" for ours. hours: ranks x wall time if `on_cpu`.
     """
 
     name: str
     network: str
+    data: str
     method: str
     setting: str = ""
     source: str = ""
     count: int = 1
     seeds: str = ""
     on_cpu: bool = False
-    reduction: Spread | None = None
-    top1: Spread | None = None
-    top5: Spread | None = None
-    change1: Spread | None = None
-    change5: Spread | None = None
-    hours: Spread | None = None
-    saving: Spread | None = None
-    gflops: Spread | None = None
 
 
-MEASURES = ("reduction", "top1", "top5", "change1", "change5", "hours", "saving", "gflops")
+MEASURES = tuple(field.name for field in fields(Measures))
 # (heading, field, decimals); the unit is in the heading
 COLUMNS = (
     ("FR", "reduction", 2),
@@ -131,6 +124,7 @@ def row_of(group: Group, measured: list[Outcome]) -> Row:
     return Row(
         name=group.name,
         network=group.one.network,
+        data=group.one.data or "",
         method=group.one.method,
         setting=setting(group.one),
         count=len(group.runs),
@@ -201,13 +195,25 @@ def notes(groups: list[Group]) -> list[str]:
 
 def markdown(rows: list[Row]) -> str:
     """The table for people. Hours of a CPU run are marked as such."""
-    headings = ("run", "network", "method", "runs", *(heading for heading, _, _ in COLUMNS))
-    lines = [f"| {' | '.join(headings)} |", f"|{'---|' * 3}{'---:|' * (len(headings) - 3)}"]
+    keys = telling(rows, "network")
+    headings = ("run", *keys, "method", "runs", *(heading for heading, _, _ in COLUMNS))
+    texts = 2 + len(keys)
+    lines = [f"| {' | '.join(headings)} |", f"|{'---|' * texts}{'---:|' * (len(headings) - texts)}"]
     for row in rows:
-        method = ", ".join(filter(None, [row.method, row.setting]))
-        cells = [row.name, row.network, method, "" if row.source else str(row.count), *cells_of(row).values()]
-        lines.append(f"| {' | '.join(cells)} |")
+        cells = [row.name, *(getattr(row, key) for key in keys), method_of(row), "" if row.source else str(row.count)]
+        cells = [cell.replace("|", "\\|") for cell in cells]  # a folder may be called so
+        lines.append(f"| {' | '.join([*cells, *cells_of(row).values()])} |")
     return "\n".join(lines) + "\n"
+
+
+def telling(rows: Sequence[Row], *always: str) -> list[str]:
+    """Which of "network" and "data" a table of these rows names: those in which ours differ, and `always`."""
+    ours = [row for row in rows if not row.source]
+    return [key for key in ("network", "data") if key in always or len({getattr(row, key) for row in ours}) > 1]
+
+
+def method_of(row: Row) -> str:
+    return ", ".join(filter(None, [row.method, row.setting]))
 
 
 def cells_of(row: Row, columns: Sequence[tuple[str, str, int]] = COLUMNS) -> dict[str, str]:
@@ -243,6 +249,7 @@ def means_csv(rows: list[Row]) -> str:
             {
                 "name": row.name,
                 "network": row.network,
+                "data": row.data,
                 "method": row.method,
                 "setting": row.setting,
                 "source": row.source or "ours",
@@ -357,12 +364,13 @@ def _published(table: Table, result: Result) -> Row:
     dense = next(
         other for one in TABLES for other in one.results if (other.network, other.method) == (result.network, "dense")
     )
-    values: dict[str, Any] = {key: getattr(result, key, None) for key in MEASURES}
+    values = {key: getattr(result, key) for key in MEASURES}
     if result.hours and dense.hours and result is not dense:
         values["saving"] = 100 * (1 - result.hours / dense.hours)
     return Row(
         name=f"published, {table.data.name} ({result.source})",
         network=result.network,
+        data=table.data.name,
         method=result.method,
         setting=result.setting,
         source=result.source,
