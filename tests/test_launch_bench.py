@@ -1,7 +1,9 @@
 """The measurements run, name their peers, and notice a network that is not what it should be."""
 
+import argparse
 import copy
 import json
+from statistics import median
 
 import pytest
 import torch
@@ -149,6 +151,61 @@ def test_the_bare_loop_learns_what_ours_does():
         torch.testing.assert_close(one, other)
 
 
+def test_what_is_timed_is_told_for_a_single_step(monkeypatch):
+    """On a clock by which everything takes six seconds; each of these makes several steps, batches or copies."""
+    monkeypatch.setattr(step, "timed", lambda work, world: (work(), 6.0)[1])
+    monkeypatch.setattr(step.StepBench, "_repeats", 3)
+    bench = step.StepBench("lenet", 10, None, 4, TrainConfig(), ALONE)
+    state, modes = bench.state({}), []
+    state.model.register_forward_hook(lambda model, *_: modes.append((model.training, torch.is_grad_enabled())))
+    before = copy.deepcopy(state.model.state_dict())
+    assert bench.forward_timer(state, 3)() == 2.0
+    assert modes == [(False, False)] * 3 and state.model.training
+    torch.testing.assert_close(state.model.state_dict(), before)
+    modes.clear()
+    assert bench.step_timer(state, 3)() == 2.0
+    assert modes == [(True, True)] * 3
+    assert not torch.equal(state.model.state_dict()["conv1.weight"], before["conv1.weight"])
+    assert bench.matmul_seconds() == bench.copy_seconds() == 2.0
+    loops = step._Loops(bench, steps=3)
+    assert loops.ours() == loops.bare() == loops.torchvision_style() == 2.0
+    loops.close()
+
+
+def test_the_rates_and_ratios_of_a_measurement(lenet_run, tmp_path, monkeypatch, capsys):
+    """Three rounds of given seconds: medians, ratios round by round, and the device's best rate."""
+    given = {
+        **{"dense": [2.0, 4.0, 12.0], "from epoch 2": [1.0, 1.0, 3.0], "from epoch 4": [1.0, 1.0, 1.0]},
+        **{step.OUR_LOOP: [3.0, 6.0, 8.8], step.BARE_LOOP: [2.0, 5.0, 8.0], step.TORCHVISION_LOOP: [4.0, 10.0, 8.0]},
+        **{"matmul": [0.5, 0.25, 1.0], "copy": [0.5, 0.125, 1.0]},
+    }
+    monkeypatch.setattr(step, "rounds_in_turn", lambda contenders, rounds: {name: given[name] for name in contenders})
+    out = tmp_path / "step.json"
+    arguments = ["--batch-size", "4", "--classes", "10", "--out", str(out)]
+    assert main(["step", "--run", str(lenet_run), *arguments]) == 0
+    result = json.loads(out.read_text())
+    assert result["over_bare_loop"][step.OUR_LOOP]["runs"] == pytest.approx([1.5, 1.2, 1.1])
+    assert result["over_bare_loop"][step.TORCHVISION_LOOP]["runs"] == [2.0, 2.0, 1.0]
+    assert "20.00 (10.00 to 50.00) %" in capsys.readouterr().out
+    matmul, moved = 2 * 1024**3 / 0.25, 2 * 128 * 2**20 / 0.125
+    assert (result["matmul_flops_per_s"], result["copy_bytes_per_s"]) == (matmul, moved)
+    dense, first, _ = result["networks"]
+    assert first["speed_up"]["runs"] == [2.0, 4.0, 4.0]
+    assert (dense["step_s"]["median"], dense["images_per_s"]) == (4.0, 1.0)
+    assert dense["share_of_matmul"] == pytest.approx(3 * 2 * dense["macs"] * 4 / 4.0 / matmul)
+
+
+def test_the_bytes_of_a_step_are_those_of_its_layers_and_of_the_optimizer():
+    bench = step.StepBench("lenet", 10, None, 4, TrainConfig(), ALONE)
+    ins = [1 * 28 * 28, 20 * 12 * 12, 50 * 4 * 4, 500]
+    outs = [20 * 24 * 24, 50 * 8 * 8, 500, 10]
+    params = sum(parameter.numel() for parameter in bench.model.parameters())
+    assert bench._bytes({}) == 4 * 4 * (3 * sum(ins) + 2 * sum(outs)) + 5 * 4 * params
+    half = {"conv1": 10, "conv2": 50, "fc1": 500}
+    fewer = 3 * 10 * 12 * 12 + 2 * 10 * 24 * 24
+    assert bench._bytes({}) - bench._bytes(half) == 4 * 4 * fewer + 20 * (params - bench.cost(half).params)
+
+
 def test_the_epochs_of_a_run_are_spread_over_a_schedule_in_proportion():
     assert savings.spread("abc", 9) == list("aaabbbccc")
     assert savings.spread("abc", 7) == list("aaabbcc")
@@ -165,6 +222,57 @@ def test_hours_are_steps_times_seconds_with_evaluation_resizes_and_warm_up():
     assert first.hours == pytest.approx((60 * 2.0 + 6 * 1.0 + 0.5) / 3600)
     assert second.hours == pytest.approx((180 * 1.0 + 18 * 0.5 + 3.0 + 7) / 3600)
     assert savings.hours([first, second]) == pytest.approx(first.hours + second.hours)
+
+
+class GivenBench:
+    """Its networks are their widths; a first step takes ten times the seconds of the others, evaluation a tenth."""
+
+    world = ALONE
+
+    def __init__(self, seconds: dict[int, list[float]]):
+        self.seconds = seconds
+        self.turns: list[tuple[str, int]] = []
+
+    def state(self, widths):
+        return widths["conv1"]
+
+    def _timer(self, what, state, factor):
+        rounds = iter([99.0, *self.seconds[state]])  # the first one is the warm-up
+        return lambda: self.turns.append((what, state)) or factor * next(rounds)
+
+    def step_timer(self, state, steps=None):
+        return self._timer("step", state, 1) if steps else lambda: 10 * median(self.seconds[state])
+
+    def forward_timer(self, state, batches=None):
+        return self._timer("val", state, 0.1)
+
+
+def test_every_network_of_a_path_is_measured_once_in_turn_and_its_median_counts():
+    bench = GivenBench({20: [2.0, 8.0, 4.0], 10: [1.0, 3.0, 1.5]})
+    path = [{"conv1": 20}, {"conv1": 20}, {"conv1": 10}]
+    costs = savings._measured(bench, path, argparse.Namespace(rounds=3))
+    assert bench.turns == [("step", 20), ("val", 20), ("step", 10), ("val", 10)] * 4
+    assert costs.medians(path[0]) == savings.Costs(step_s=4.0, val_s=0.4, first_s=40.0)
+    assert costs.medians(path[2]) == savings.Costs(step_s=1.5, val_s=pytest.approx(0.15), first_s=15.0)
+    assert costs.of_round(1)(path[2]) == savings.Costs(3.0, pytest.approx(0.3), 15.0)
+
+
+def test_a_projection_counts_each_resize_and_each_slow_first_step(lenet_run, tmp_path, monkeypatch):
+    """5 epochs of 8 steps and 2 validation batches, with given costs: a resize takes 1.5 s of both ranks."""
+    costs = {20: savings.Costs(4.0, 1.0, 9.0), 11: savings.Costs(2.0, 0.5, 5.0), 9: savings.Costs(1.0, 0.25, 3.0)}
+    given = savings._Measured({}, {}, {})
+    monkeypatch.setattr(savings, "_measured", lambda *arguments: given)
+    monkeypatch.setattr(savings._Measured, "medians", lambda self, widths: costs[widths["conv1"]])
+    monkeypatch.setattr(savings._Measured, "of_round", lambda self, number: self.medians)
+    out = tmp_path / "savings.json"
+    argv = ["--images", "40", "--val-images", "10", "--batch-size", "10", "--measure-batch-size", "5", "--epochs", "5"]
+    assert main(["savings", "--run", str(lenet_run), *argv, *QUICK, "--out", str(out)]) == 0
+    result = json.loads(out.read_text())
+    dense_s = 5 * (8 * 4.0 + 2 * 1.0) + 5.0
+    shrunk_s = 34.0 + 5.0 + 2 * (8 * 2.0 + 2 * 0.5) + 3.0 + 1.5 + 2 * (8 * 1.0 + 2 * 0.25) + 2.0 + 1.5
+    [row] = result["rows"]
+    assert (3600 * result["dense_hours"], 3600 * row["hours"]) == pytest.approx((dense_s, shrunk_s))
+    assert row["saving"] == pytest.approx(100 * (1 - shrunk_s / dense_s))
 
 
 def test_a_projection_adds_up_and_says_that_it_is_one(lenet_run, tmp_path, capsys):

@@ -8,6 +8,7 @@ import torch
 from launching import events, train
 from torch import nn
 
+import cup
 from train.compiling import BlockCompiler, compile_errors, repeated_blocks
 from train.errors import ConfigError, TrainError
 from train.models import build_model
@@ -17,10 +18,17 @@ CIFAR = {"model__name": "resnet20_cifar", "data__channels": 3, "data__image_size
 
 @pytest.fixture(autouse=True)
 def quick_compiler(monkeypatch: pytest.MonkeyPatch):
+    """Yields the graphs that were compiled; torch compiles a block anew for evaluation, and for other widths."""
+    graphs: list[torch.fx.GraphModule] = []
     compile_module = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda self, **kw: compile_module(self, backend="eager", **kw))
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **kw: compile_module(self, backend=backend, **kw))
     limit = torch._dynamo.config.recompile_limit
-    yield
+    yield graphs
     torch.compiler.set_stance("default")
     torch.compiler.reset()
     torch._dynamo.config.recompile_limit = limit
@@ -95,11 +103,56 @@ def test_a_resumed_run_compiles_where_the_undisturbed_one_did():
     assert resumed.at_epoch_start(5, 10, just_resized=False, was_compiled=True) == (decided, True) == (True, True)
 
 
-def test_a_run_with_compiled_blocks_computes_what_an_eager_one_does(tmp_path: Path):
+def kinds_of_blocks(model: nn.Module) -> int:
+    """Equal blocks share what was compiled for one of them."""
+    return len({repr(block) for block in repeated_blocks(model)})
+
+
+def test_what_was_compiled_for_other_shapes_is_freed(monkeypatch: pytest.MonkeyPatch):
+    decide, resets = compiler(enough_steps=20, cuts={3}), []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(epoch))
+    for epoch in range(1, 5):
+        decide.at_epoch_start(epoch, 10, just_resized=epoch == 3, was_compiled=epoch > 1)
+    assert resets == [3]
+
+
+def test_an_evaluation_runs_eagerly_and_training_goes_on_compiled(quick_compiler: list):
+    model = build_model("resnet20_cifar", 10)
+    always = {"enabled": True, "enough_steps": 1, "epochs": 1, "may_cut": bool, "image_side": lambda epoch: 32}
+    decide = BlockCompiler(model, **always)
+    decide.at_epoch_start(1, 10, just_resized=False, was_compiled=False)
+    with decide.paused(), torch.no_grad():
+        model.eval()(torch.zeros(2, 3, 32, 32))
+    assert not quick_compiler
+    model.train()(torch.zeros(2, 3, 32, 32))
+    assert len(quick_compiler) == kinds_of_blocks(model) == 5
+
+
+class Breaking(nn.Module):
+    """torch can trace it in two pieces only."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return images + 1
+
+
+def test_a_block_that_is_not_one_graph_is_an_error():
+    model = nn.Sequential(Breaking(), Breaking())
+    always = {"enabled": True, "enough_steps": 1, "epochs": 1, "may_cut": bool, "image_side": lambda epoch: 32}
+    BlockCompiler(model, **always).at_epoch_start(1, 10, just_resized=False, was_compiled=False)
+    with pytest.raises(TrainError, match=r"torch\.compile failed: .*; take --train.compile none"), compile_errors():
+        model(torch.ones(2))
+
+
+def test_a_run_with_compiled_blocks_computes_what_an_eager_one_does(tmp_path: Path, quick_compiler: list):
     eager = events(train(tmp_path / "eager", **CIFAR, train__epochs=2, cup__last_epoch=2), "epoch")
     options = {"train__compile": "blocks", "train__compile_steps": 1}
     compiled = events(train(tmp_path / "compiled", **CIFAR, **options, train__epochs=2, cup__last_epoch=2), "epoch")
     assert [line["compiled"] for line in compiled] == [True, True]
+    cut = [build_model("resnet20_cifar", 10) for _ in compiled]
+    for model, line in zip(cut, compiled, strict=True):
+        cup.shrink_to(model, line["widths"], torch.empty(1, 3, 32, 32))
+    assert len(quick_compiler) == sum(map(kinds_of_blocks, cut)), "in training alone"
     assert all(line["seconds"]["compile"] > 0 for line in compiled), "the first step at new widths is charged to it"
     assert not any(line["seconds"]["compile"] for line in eager)
     for key in ("train_loss", "top1", "widths"):

@@ -109,6 +109,20 @@ def test_layers_are_really_timed_and_neither_model_nor_random_numbers_change(pre
         assert table[group.name][-1] == group.width
 
 
+@pytest.mark.parametrize(("batch_size", "timed"), [(4, 4), (64, 16)])
+def test_what_is_timed_goes_forward_and_backward_with_the_batch_of_a_step(monkeypatch, batch_size, timed):
+    """A CPU is given 16 images at most."""
+    gradients, steps, backward = [], [], torch.Tensor.backward
+    monkeypatch.setattr(widths, "fastest", lambda work, device: steps.append(1) or work() or 1.0)
+    monkeypatch.setattr(
+        torch.Tensor, "backward", lambda self, gradient: gradients.append(self.shape) or backward(self, gradient)
+    )
+    groups = cup.channel_groups(Mixed(), torch.empty(1, 3, 8, 8))
+    measured_widths(Mixed(), cup.prunable_groups(groups), batch_size, Precision("fp32", CPU), CPU)
+    assert len(gradients) == len(steps) > 5
+    assert {shape[0] for shape in gradients} == {timed}
+
+
 def test_the_fastest_call_counts_and_the_first_one_does_not():
     calls = []
     assert 0 < fastest(lambda: calls.append(1), CPU) < 1

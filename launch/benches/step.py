@@ -231,10 +231,11 @@ class StepBench:
             state.model.eval()
             eagerly = torch.compiler.set_stance("force_eager")  # as the trainer evaluates
             with torch.no_grad(), state.precision.autocast(), eagerly:
-                state.model(self.images)
+                for _ in range(batches):
+                    state.model(self.images)
             state.model.train()
 
-        return lambda: timed(run, self.world)
+        return lambda: timed(run, self.world) / batches
 
     def cost(self, widths: Widths) -> cup.Complexity:
         """FLOPs, MACs and parameters at these widths, by arithmetic."""
