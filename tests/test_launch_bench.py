@@ -113,12 +113,13 @@ def test_steps_at_the_widths_of_a_run_stand_beside_the_dense_network_and_the_loo
     assert "from epoch 4" in capsys.readouterr().out
 
 
-def test_steps_are_measured_at_a_planned_reduction_on_the_widths_that_are_worth_having(tmp_path, monkeypatch):
+def test_steps_are_measured_at_a_planned_reduction_on_the_widths_that_are_worth_having(tmp_path, monkeypatch, capsys):
     allowed = {"conv1": [5, 13, 20], "conv2": [11, 29, 50], "fc1": [70, 130, 330, 500]}
-    monkeypatch.setattr(step, "measured_widths", lambda *args: allowed)
+    monkeypatch.setattr(step, "measured_widths", lambda *args: (allowed, ["conv1"]))
     out = tmp_path / "step.json"
     argv = ["step", "--model", "lenet", "--reduction", "2", "--round-to", "measured", *QUICK, "--out", str(out)]
     assert main(argv) == 0
+    assert "the times of 1 of 3 layers do not repeat" in capsys.readouterr().out
     _, row = json.loads(out.read_text())["networks"]
     assert row["flops_reduction"] == pytest.approx(2, rel=0.2)
     assert all(width in allowed[name] for name, width in row["widths"].items())

@@ -11,9 +11,10 @@ from torch import nn
 
 import cup
 from train import resize, widths
+from train.models import build_model
 from train.precision import Precision
 from train.state import MEMORY_FORMAT
-from train.widths import fastest, measured_widths, right_edges, widths_to_time
+from train.widths import measured_widths, right_edges, two_fastest, widths_to_time
 
 CPU = torch.device("cpu")
 
@@ -73,7 +74,7 @@ def test_each_group_is_timed_with_all_its_layers_at_the_shapes_of_their_calls(mo
     groups = cup.channel_groups(model, torch.empty(1, 3, 8, 8))
     timed = []
     monkeypatch.setattr(
-        widths._Timer, "_measured", lambda self, layer, shape: timed.append((repr(layer), shape)) or float(len(timed))
+        widths._Timer, "_measured", lambda self, layer, shape: timed.append((repr(layer), shape)) or (1.0, 1.0)
     )
     measured_widths(model, cup.prunable_groups(groups), 2, Precision("fp32", CPU), CPU)
 
@@ -99,7 +100,7 @@ def test_layers_are_really_timed_and_neither_model_nor_random_numbers_change(pre
     model = Mixed().to(memory_format=MEMORY_FORMAT)
     before, random_state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
     groups = cup.prunable_groups(cup.channel_groups(model, torch.empty(1, 3, 8, 8)))
-    table = measured_widths(model, groups, 4, Precision(precision, CPU), CPU)
+    table, _ = measured_widths(model, groups, 4, Precision(precision, CPU), CPU)
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -113,7 +114,7 @@ def test_layers_are_really_timed_and_neither_model_nor_random_numbers_change(pre
 def test_what_is_timed_goes_forward_and_backward_with_the_batch_of_a_step(monkeypatch, batch_size, timed):
     """A CPU is given 16 images at most."""
     gradients, steps, backward = [], [], torch.Tensor.backward
-    monkeypatch.setattr(widths, "fastest", lambda work, device: steps.append(1) or work() or 1.0)
+    monkeypatch.setattr(widths, "two_fastest", lambda work, device: steps.append(1) or work() or (1.0, 1.0))
     monkeypatch.setattr(
         torch.Tensor, "backward", lambda self, gradient: gradients.append(self.shape) or backward(self, gradient)
     )
@@ -123,10 +124,25 @@ def test_what_is_timed_goes_forward_and_backward_with_the_batch_of_a_step(monkey
     assert {shape[0] for shape in gradients} == {timed}
 
 
-def test_the_fastest_call_counts_and_the_first_one_does_not():
-    calls = []
-    assert 0 < fastest(lambda: calls.append(1), CPU) < 1
-    assert len(calls) >= 3
+def test_the_fastest_calls_count_and_the_first_one_does_not(monkeypatch):
+    now, seconds = [0.0], iter([0.5, 5.0, 4.0, 3.0, 6.0, 7.0, 1.0])
+    monkeypatch.setattr(widths.time, "perf_counter", lambda: now[0])
+    assert two_fastest(lambda: now.append(now.pop() + next(seconds)), CPU) == (3.0, 4.0)
+    assert next(seconds) == 1.0, "a warm-up and five calls"
+
+
+def test_groups_whose_times_do_not_repeat_are_named(monkeypatch):
+    """At one width of all it may happen; at conv2 it is so at every one."""
+    model = build_model("lenet", 10)
+    groups = cup.prunable_groups(cup.channel_groups(model, torch.empty(1, 1, 28, 28)))
+
+    def seconds(self, model, group, width):
+        return width / 10, width / 10 * (1.05 if group.name == "conv2" or width == group.width else 1.01)
+
+    monkeypatch.setattr(widths._Timer, "seconds", seconds)
+    table, scattered = measured_widths(model, groups, 2, Precision("fp32", CPU), CPU)
+    assert scattered == ["conv2"]
+    assert table["conv1"] == [8, 16, 20]
 
 
 def numbers(log):
@@ -139,7 +155,7 @@ TABLE = {"conv1": [3, 7, 20], "conv2": [11, 23, 31, 50], "fc1": [70, 330, 415, 5
 def test_a_run_plans_with_what_was_measured_and_a_resumed_one_does_not_measure_again(tmp_path: Path, monkeypatch):
     """Else a resume on a machine in another mood would go on to other widths than the undisturbed run."""
     measured = []
-    monkeypatch.setattr(resize, "measured_widths", lambda *args: measured.append(args) or TABLE)
+    monkeypatch.setattr(resize, "measured_widths", lambda *args: measured.append(args) or (TABLE, []))
     settings = {"cup__round_to": "measured", "train__epochs": 4, "cup__last_epoch": 4}
     log = train(tmp_path, **settings)
     assert [batch_size for _, _, batch_size, *_ in measured] == [32]
@@ -164,6 +180,14 @@ def test_a_run_plans_with_what_was_measured_and_a_resumed_one_does_not_measure_a
     monkeypatch.setattr(resize, "measured_widths", lambda *args: pytest.fail("measured a second time"))
     again = train(other, **settings)
     assert numbers(again) == numbers(log)
+
+
+def test_layers_that_no_width_is_worth_cutting_and_those_badly_timed_are_noted(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(resize, "measured_widths", lambda *args: (TABLE | {"fc1": [500]}, ["conv1", "conv2"]))
+    log = train(tmp_path, cup__round_to="measured", train__epochs=1, cup__last_epoch=1)
+    _, uncut, unsure = [event["message"] for event in events(log, "note") if "measured" in event["message"]]
+    assert "1 of 3 layers stay as wide as they are" in uncut and "here: fc1; a number" in uncut
+    assert "unsure of 2 of 3 layers, whose times do not repeat within 2%" in unsure and unsure.endswith("conv1, conv2")
 
 
 def test_a_dense_run_measures_nothing(tmp_path: Path, monkeypatch):

@@ -18,7 +18,7 @@ from cup import PlanOptions, PrunePlan
 from train.errors import TrainError
 from train.optim import forget_momentum
 from train.state import TrainState, state_digest
-from train.widths import AllowedWidths, measured_widths
+from train.widths import NOISE, AllowedWidths, measured_widths
 from train.world import World, available_cores
 
 
@@ -141,14 +141,25 @@ class Resizer:
             return []
         started = time.perf_counter()
         groups = cup.prunable_groups(self.groups, self.config.scope)
-        self.allowed_widths = world.on_rank_zero(
+        self.allowed_widths, scattered = world.on_rank_zero(
             lambda: measured_widths(state.model, groups, batch_size, state.precision, world.device)
         )
         counts = [len(widths) for widths in self.allowed_widths.values()]
-        return [
+        notes = [
             f"cup.round_to: measured {len(groups)} layers' widths in {time.perf_counter() - started:.1f} s, "
             f"{min(counts)} to {max(counts)} are allowed each"
         ]
+        if uncut := [name for name, widths in self.allowed_widths.items() if len(widths) == 1]:
+            notes.append(
+                f"cup.round_to: measured lets {len(uncut)} of {len(groups)} layers stay as wide as they are, for no "
+                f"narrower width is faster here: {', '.join(uncut)}; a number cuts them, too"
+            )
+        if scattered:
+            notes.append(
+                f"cup.round_to: measured is unsure of {len(scattered)} of {len(groups)} layers, whose times do not "
+                f"repeat within {NOISE:.0%} here (other work on this machine?): {', '.join(scattered)}"
+            )
+        return notes
 
     def at_epoch_start(self, epoch: int, state: TrainState, world: World) -> ResizeOutcome:
         """Resize if the schedule says so. All ranks call it; model, EMA and optimizer are changed in place.

@@ -9,6 +9,7 @@ cluster count up to the next of them.
 """
 
 import copy
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -32,24 +33,30 @@ MOST_WIDTHS = 8
 MOST_IMAGES_ON_CPU = 16
 """A CPU is busy with few images; more would make the measurement take minutes and tell the same."""
 MIN_SECONDS = 0.01
-"""For how long one layer is timed at one width, at least twice; the fastest counts."""
+"""For how long one layer is timed at one width; the fastest call counts."""
+MIN_ROUNDS = 5
+"""How often it is timed at least: among fewer calls there may be none that nothing disturbed."""
 
 
 def measured_widths(
     model: nn.Module, groups: Sequence[ChannelGroup], batch_size: int, precision: Precision, device: torch.device
-) -> AllowedWidths:
-    """The allowed widths of these groups on this device. One rank calls it, the others get its result as data.
+) -> tuple[AllowedWidths, list[str]]:
+    """The allowed widths of these groups on this device, and the groups whose times do not repeat within the noise.
+
+    One rank calls it, the others get its result as data.
 
     model: its layers are copied to `device` one by one, and only read here. All other groups stay at the widths that
         they have, and are timed as they run uncompiled. batch_size: images of one rank's step.
     Random numbers are drawn from a generator of its own, so that a run that measures and one that does not train alike.
     """
     timer = _Timer(min(batch_size, MOST_IMAGES_ON_CPU) if device.type == "cpu" else batch_size, precision, device)
-    table = {}
+    table, scattered = {}, []
     for group in groups:
         times = {width: timer.seconds(model, group, width) for width in widths_to_time(group.width)}
-        table[group.name] = right_edges(times)
-    return table
+        table[group.name] = right_edges({width: fastest for width, (fastest, _) in times.items()})
+        if statistics.median(second / fastest - 1 for fastest, second in times.values()) > NOISE:
+            scattered.append(group.name)
+    return table, scattered
 
 
 def widths_to_time(width: int) -> list[int]:
@@ -76,19 +83,20 @@ class _Timer:
     def __init__(self, batch_size: int, precision: Precision, device: torch.device) -> None:
         self._batch_size, self._precision, self._device = batch_size, precision, device
         self._generator = torch.Generator(device).manual_seed(0)
-        self._known: dict[tuple[str, tuple[int, ...]], float] = {}
+        self._known: dict[tuple[str, tuple[int, ...]], tuple[float, float]] = {}
 
-    def seconds(self, model: nn.Module, group: ChannelGroup, width: int) -> float:
-        """Forward and backward of the layers that carry the group, at its first `width` channels."""
-        return sum(self._seconds(layer, shape) for layer, shape in _layers_at(model, group, width))
+    def seconds(self, model: nn.Module, group: ChannelGroup, width: int) -> tuple[float, float]:
+        """Forward and backward of the layers that carry the group, at its first `width` channels: fastest and next."""
+        times = [self._seconds(layer, shape) for layer, shape in _layers_at(model, group, width)]
+        return sum(fastest for fastest, _ in times), sum(second for _, second in times)
 
-    def _seconds(self, layer: nn.Module, shape: tuple[int, ...]) -> float:
+    def _seconds(self, layer: nn.Module, shape: tuple[int, ...]) -> tuple[float, float]:
         key = (repr(layer), shape)
         if key not in self._known:
             self._known[key] = self._measured(layer, shape)
         return self._known[key]
 
-    def _measured(self, layer: nn.Module, shape: tuple[int, ...]) -> float:
+    def _measured(self, layer: nn.Module, shape: tuple[int, ...]) -> tuple[float, float]:
         layer = layer.to(self._device, memory_format=MEMORY_FORMAT).train()
         size = (self._batch_size, *shape[1:])
         with self._precision.autocast():
@@ -107,23 +115,23 @@ class _Timer:
             images.grad = None
             layer.zero_grad(set_to_none=True)
 
-        return fastest(step, self._device)
+        return two_fastest(step, self._device)
 
 
-def fastest(work: Callable[[], None], device: torch.device) -> float:
-    """Seconds of one call, the fastest of several; the first call is a warm-up."""
+def two_fastest(work: Callable[[], None], device: torch.device) -> tuple[float, float]:
+    """Seconds of one call, the fastest of several and the next one; the first call is a warm-up."""
     calls = 4 if device.type == "cuda" else 1  # a GPU is timed with its queue full, as training keeps it
     work()
-    best, spent, rounds = float("inf"), 0.0, 0
-    while rounds < 2 or spent < MIN_SECONDS:
+    elapsed: list[float] = []
+    while len(elapsed) < MIN_ROUNDS or sum(elapsed) < MIN_SECONDS:
         _wait_for(device)
         start = time.perf_counter()
         for _ in range(calls):
             work()
         _wait_for(device)
-        elapsed = time.perf_counter() - start
-        best, spent, rounds = min(best, elapsed / calls), spent + elapsed, rounds + 1
-    return best
+        elapsed.append(time.perf_counter() - start)
+    fastest, second, *_ = sorted(elapsed)
+    return fastest / calls, second / calls
 
 
 def _wait_for(device: torch.device) -> None:

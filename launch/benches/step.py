@@ -186,7 +186,10 @@ class StepBench:
     def measured(self, names: Collection[str]) -> dict[str, list[int]]:
         """The allowed widths that `cup.round_to: measured` would find here for these groups."""
         groups = [group for group in self.groups if group.name in names]
-        return measured_widths(self.model, groups, self.batch_size, self._precision(), self.world.device)
+        table, scattered = measured_widths(self.model, groups, self.batch_size, self._precision(), self.world.device)
+        if scattered:
+            print(f"round_to measured is unsure: the times of {len(scattered)} of {len(groups)} layers do not repeat")
+        return table
 
     def rounded(self, widths: Widths, round_to: Table) -> dict[str, int]:
         """These widths rounded up as a planner would, and those of all other groups that may shrink.
