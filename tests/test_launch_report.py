@@ -382,7 +382,9 @@ def test_dendrograms_are_drawn_from_the_checkpoint_and_an_unknown_layer_is_named
     assert report.main([str(run), "--out", str(tmp_path / "out"), "--dendrogram", "conv2", "conv1"]) == 0
     drawn = sorted(path.name for path in (tmp_path / "out/dendrograms_cup").iterdir())
     assert drawn == ["conv1.png", "conv2.png"]
-    assert len(Resources((tmp_path / "out/report.html").read_text()).fetched) == 5 + 2
+    text = (tmp_path / "out/report.html").read_text()
+    assert len(Resources(text).fetched) == 5 + 2
+    assert "cut once more at the last cut&#39;s height, t 0.330" in text
     assert report.main([str(run), "--out", str(tmp_path / "none"), "--dendrogram", "conv9"]) == 2
     assert "found conv9; allowed for cup: conv1, conv2, fc1" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()

@@ -44,8 +44,10 @@ def _draw(run: Run, checkpoint: Path, layers: list[str], directory: Path) -> lis
     cuts = cup.cut_groups(
         network.model, chosen, lambda group, tree: group.width if t is None else clusters_at(tree, t), options
     )
-    at = "never cut" if t is None else f"clusters at the height of the last cut, t {t:.3f}, before rounding"
+    caption = "Ward's tree of the layer's filters, as trained to the end"
+    if t is not None:
+        caption += f"; what would go and stay if they were cut once more at the last cut's height, t {t:.3f}, unrounded"
     return [
-        Figure(path, f"Dendrogram: {run.name}, {name}", f"Ward's tree of the layer's filters as trained, {at}.")
+        Figure(path, f"Dendrogram: {run.name}, {name}", f"{caption}.")
         for path, name in zip(draw_dendrograms(cuts, t, directory), layers, strict=True)
     ]
