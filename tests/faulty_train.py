@@ -53,7 +53,7 @@ def install(fault: str) -> None:
 
         def step(state, images, *arguments):
             taken.append(1)
-            if len(taken) == int(os.environ["AT_STEP"]) and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            if len(taken) == int(os.environ["AT_STEP"]) and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
                 if fault == "not finite":
                     images = images * float("nan")
                 else:

@@ -2,12 +2,12 @@
 
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from launching import ROOT
+from torch.distributed.run import get_args_parser
 
 from train.config import parse_config
 
@@ -49,9 +49,9 @@ def test_the_batch_script_asks_slurm_and_torchrun_for_what_they_know(tmp_path: P
     assert {"--nnodes=1:2", "--nproc-per-node=4", "--rdzv-endpoint=node-a:29500", "--rdzv-id=slurm-71"} <= set(words)
     script = words.index("launch/train.py")
     assert words[script + 1 : script + 5] == ["--run.timeout_minutes", "5", "--config", "recipe.yaml"]
-    known = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--help"], capture_output=True, text=True)
+    known = get_args_parser().format_help()
     asked = torchrun_options(words[words.index("torchrun") + 1 : script])
-    assert asked and all(option in known.stdout or option.replace("-", "_") in known.stdout for option in asked)
+    assert asked and all(option in known or option.replace("-", "_") in known for option in asked)
 
 
 def test_a_preempted_job_stops_its_ranks_and_goes_back_into_the_queue(tmp_path: Path):

@@ -3,21 +3,15 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from launching import ROOT
-
-
-def script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "tests" / name), *map(str, arguments)], capture_output=True, text=True, timeout=280
-    )
+from launching import ROOT, launch
 
 
 def test_killed_runs_end_by_themselves_with_the_bits_of_undisturbed_ones(tmp_path: Path):
-    result = script("kills.py", "--kills", 2, "--seed", 5, "--ranks", 2, "--out", tmp_path / "kills.json")
+    arguments = ["--kills", "2", "--seed", "5", "--ranks", "2", "--out", "kills.json"]
+    result = launch("tests/kills.py", arguments, tmp_path, timeout=280)
     assert result.returncode == 0, result.stdout + result.stderr
     runs = json.loads((tmp_path / "kills.json").read_text())["runs"]
     assert sum(len(run["kills"]) for run in runs) == 2
@@ -25,7 +19,7 @@ def test_killed_runs_end_by_themselves_with_the_bits_of_undisturbed_ones(tmp_pat
 
 
 def test_resizes_leave_no_file_or_thread_behind(tmp_path: Path):
-    result = script("soak.py", "--resizes", 10, "--every", 5, "--out", tmp_path / "soak.json")
+    result = launch("tests/soak.py", ["--resizes", "10", "--every", "5", "--out", "soak.json"], tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     for rows in json.loads((tmp_path / "soak.json").read_text())["ranks"]:
         assert [row["resizes"] for row in rows] == [0, 5, 10]

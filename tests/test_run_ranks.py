@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import launch, options, rank_lines, write_image_folder
+from launching import launch, options, rank_lines, start, write_image_folder
 
 from train.checkpoint import load_checkpoint, stored_plans
 from train.rundir import read_log
@@ -135,19 +135,19 @@ def test_a_broken_image_on_one_rank_ends_both_and_names_the_file(tmp_path: Path)
 
 
 def test_torchrun_takes_up_a_run_of_which_a_rank_was_killed_to_the_numbers_of_an_undisturbed_one(tmp_path: Path):
-    """SIGKILL of rank 1 at the 10th of 18 steps of epoch 3; DALI, batch norm, EMA, two resizes before it."""
-    write_image_folder(tmp_path / "images", train=48)
+    """SIGKILL of rank 1 at the 5th of 9 steps of epoch 3; DALI, batch norm, EMA, two resizes before it."""
+    write_image_folder(tmp_path / "images", train=24)
     changes = {"data__loader": "auto", "data__path": "images", "data__batch_size": 8, "data__channels": 3}
-    arguments = options(**changes, model__name="resnet20_cifar", train__epochs=4, train__ema_decay=0.9)
+    arguments = options(**changes, model__name="resnet20_cifar", train__ema_decay=0.9)
     undisturbed = launch("launch/train.py", [*arguments, "--run.root", "a"], tmp_path, ranks=2)
     assert undisturbed.returncode == 0, undisturbed.stderr
 
-    fault = {"FAULT": "killed", "AT_STEP": "46", "torchrun": ["--max-restarts=3"]}
+    fault = {"FAULT": "killed", "AT_STEP": "23", "torchrun": ["--max-restarts=3"]}
     # Never: the restart of a job goes on in the directory that it began, whatever is said about earlier runs.
     arguments += ["--run.root", "b", "--run.resume", "never", "--run.save_every_minutes", "0.01"]
-    killed = launch("tests/faulty_train.py", arguments, tmp_path, ranks=2, **fault)
+    killed = start("tests/faulty_train.py", arguments, tmp_path, ranks=2, **fault)
     assert killed.returncode == 0, killed.stderr
-    assert re.search(r"resumed at epoch [23] of 4", killed.stdout)
+    assert re.search(r"resumed at epoch [23] of 3", killed.stdout)
     assert [path.name for path in (tmp_path / "b").iterdir()] == ["tiny"]
     a, b = read_log(tmp_path / "a/tiny/log.jsonl"), read_log(tmp_path / "b/tiny/log.jsonl")
     for kind, keys in (
@@ -163,7 +163,7 @@ def test_torchrun_takes_up_a_run_of_which_a_rank_was_killed_to_the_numbers_of_an
 
 def test_a_signal_to_one_rank_stops_all_of_them_after_the_same_step(tmp_path: Path):
     fault = {"FAULT": "asked to stop", "AT_STEP": "5"}
-    stopped = launch("tests/faulty_train.py", options(), tmp_path, ranks=2, **fault)
+    stopped = start("tests/faulty_train.py", options(), tmp_path, ranks=2, **fault)
     assert stopped.returncode == 0, stopped.stderr
     epoch, step, again = re.search(
         r"stopped in epoch (\d), after step (\d), and saved; to go on: (.*)", stopped.stdout
