@@ -1,6 +1,7 @@
 """Whole runs on real ranks: what the log holds, bit-equality after a resize, faults on one rank, kill and resume."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ EPOCH_KEYS = (
     *("event", "time_s", "epoch", "threshold", "flops_reduction", "flops", "macs_reduction", "macs", "params"),
     *("widths", "train_loss", "top1", "top5", "lr", "images_per_s", "seconds", "gpu_hours", "device"),
 )
+
+SHORT = {"train__epochs": 1, "cup__enabled": "false", "run__save_every_minutes": 1e-9}  # 4 steps, saved after each
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +162,45 @@ def test_torchrun_takes_up_a_run_of_which_a_rank_was_killed_to_the_numbers_of_an
     for key in ("model", "ema"):
         one, other = (torch.load(tmp_path / d / "tiny/last.pt", weights_only=True)[key] for d in ("a", "b"))
         assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four ranks of which one was killed after the second of four steps; its working folder."""
+    cwd = tmp_path_factory.mktemp("four_ranks")
+    result = launch("tests/faulty_train.py", options(**SHORT), cwd, ranks=4, FAULT="killed", AT_STEP="3")
+    assert result.returncode != 0
+    assert load_checkpoint(cwd / "runs/tiny/last.pt")["progress"]["step"] == 2
+    return cwd
+
+
+def test_gradients_are_summed_in_the_same_order_after_a_resume(killed: Path, tmp_path: Path):
+    """With more than two ranks the order shows in the bits, and DDP changes it after its first backward pass."""
+    shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
+    for options_of in (options(**SHORT), options(**SHORT, run__root="undisturbed")):
+        result = launch("launch/train.py", options_of, tmp_path, ranks=4)
+        assert result.returncode == 0, result.stderr
+    assert read_log(tmp_path / "runs/tiny/log.jsonl")[-1]["event"] == "done"
+    one, other = (load_checkpoint(tmp_path / root / "tiny/last.pt")["model"] for root in ("runs", "undisturbed"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_fewer_ranks_go_on_with_a_batch_that_they_can_share(killed: Path, tmp_path: Path):
+    shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
+    result = launch("launch/train.py", options(**SHORT), tmp_path, ranks=3)
+    assert result.returncode == 0, result.stderr
+    log = read_log(tmp_path / "runs/tiny/log.jsonl")
+    assert "3 ranks cannot share batches of 32 images: going on with 30, and optim.lr 0.046875" in str(log)
+    begun = [event for event in log if event["event"] == "run"][-1]
+    assert (begun["first_step"], begun["batch_size"], begun["world_size"]) == (2, 30, 3)
+    assert log[-1]["event"] == "done"
+
+
+def test_ranks_that_wait_for_one_that_is_stuck_give_up_after_the_timeout_of_the_run(tmp_path: Path):
+    arguments = options(**SHORT, run__timeout_minutes=0.05)
+    result = launch("tests/faulty_train.py", arguments, tmp_path, ranks=2, timeout=60, FAULT="stuck", AT_STEP="3")
+    assert result.returncode == 1
+    assert "[rank 0] error: another rank did not answer in time (run.timeout_minutes)" in result.stderr
 
 
 def test_a_signal_to_one_rank_stops_all_of_them_after_the_same_step(tmp_path: Path):
