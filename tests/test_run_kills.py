@@ -18,11 +18,11 @@ def test_killed_runs_end_by_themselves_with_the_bits_of_undisturbed_ones(tmp_pat
     assert all(run["bit_equal"] and run["log_equal"] for run in runs)
 
 
-def test_resizes_leave_no_file_or_thread_behind(tmp_path: Path):
-    result = launch("tests/soak.py", ["--resizes", "10", "--every", "5", "--out", "soak.json"], tmp_path)
+def test_resizes_leave_no_memory_file_or_thread_behind(tmp_path: Path):
+    result = launch("tests/soak.py", ["--resizes", "20", "--every", "5", "--out", "soak.json"], tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     for rows in json.loads((tmp_path / "soak.json").read_text())["ranks"]:
-        assert [row["resizes"] for row in rows] == [0, 5, 10]
+        assert [row["resizes"] for row in rows] == [0, 5, 10, 15, 20]
 
 
 @pytest.mark.skipif("TWO_HOSTS" not in os.environ, reason="takes minutes and root: TWO_HOSTS=1 pytest asks for it")
