@@ -36,7 +36,7 @@ def torchrun_options(words: list[str]) -> list[str]:
 
 def test_the_batch_script_asks_slurm_and_torchrun_for_what_they_know(tmp_path: Path):
     """With stand-ins for SLURM's commands: the one for srun shows the line that it was to start on every machine."""
-    (tmp_path / "scontrol").write_text('#!/bin/sh\n[ "$1" = show ] && echo node-a && echo node-b\nexit 0\n')
+    (tmp_path / "scontrol").write_text('#!/bin/sh\n[ "$1" = show ] && echo node-a && sleep 0.2 && echo node-b\n')
     (tmp_path / "srun").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     for name in ("scontrol", "srun"):
         (tmp_path / name).chmod(0o755)

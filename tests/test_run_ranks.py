@@ -130,7 +130,7 @@ def test_a_broken_image_on_one_rank_ends_both_and_names_the_file(tmp_path: Path)
     images = write_image_folder(tmp_path / "images", train=60)
     broken = images / "train/class1/7.jpg"
     broken.write_bytes(broken.read_bytes()[:200])
-    arguments = options(data__loader="folder", data__path="images")
+    arguments = options(data__loader="folder", data__path="images", data__threads=1)
     result = launch("launch/train.py", arguments, tmp_path, ranks=2, timeout=60)
     assert result.returncode != 0
     assert any("images/train/class1/7.jpg" in line for line in rank_lines(result.stderr))
