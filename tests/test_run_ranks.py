@@ -16,6 +16,10 @@ EPOCH_KEYS = (
     *("widths", "train_loss", "top1", "top5", "lr", "images_per_s", "seconds", "gpu_hours", "device"),
 )
 
+JPEGS = {
+    **{"data__loader": "auto", "data__path": "images", "data__batch_size": 16, "data__channels": 3},
+    **{"data__crop_scale": "[0.8, 1.0]", "model__name": "resnet20_cifar", "train__ema_decay": 0.5},
+}
 SHORT = {"train__epochs": 1, "cup__enabled": "false", "run__save_every_minutes": 1e-9}  # 4 steps, saved after each
 
 
@@ -24,9 +28,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of two ranks with batch norm and EMA, from JPEGs; its working folder."""
     cwd = tmp_path_factory.mktemp("two_ranks")
     write_image_folder(cwd / "images", train=32)
-    changes = {"data__loader": "auto", "data__path": "images", "data__batch_size": 16, "data__channels": 3}
-    changes |= {"model__name": "resnet20_cifar", "train__ema_decay": 0.5}
-    result = launch("launch/train.py", options(**changes, data__crop_scale="[0.8, 1.0]"), cwd, ranks=2)
+    result = launch("launch/train.py", options(**JPEGS), cwd, ranks=2)
     assert result.returncode == 0, result.stderr
     return cwd
 
@@ -137,22 +139,16 @@ def test_a_broken_image_on_one_rank_ends_both_and_names_the_file(tmp_path: Path)
     assert not (tmp_path / "runs/tiny/last.pt").exists()
 
 
-def test_torchrun_takes_up_a_run_of_which_a_rank_was_killed_to_the_numbers_of_an_undisturbed_one(tmp_path: Path):
-    """SIGKILL of rank 1 at the 5th of 9 steps of epoch 3; DALI, batch norm, EMA, two resizes before it."""
-    write_image_folder(tmp_path / "images", train=24)
-    changes = {"data__loader": "auto", "data__path": "images", "data__batch_size": 8, "data__channels": 3}
-    arguments = options(**changes, model__name="resnet20_cifar", train__ema_decay=0.9)
-    undisturbed = launch("launch/train.py", [*arguments, "--run.root", "a"], tmp_path, ranks=2)
-    assert undisturbed.returncode == 0, undisturbed.stderr
-
-    fault = {"FAULT": "killed", "AT_STEP": "23", "torchrun": ["--max-restarts=3"]}
+def test_torchrun_takes_up_a_run_of_which_a_rank_was_killed_to_the_numbers_of_an_undisturbed_one(finished: Path):
+    """SIGKILL of rank 1 at the 4th of 6 steps of epoch 3; DALI, batch norm, EMA, two resizes before it."""
+    fault = {"FAULT": "killed", "AT_STEP": "16", "torchrun": ["--max-restarts=3"]}
     # Never: the restart of a job goes on in the directory that it began, whatever is said about earlier runs.
-    arguments += ["--run.root", "b", "--run.resume", "never", "--run.save_every_minutes", "0.01"]
-    killed = start("tests/faulty_train.py", arguments, tmp_path, ranks=2, **fault)
+    arguments = options(**JPEGS, run__root="b", run__resume="never", run__save_every_minutes=0.01)
+    killed = start("tests/faulty_train.py", arguments, finished, ranks=2, **fault)
     assert killed.returncode == 0, killed.stderr
     assert re.search(r"resumed at epoch [23] of 3", killed.stdout)
-    assert [path.name for path in (tmp_path / "b").iterdir()] == ["tiny"]
-    a, b = read_log(tmp_path / "a/tiny/log.jsonl"), read_log(tmp_path / "b/tiny/log.jsonl")
+    assert [path.name for path in (finished / "b").iterdir()] == ["tiny"]
+    a, b = read_log(finished / "runs/tiny/log.jsonl"), read_log(finished / "b/tiny/log.jsonl")
     for kind, keys in (
         ("epoch", ("epoch", "widths", "train_loss", "top1", "top5", "lr", "flops_reduction", "threshold")),
         ("resize", ("epoch", "step", "removed", "digest", "threshold")),
@@ -160,7 +156,7 @@ def test_torchrun_takes_up_a_run_of_which_a_rank_was_killed_to_the_numbers_of_an
         expected, found = ([[e[k] for k in keys] for e in log if e["event"] == kind] for log in (a, b))
         assert found == expected
     for key in ("model", "ema"):
-        one, other = (torch.load(tmp_path / d / "tiny/last.pt", weights_only=True)[key] for d in ("a", "b"))
+        one, other = (torch.load(finished / d / "tiny/last.pt", weights_only=True)[key] for d in ("runs", "b"))
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
