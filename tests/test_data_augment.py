@@ -44,13 +44,15 @@ def test_synthetic_images_grow_too():
     assert taken(val)[0][0].shape[-1] == 16
 
 
-@disk_loaders
-def test_resumed_training_with_everything_on_equals_undisturbed(photos, loader, tmp_path_factory):
-    """Growing sides, RandAugment, colour jitter, shards, an exclude list; stopped within an epoch."""
+@pytest.mark.parametrize(
+    ("loader", "augment"), [("dali", "randaugment"), ("dali", "trivialaugment"), ("folder", "trivialaugment")]
+)
+def test_resumed_training_with_everything_on_equals_undisturbed(photos, loader, augment, tmp_path_factory):
+    """Growing sides, random operations, colour jitter, shards, an exclude list; stopped within an epoch."""
     shards = tmp_path_factory.mktemp("shards") / "set"
     prepare_shards(photos, shards, images_per_shard=5)
     (shards / "exclude.txt").write_text("train/0-ant/0000003-3.jpg\n")
-    options = {**EVERYTHING, "batch_size": 6, "threads": 1}
+    options = {**EVERYTHING, "auto_augment": augment, "batch_size": 6, "threads": 1}
     train, _ = build(shards, loader, **options)
     assert (train.num_images, train.num_excluded) == (13, 1)
     taken(train)
