@@ -5,6 +5,7 @@ import os
 import runpy
 import signal
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,14 +49,16 @@ def install(fault: str) -> None:
             return honest_build(name, num_classes)
 
         run.build_model = build
-    elif fault in ("killed", "asked to stop", "not finite"):
+    elif fault in ("killed", "asked to stop", "not finite", "stuck"):
         honest_step, taken = engine.training_step, []
 
         def step(state, images, *arguments):
             taken.append(1)
-            if len(taken) == int(os.environ["AT_STEP"]) and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            if len(taken) == int(os.environ["AT_STEP"]) and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
                 if fault == "not finite":
                     images = images * float("nan")
+                elif fault == "stuck":
+                    time.sleep(6)
                 else:
                     os.kill(os.getpid(), signal.SIGKILL if fault == "killed" else signal.SIGTERM)
             return honest_step(state, images, *arguments)

@@ -1,13 +1,16 @@
 """Start real runs, in this process or as launch/*.py, alone or under torchrun, and read what they left."""
 
 import itertools
+import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -86,7 +89,57 @@ def command(script: str, arguments: list[str], ranks: int = 1, torchrun: Sequenc
     return [sys.executable, *(launcher if ranks > 1 else []), str(ROOT / script), *arguments]
 
 
+class Server:
+    """tests/forked.py in a process of its own, for as long as this one lives; it starts with the first request."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+
+    def ask(self, **request: object) -> dict[str, Any]:
+        if self._process is None:
+            self._process = subprocess.Popen(
+                [sys.executable, str(ROOT / "tests" / "forked.py")],
+                env=os.environ | SEEN_BY_RANKS,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            return json.loads(self._process.stdout.readline())
+        except BaseException:  # pytest ends a test that takes too long here: its answer is not the next one's
+            self._process.kill()  # its ranks die with it
+            self._process.communicate()
+            self._process = None
+            raise
+
+
+_server = Server()
+
+
 def launch(
+    script: str, arguments: list[str], cwd: Path, ranks: int = 1, timeout: float = 180, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the script to its end in processes that were forked with the imports behind them: one, or ranks of a group.
+
+    TimeoutError, with all its processes gone, if it hangs. The exit code is the first rank's that failed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        said = [Path(folder) / name for name in ("output", "errors")]
+        output, errors = map(str, said)
+        answer = _server.ask(
+            script=script, arguments=arguments, cwd=str(cwd), ranks=ranks, timeout=timeout, env=env, output=output,
+            errors=errors,
+        )  # fmt: skip
+        out, err = (file.read_text(encoding="utf-8") for file in said)
+    if "hang" in answer:
+        raise TimeoutError(f"{answer['hang']}; they said: {out}{err}")
+    code = next(filter(None, answer["codes"]), 0)
+    return subprocess.CompletedProcess([script, *arguments], code, out, err)
+
+
+def start(
     script: str,
     arguments: list[str],
     cwd: Path,
@@ -95,7 +148,10 @@ def launch(
     torchrun: Sequence[str] = (),
     **env: str,
 ) -> subprocess.CompletedProcess[str]:
-    """Run to the end; TimeoutExpired, with all its processes gone, if it hangs."""
+    """As `launch`, but as a user starts it: python, or torchrun where there are several ranks. Takes 7 s more a rank.
+
+    TimeoutExpired, with all its processes gone, if it hangs.
+    """
     process = subprocess.Popen(
         command(script, arguments, ranks, torchrun),
         cwd=cwd,

@@ -3,32 +3,26 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from launching import ROOT
-
-
-def script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "tests" / name), *map(str, arguments)], capture_output=True, text=True, timeout=280
-    )
+from launching import ROOT, launch
 
 
 def test_killed_runs_end_by_themselves_with_the_bits_of_undisturbed_ones(tmp_path: Path):
-    result = script("kills.py", "--kills", 2, "--seed", 5, "--ranks", 2, "--out", tmp_path / "kills.json")
+    arguments = ["--kills", "2", "--seed", "5", "--ranks", "2", "--out", "kills.json"]
+    result = launch("tests/kills.py", arguments, tmp_path, timeout=280)
     assert result.returncode == 0, result.stdout + result.stderr
     runs = json.loads((tmp_path / "kills.json").read_text())["runs"]
     assert sum(len(run["kills"]) for run in runs) == 2
     assert all(run["bit_equal"] and run["log_equal"] for run in runs)
 
 
-def test_resizes_leave_no_file_or_thread_behind(tmp_path: Path):
-    result = script("soak.py", "--resizes", 10, "--every", 5, "--out", tmp_path / "soak.json")
+def test_resizes_leave_no_memory_file_or_thread_behind(tmp_path: Path):
+    result = launch("tests/soak.py", ["--resizes", "20", "--every", "5", "--out", "soak.json"], tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     for rows in json.loads((tmp_path / "soak.json").read_text())["ranks"]:
-        assert [row["resizes"] for row in rows] == [0, 5, 10]
+        assert [row["resizes"] for row in rows] == [0, 5, 10, 15, 20]
 
 
 @pytest.mark.skipif("TWO_HOSTS" not in os.environ, reason="takes minutes and root: TWO_HOSTS=1 pytest asks for it")

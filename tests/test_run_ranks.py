@@ -1,11 +1,12 @@
 """Whole runs on real ranks: what the log holds, bit-equality after a resize, faults on one rank, kill and resume."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from launching import launch, options, rank_lines, write_image_folder
+from launching import launch, options, rank_lines, start, write_image_folder
 
 from train.checkpoint import load_checkpoint, stored_plans
 from train.rundir import read_log
@@ -15,15 +16,19 @@ EPOCH_KEYS = (
     *("widths", "train_loss", "top1", "top5", "lr", "images_per_s", "seconds", "gpu_hours", "device"),
 )
 
+JPEGS = {
+    **{"data__loader": "auto", "data__path": "images", "data__batch_size": 16, "data__channels": 3},
+    **{"data__crop_scale": "[0.8, 1.0]", "model__name": "resnet20_cifar", "train__ema_decay": 0.5},
+}
+SHORT = {"train__epochs": 1, "cup__enabled": "false", "run__save_every_minutes": 1e-9}  # 4 steps, saved after each
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of two ranks with batch norm and EMA, from JPEGs; its working folder."""
     cwd = tmp_path_factory.mktemp("two_ranks")
     write_image_folder(cwd / "images", train=32)
-    changes = {"data__loader": "auto", "data__path": "images", "data__batch_size": 16, "data__channels": 3}
-    changes |= {"model__name": "resnet20_cifar", "train__ema_decay": 0.5}
-    result = launch("launch/train.py", options(**changes, data__crop_scale="[0.8, 1.0]"), cwd, ranks=2)
+    result = launch("launch/train.py", options(**JPEGS), cwd, ranks=2)
     assert result.returncode == 0, result.stderr
     return cwd
 
@@ -127,29 +132,23 @@ def test_a_broken_image_on_one_rank_ends_both_and_names_the_file(tmp_path: Path)
     images = write_image_folder(tmp_path / "images", train=60)
     broken = images / "train/class1/7.jpg"
     broken.write_bytes(broken.read_bytes()[:200])
-    arguments = options(data__loader="folder", data__path="images")
+    arguments = options(data__loader="folder", data__path="images", data__threads=1)
     result = launch("launch/train.py", arguments, tmp_path, ranks=2, timeout=60)
     assert result.returncode != 0
     assert any("images/train/class1/7.jpg" in line for line in rank_lines(result.stderr))
     assert not (tmp_path / "runs/tiny/last.pt").exists()
 
 
-def test_torchrun_takes_up_a_run_of_which_a_rank_was_killed_to_the_numbers_of_an_undisturbed_one(tmp_path: Path):
-    """SIGKILL of rank 1 at the 10th of 18 steps of epoch 3; DALI, batch norm, EMA, two resizes before it."""
-    write_image_folder(tmp_path / "images", train=48)
-    changes = {"data__loader": "auto", "data__path": "images", "data__batch_size": 8, "data__channels": 3}
-    arguments = options(**changes, model__name="resnet20_cifar", train__epochs=4, train__ema_decay=0.9)
-    undisturbed = launch("launch/train.py", [*arguments, "--run.root", "a"], tmp_path, ranks=2)
-    assert undisturbed.returncode == 0, undisturbed.stderr
-
-    fault = {"FAULT": "killed", "AT_STEP": "46", "torchrun": ["--max-restarts=3"]}
+def test_torchrun_takes_up_a_run_of_which_a_rank_was_killed_to_the_numbers_of_an_undisturbed_one(finished: Path):
+    """SIGKILL of rank 1 at the 4th of 6 steps of epoch 3; DALI, batch norm, EMA, two resizes before it."""
+    fault = {"FAULT": "killed", "AT_STEP": "16", "torchrun": ["--max-restarts=3"]}
     # Never: the restart of a job goes on in the directory that it began, whatever is said about earlier runs.
-    arguments += ["--run.root", "b", "--run.resume", "never", "--run.save_every_minutes", "0.01"]
-    killed = launch("tests/faulty_train.py", arguments, tmp_path, ranks=2, **fault)
+    arguments = options(**JPEGS, run__root="b", run__resume="never", run__save_every_minutes=0.01)
+    killed = start("tests/faulty_train.py", arguments, finished, ranks=2, **fault)
     assert killed.returncode == 0, killed.stderr
-    assert re.search(r"resumed at epoch [23] of 4", killed.stdout)
-    assert [path.name for path in (tmp_path / "b").iterdir()] == ["tiny"]
-    a, b = read_log(tmp_path / "a/tiny/log.jsonl"), read_log(tmp_path / "b/tiny/log.jsonl")
+    assert re.search(r"resumed at epoch [23] of 3", killed.stdout)
+    assert [path.name for path in (finished / "b").iterdir()] == ["tiny"]
+    a, b = read_log(finished / "runs/tiny/log.jsonl"), read_log(finished / "b/tiny/log.jsonl")
     for kind, keys in (
         ("epoch", ("epoch", "widths", "train_loss", "top1", "top5", "lr", "flops_reduction", "threshold")),
         ("resize", ("epoch", "step", "removed", "digest", "threshold")),
@@ -157,13 +156,52 @@ def test_torchrun_takes_up_a_run_of_which_a_rank_was_killed_to_the_numbers_of_an
         expected, found = ([[e[k] for k in keys] for e in log if e["event"] == kind] for log in (a, b))
         assert found == expected
     for key in ("model", "ema"):
-        one, other = (torch.load(tmp_path / d / "tiny/last.pt", weights_only=True)[key] for d in ("a", "b"))
+        one, other = (torch.load(finished / d / "tiny/last.pt", weights_only=True)[key] for d in ("runs", "b"))
         assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four ranks of which one was killed after the second of four steps; its working folder."""
+    cwd = tmp_path_factory.mktemp("four_ranks")
+    result = launch("tests/faulty_train.py", options(**SHORT), cwd, ranks=4, FAULT="killed", AT_STEP="3")
+    assert result.returncode != 0
+    assert load_checkpoint(cwd / "runs/tiny/last.pt")["progress"]["step"] == 2
+    return cwd
+
+
+def test_gradients_are_summed_in_the_same_order_after_a_resume(killed: Path, tmp_path: Path):
+    """With more than two ranks the order shows in the bits, and DDP changes it after its first backward pass."""
+    shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
+    for options_of in (options(**SHORT), options(**SHORT, run__root="undisturbed")):
+        result = launch("launch/train.py", options_of, tmp_path, ranks=4)
+        assert result.returncode == 0, result.stderr
+    assert read_log(tmp_path / "runs/tiny/log.jsonl")[-1]["event"] == "done"
+    one, other = (load_checkpoint(tmp_path / root / "tiny/last.pt")["model"] for root in ("runs", "undisturbed"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_fewer_ranks_go_on_with_a_batch_that_they_can_share(killed: Path, tmp_path: Path):
+    shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
+    result = launch("launch/train.py", options(**SHORT), tmp_path, ranks=3)
+    assert result.returncode == 0, result.stderr
+    log = read_log(tmp_path / "runs/tiny/log.jsonl")
+    assert "3 ranks cannot share batches of 32 images: going on with 30, and optim.lr 0.046875" in str(log)
+    begun = [event for event in log if event["event"] == "run"][-1]
+    assert (begun["first_step"], begun["batch_size"], begun["world_size"]) == (2, 30, 3)
+    assert log[-1]["event"] == "done"
+
+
+def test_ranks_that_wait_for_one_that_is_stuck_give_up_after_the_timeout_of_the_run(tmp_path: Path):
+    arguments = options(**SHORT, run__timeout_minutes=0.05)
+    result = launch("tests/faulty_train.py", arguments, tmp_path, ranks=2, timeout=60, FAULT="stuck", AT_STEP="3")
+    assert result.returncode == 1
+    assert "[rank 0] error: another rank did not answer in time (run.timeout_minutes)" in result.stderr
 
 
 def test_a_signal_to_one_rank_stops_all_of_them_after_the_same_step(tmp_path: Path):
     fault = {"FAULT": "asked to stop", "AT_STEP": "5"}
-    stopped = launch("tests/faulty_train.py", options(), tmp_path, ranks=2, **fault)
+    stopped = start("tests/faulty_train.py", options(), tmp_path, ranks=2, **fault)
     assert stopped.returncode == 0, stopped.stderr
     epoch, step, again = re.search(
         r"stopped in epoch (\d), after step (\d), and saved; to go on: (.*)", stopped.stdout

@@ -76,21 +76,26 @@ def test_a_run_goes_on_at_the_step_after_its_checkpoint(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("function", "call", "where"), [("training_step", 3, (1, 3)), ("evaluate", 1, (1, 4)), ("_resize", 2, (2, 1))]
+    ("function", "call", "where", "number"),
+    [
+        ("training_step", 3, (1, 3), signal.SIGTERM),
+        ("evaluate", 1, (1, 4), signal.SIGHUP),  # the terminal is gone
+        ("_resize", 2, (2, 1), signal.SIGTERM),
+    ],
 )
 def test_a_signal_stops_a_run_after_its_step_and_the_run_goes_on_from_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, call: int, where: tuple[int, int]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, call: int, where: tuple[int, int], number: int
 ):
     undisturbed = train(tmp_path / "a")
     with monkeypatch.context() as patch:
         patch.setattr("train.watch.MOST_STEPS", 1)
-        signalled(patch, function, call)
+        signalled(patch, function, call, number)
         stopped = begin(tmp_path / "b")
     assert (stopped["event"], stopped["epoch"], stopped["step"]) == ("stopped", *where)
     again = train(tmp_path / "b")
     assert numbers(again) == numbers(undisturbed)
     assert events(again, "run")[-1]["first_step"] == where[1]
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(number) == signal.SIG_DFL
 
 
 def test_ctrl_c_ends_with_code_0_and_the_line_that_goes_on(

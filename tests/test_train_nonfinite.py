@@ -12,6 +12,7 @@ from train import engine
 from train.checkpoint import load_checkpoint
 from train.errors import TrainError
 from train.nonfinite import StepGuard
+from train.optim import OptimConfig, build_optimizer
 from train.precision import Precision
 from train.state import TrainState
 
@@ -54,14 +55,16 @@ def left_out(honest: Callable, *arguments: object) -> torch.Tensor:
     return torch.zeros(())
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str):
+@pytest.mark.parametrize(("precision", "clip_norm"), [("fp32", 0.0), ("bf16", 0.5)])
+def test_a_step_that_is_not_finite_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, clip_norm: float
+):
     """Bit for bit what comes of a run that never made the step: weights, momentum, running statistics."""
     log = {}
     for name, action in (("nan", with_nan), ("without", left_out)):
         with monkeypatch.context() as patch:
             in_place_of_steps(patch, {3}, action)
-            log[name] = train(tmp_path / name, **SKIP, train__precision=precision)
+            log[name] = train(tmp_path / name, **SKIP, train__precision=precision, train__clip_norm=clip_norm)
     assert [event["skipped_steps"] for event in events(log["nan"], "epoch")] == [1, 0]
     one, other = (load_checkpoint(tmp_path / name / "tiny/last.pt") for name in log)
     counter = "norm.num_batches_tracked"  # counts forward passes; no batch norm with a fixed momentum reads it
@@ -142,3 +145,21 @@ def test_an_optimizer_that_cannot_be_told_is_not_called():
         changed = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
         assert changed == [moves] * len(before)
         assert guard.longest == 1 and guard.unfit == (not moves)
+
+
+@pytest.mark.parametrize(("value", "unfit"), [(float("nan"), 1), (float("inf"), 1), (1e30, 0)])
+def test_clipping_by_a_norm_that_is_not_finite_spoils_no_weight(value: float, unfit: int):
+    """The squares of 1e30 overflow: the norm is infinite though the gradients are not, and they are clipped to 0."""
+    model = nn.Linear(4, 4)
+    optimizer = build_optimizer(model, OptimConfig(lr=0.1, weight_decay=0))
+    state = TrainState(model, model, optimizer, Precision("fp32", torch.device("cpu")))
+    guard = StepGuard(torch.device("cpu"))
+    guard.begin(state)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+        parameter.grad.view(-1)[0] = value
+    guard.step(state, clip_norm=1.0)
+    assert guard.unfit == unfit
+    assert all(map(torch.equal, before, model.parameters()))
+    assert not any(optimizer.state[parameter]["momentum_buffer"].any() for parameter in model.parameters())

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import socket
 import sys
 import time
@@ -29,7 +30,7 @@ from train.ledger import Ledger
 from train.models import build_model
 from train.optim import OptimConfig, build_optimizer, forget_momentum, learning_rate
 from train.precision import Precision
-from train.run import _excluded
+from train.run import _excluded, _fitted
 from train.rundir import RunDir, create_run_dir, find_run_dir, read_log
 from train.sinks import JsonLines
 from train.state import TrainState
@@ -284,6 +285,33 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, 
     assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
 
 
+def test_a_checkpoint_is_on_the_disk_before_it_takes_its_name_and_the_name_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, {"epoch": 1})
+    order: list[tuple] = []
+    rename = Path.replace
+
+    def fsync(descriptor: int) -> None:
+        order.append(("sync", Path(f"/proc/self/fd/{descriptor}").readlink(), os.fstat(descriptor).st_size))
+
+    def replace(self: Path, target: Path) -> None:
+        order.append(("rename", self, target))
+        rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "replace", replace)
+    save_checkpoint(path, {"epoch": 2}, keep=2)
+    part, folder_size = tmp_path / "last.pt.part", tmp_path.stat().st_size
+    assert order == [
+        ("sync", part, path.stat().st_size),  # all of it
+        ("rename", path, tmp_path / "last-1.pt"),
+        ("rename", part, path),
+        ("sync", tmp_path, folder_size),
+    ]
+
+
 class Payload:
     """An object whose unpickling runs code."""
 
@@ -421,6 +449,21 @@ def test_an_epoch_at_its_end_is_taken_up_with_another_batch(ratio: str, steps: i
     assert (so_far.step, so_far.is_averaged) == (step, is_averaged)
     assert so_far.loss_sum == pytest.approx(2.0 * step)
     assert written[0].step == 5
+
+
+@pytest.mark.parametrize(
+    ("ranks", "goes_on", "batch_size", "lr"),
+    [(4, True, 32, 0.05), (3, True, 30, 0.05 * 30 / 32), (3, False, 32, 0.05), (33, True, 32, 0.05)],
+)
+def test_ranks_that_cannot_share_the_batch_go_on_with_the_next_smaller_one_and_less_learning_rate(
+    tmp_path: Path, ranks: int, goes_on: bool, batch_size: int, lr: float
+):
+    """With 33 ranks for 32 images, or in a run that begins, the loader refuses it."""
+    config = config_in(tmp_path)
+    fitted, words = _fitted(config, World(0, ranks, 0, ranks, torch.device("cpu")), goes_on)
+    assert (fitted.data.batch_size, fitted.optim.lr) == (batch_size, pytest.approx(lr))
+    assert len(words) == (batch_size != 32) and all("optim.lr 0.046875 in place of 0.05" in word for word in words)
+    assert fitted.cup == config.cup and fitted.train == config.train
 
 
 @pytest.mark.parametrize(

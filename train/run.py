@@ -394,4 +394,8 @@ def _first_line(config: RunConfig, trainer: Trainer, run_dir: RunDir) -> dict[st
 
 def _versions(*packages: str) -> dict[str, str]:
     """Package -> version, for those that are installed."""
-    return {d.metadata["Name"]: d.version for d in metadata.distributions() if d.metadata["Name"] in packages}
+    found = {}
+    for package in packages:
+        with suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found

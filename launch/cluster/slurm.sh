@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A run on several machines under SLURM, taken up again by itself after a preemption, a time limit or a lost machine.
+# A run on several machines under SLURM, taken up again by itself after its time limit or a lost machine.
 #
 #   sbatch --nodes=4 --gpus-per-node=8 launch/cluster/slurm.sh --config launch/configs/resnet50_imagenet.yaml
 #
@@ -12,14 +12,19 @@
 #SBATCH --time=24:00:00
 #SBATCH --output=%x-%j.out
 #SBATCH --open-mode=append
-# Two minutes before the time limit, and at a preemption, this shell (B:) gets SIGTERM; the job may begin again.
+# Two to three minutes before the time limit this shell alone (B:) gets SIGTERM, and puts the job back into the queue.
+#
+# A preemption is another matter. SLURM requeues the job itself where it preempts at once (PreemptMode=REQUEUE). Where it
+# grants a grace time, it sends SIGTERM to torchrun first: the run is saved, but the job ends as a failed one, and goes
+# on with `scontrol requeue JOB`. With PreemptParameters=send_user_signal it is as at the time limit.
 #SBATCH --requeue
 #SBATCH --signal=B:TERM@120
 set -euo pipefail
 
-head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)  # head would end scontrol by SIGPIPE
 
-# A job's own number: a requeued job goes on in the run directory that it began (README, "Nothing lost").
+# The job's number stays the same in the queue: a requeued job goes on in the run directory that it began, also with
+# --run.resume never (README, "Nothing lost").
 srun --kill-on-bad-exit=0 torchrun \
     --nnodes="1:$SLURM_JOB_NUM_NODES" \
     --nproc-per-node="${SLURM_GPUS_ON_NODE:-8}" \
