@@ -25,6 +25,9 @@ DECODING_ON_GPU = (
 # What RandAugment and TrivialAugment put where an image is moved away: grey, as DALI does by default.
 FILL = 128
 
+MOST_PIXELS = 16384
+"""Of a side; beyond it nobody means what he says."""
+
 
 class DataError(Exception):
     """The data set is not what training needs; the message says what was found and what to do."""
@@ -148,7 +151,7 @@ class DataConfig:
         checks = [
             ("path", self.path != "", "a folder"),
             ("batch_size", self.batch_size >= 1, "a whole number from 1"),
-            ("image_size", self.image_size >= 8, "a whole number from 8"),
+            ("image_size", 8 <= self.image_size <= MOST_PIXELS, f"8 to {MOST_PIXELS}"),
             ("resize_size", self.resize_size >= self.image_size, f"at least image_size ({self.image_size})"),
             ("crop_scale", 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1, "0 < lowest <= highest <= 1"),
             ("crop_ratio", 0 < self.crop_ratio[0] <= self.crop_ratio[1], "0 < lowest <= highest"),
@@ -158,14 +161,18 @@ class DataConfig:
             ("auto_augment", self.channels == 3 or self.auto_augment == "none", "none with channels: 1"),
             ("randaugment_ops", 1 <= self.randaugment_ops <= 5, "a whole number from 1 to 5"),
             ("randaugment_magnitude", 0 <= self.randaugment_magnitude <= 30, "a whole number from 0 to 30"),
-            ("start_size", self.start_size in (0, *range(8, self.image_size + 1)), f"0, or 8 to {self.image_size}"),
+            (
+                "start_size",
+                self.start_size == 0 or 8 <= self.start_size <= self.image_size,
+                f"0, or 8 to {self.image_size}",
+            ),
             ("grow_epochs", self.grow_epochs >= (1 if self.start_size else 0), "a whole number from 1 with start_size"),
             ("size_step", self.size_step >= 1, "a whole number from 1"),
             ("threads", self.threads >= 0, "a whole number from 0"),
             ("hw_decoder_load", 0 <= self.hw_decoder_load <= 1, "0 to 1"),
             *((name, getattr(self, name) >= 0, "a whole number from 0") for name in hints),
-            ("synthetic_images", self.synthetic_images >= 4, "a whole number from 4"),
-            ("synthetic_classes", self.synthetic_classes >= 2, "a whole number from 2"),
+            ("synthetic_images", 4 <= self.synthetic_images <= 10**7, "4 to 10,000,000"),
+            ("synthetic_classes", 2 <= self.synthetic_classes <= 10**5, "2 to 100,000"),
         ]
         for name, ok, allowed in checks:
             if not ok:

@@ -149,7 +149,7 @@ def _be_rank(
         runpy.run_path(sys.argv[0], run_name="__main__")
         code = 0
     except SystemExit as end:
-        code = end.code or 0
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
         import traceback
 

@@ -13,6 +13,7 @@ import platform
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -208,11 +209,17 @@ def table(runs: list[dict[str, Any]]) -> str:
         "|" + "---:|" * 7,
     ]
     for ranks in sorted({run["ranks"] for run in runs}):
-        own = [run for run in runs if run["ranks"] == ranks]
+        own = [run for run in runs if run["ranks"] == ranks and run["kills"]]
         equal = sum(run["bit_equal"] and run["log_equal"] for run in own)
         numbers = [kills[ranks, where] for where in ("clock", "resize", "save")]
         lines.append(f"| {' | '.join(map(str, [ranks, *numbers, everybody[ranks], len(own), equal]))} |")
     return "\n".join(lines)
+
+
+def commit() -> str:
+    """Of the code that is run, with -dirty where it was changed since."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def main() -> int:
@@ -239,7 +246,8 @@ def main() -> int:
     if options.out:
         before = json.loads(options.out.read_text())["runs"] if options.out.exists() else []
         machine = {"python": platform.python_version(), "torch": torch.__version__, "machine": platform.machine()}
-        every = before + [{"seed": options.seed, **run} for run in runs]
+        source = {"commit": commit(), "kills_a_chunk": options.kills, "seed": options.seed}
+        every = before + [source | run for run in runs]
         record = {**machine, "settings": SETTINGS, "table": table(every).splitlines(), "runs": every}
         options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 0 if all(run["bit_equal"] and run["log_equal"] for run in runs) else 1

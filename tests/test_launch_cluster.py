@@ -41,13 +41,14 @@ def test_the_batch_script_asks_slurm_and_torchrun_for_what_they_know(tmp_path: P
     for name in ("scontrol", "srun"):
         (tmp_path / name).chmod(0o755)
     env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_JOB_NUM_NODES": "2"}
-    env |= {"SLURM_JOB_ID": "71", "SLURM_GPUS_ON_NODE": "4"}
+    env |= {"SLURM_JOB_ID": "71", "SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_PER_TASK": "64"}
     shown = subprocess.run(
         ["bash", str(CLUSTER / "slurm.sh"), "--config", "recipe.yaml"], env=env, capture_output=True, text=True
     )
     assert shown.returncode == 0, shown.stderr
     words = shown.stdout.split("\n")
     assert {"--nnodes=1:2", "--nproc-per-node=4", "--rdzv-endpoint=node-a:29500", "--rdzv-id=slurm-71"} <= set(words)
+    assert "--cpus-per-task=64" in words[: words.index("torchrun")]
     script = words.index("launch/train.py")
     assert words[script + 1 : script + 5] == ["--run.timeout_minutes", "5", "--config", "recipe.yaml"]
     known = get_args_parser().format_help()
@@ -57,16 +58,20 @@ def test_the_batch_script_asks_slurm_and_torchrun_for_what_they_know(tmp_path: P
 
 def test_a_job_that_is_warned_stops_its_ranks_and_goes_back_into_the_queue(tmp_path: Path):
     (tmp_path / "scontrol").write_text('#!/bin/sh\n[ "$1" = show ] && echo node-a || echo "$@"\nexit 0\n')
+    # srun ends with its tasks, which scancel reaches; SIGTERM to srun itself would be their SIGKILL.
     (tmp_path / "srun").write_text(
-        '#!/bin/bash\nsleep 20 & step=$!\ntrap "kill $step; echo stopped; exit 1" TERM\nkill -TERM $PPID\nwait $step\n'
+        '#!/bin/bash\nsleep 20 & task=$!\necho $task > "$TASK"\ntrap "kill -9 $task; exit 1" TERM\nkill -TERM $PPID\n'
+        "wait $task\n"
     )
-    for name in ("scontrol", "srun"):
+    (tmp_path / "scancel").write_text('#!/bin/sh\necho "$@"\nkill -TERM "$(cat "$TASK")"\n')
+    for name in ("scontrol", "srun", "scancel"):
         (tmp_path / name).chmod(0o755)
     env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_NODELIST": "x", "SLURM_JOB_NUM_NODES": "1"}
+    env |= {"SLURM_CPUS_PER_TASK": "8", "TASK": str(tmp_path / "task")}
     result = subprocess.run(
         ["bash", str(CLUSTER / "slurm.sh")], env=env | {"SLURM_JOB_ID": "71"}, capture_output=True, text=True
     )
-    assert result.stdout.split("\n")[:2] == ["stopped", "requeue 71"]
+    assert result.stdout.split("\n")[:2] == ["--signal=TERM 71.0", "requeue 71"]
     assert result.returncode == 0
 
 

@@ -369,11 +369,14 @@ def test_a_run_by_two_paths_is_one(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "| run | resnet50 | dense | 1 |" in capsys.readouterr().out
 
 
-def test_a_dendrogram_without_a_checkpoint_is_said_and_no_error(tmp_path: Path):
+def test_a_dendrogram_without_a_readable_checkpoint_is_said_and_no_error(tmp_path: Path):
     groups = group_runs([read_run(write_run(tmp_path / "cup", cup=True))])
     figures, missing = draw_layers(groups, ["layer1.0.conv1"], tmp_path)
     assert (figures, missing) == ([], [f"cup: no dendrogram, for there is no checkpoint {tmp_path / 'cup/last.pt'}"])
     assert missing[0] in html.unescape(page(groups, [], missing))
+    (tmp_path / "cup/last.pt").write_bytes(b"cut short")
+    figures, [said] = draw_layers(groups, ["layer1.0.conv1"], tmp_path)
+    assert not figures and said.startswith("cup: no dendrogram: ") and "last.pt" in said
 
 
 def test_dendrograms_are_drawn_from_the_checkpoint_and_an_unknown_layer_is_named(tmp_path: Path, capsys):

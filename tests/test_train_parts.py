@@ -9,6 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from fractions import Fraction
+from itertools import repeat
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -500,18 +501,19 @@ def test_a_meeting_place_that_does_not_exist_is_one_line(monkeypatch: pytest.Mon
 def test_ranks_started_again_on_the_same_store_do_not_take_an_earlier_start_for_theirs():
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
-    def start(rank: int, after_s: float) -> str:
+    def start(rank: int, size: int, after_s: float) -> str:
         time.sleep(after_s)
         store = dist.TCPStore("127.0.0.1", server.port, wait_for_workers=False)
-        return _attempt(store, rank, 3, timedelta(seconds=20))
+        return _attempt(store, rank, size, timedelta(seconds=20))
 
     attempts = []
-    for delays in ((0.0, 0.0, 0.0), (0.0, 0.2, 0.4), (0.4, 0.0, 0.2)):
-        with ThreadPoolExecutor(3) as ranks:
-            names = set(ranks.map(start, range(3), delays))
+    for delays in ((0.0, 0.0, 0.0), (0.0, 0.2, 0.4), (0.4, 0.2), (0.0, 0.3, 0.1, 0.2)):
+        with ThreadPoolExecutor(4) as ranks:
+            names = set(ranks.map(start, range(len(delays)), repeat(len(delays)), delays))
         assert len(names) == 1
         attempts += names
-    assert len(set(attempts)) == 3
+        server.set("names/1", "a rank that died before the others came")
+    assert len(set(attempts)) == 4
     with pytest.raises(RuntimeError, match=r"timed out after 0:00:00.100000 with no word of all the others"):
         _attempt(server, 0, 3, timedelta(seconds=0.1))
     with pytest.raises(RuntimeError, match="no word of rank 0"):

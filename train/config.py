@@ -51,17 +51,18 @@ class RunOptions:
     keep: int = 3
     """How many checkpoints stay: last.pt, and those before it as last-1.pt, last-2.pt."""
     timeout_minutes: float = 10.0
-    """A rank that waits longer than this for the others gives up; longer than a checkpoint takes to be written."""
+    """A rank that waits longer than this for the others gives up: longer than it takes to start the ranks, or to write
+    a checkpoint."""
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the field, the value found and what is allowed."""
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             raise ValueError(f"name: found {self.name!r}, allowed: letters, digits, '.', '_' and '-', no slashes")
         checks = [
-            ("seed", self.seed >= 0, "a whole number from 0"),
+            ("seed", 0 <= self.seed < 2**32, "a whole number from 0, below 2**32"),
             ("save_every_minutes", 0 <= self.save_every_minutes < math.inf, "a number from 0"),
-            ("keep", self.keep >= 1, "a whole number from 1"),
-            ("timeout_minutes", 0 < self.timeout_minutes < 1e6, "a number above 0"),
+            ("keep", 1 <= self.keep <= 1000, "1 to 1000"),
+            ("timeout_minutes", 0 < self.timeout_minutes < 1e6, "a number above 0, below 1,000,000"),
         ]
         for name, ok, allowed in checks:
             if not ok:

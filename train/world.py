@@ -223,7 +223,7 @@ def _attempt(store: dist.Store, rank: int, size: int, timeout: timedelta) -> str
         elif rank != 0 and store.check(["names"]) and own in (seen := json.loads(store.get("names"))):
             store.set(f"{seen[0]}/{own}", "seen")
             return seen[0]
-        time.sleep(max(0.02, size / 5000))  # 5,000 questions a second are no burden for the store
+        time.sleep(max(0.02, size / 500))  # 500 questions a second are no burden for the store
     raise RuntimeError(f"timed out after {timeout} with no word of {'rank 0' if rank else 'all the others'}")
 
 

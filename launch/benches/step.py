@@ -475,6 +475,8 @@ def _networks(options: argparse.Namespace, bench: StepBench) -> dict[str, dict[s
         paths = {name: bench.rounded(widths, table) for name, widths in asked.items()}
         if options.reduction:
             plan = cup.plan_by_reduction(bench.model, bench.groups, options.reduction, round_to=table)
+            if plan.note:
+                print(f"--reduction {options.reduction:g}, round_to {found}: {plan.note}")
             paths = {f"planned to FR {options.reduction:g}": bench.rounded(plan.new_widths, 1)}
         for name, widths in paths.items():
             if widths not in (bench.dense_widths, *networks.values()):

@@ -25,7 +25,8 @@ head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)  # head w
 
 # The job's number stays the same in the queue: a requeued job goes on in the run directory that it began, also with
 # --run.resume never (README, "Nothing lost").
-srun --kill-on-bad-exit=0 torchrun \
+# srun does not take over the cores that sbatch was asked for (since SLURM 22.05).
+srun --kill-on-bad-exit=0 --cpus-per-task="$SLURM_CPUS_PER_TASK" torchrun \
     --nnodes="1:$SLURM_JOB_NUM_NODES" \
     --nproc-per-node="${SLURM_GPUS_ON_NODE:-8}" \
     --max-restarts=3 \
@@ -36,8 +37,9 @@ srun --kill-on-bad-exit=0 torchrun \
 step=$!
 
 stop() {
-    # torchrun passes it on; every rank finishes its step, the run is saved, and 30 seconds are enough for that.
-    kill -TERM "$step"
+    # To the step's processes: srun itself would end them by SIGKILL. torchrun passes it on; every rank finishes its
+    # step, the run is saved, and torchrun's 30 seconds are enough for that.
+    scancel --signal=TERM "$SLURM_JOB_ID.0"
     wait "$step" || true
     scontrol requeue "$SLURM_JOB_ID"
     exit 0

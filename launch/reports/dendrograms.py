@@ -7,7 +7,7 @@ from cup.cluster import clusters_at
 from launch.dendrogram import draw_dendrograms
 from launch.reports.figures import Figure
 from launch.reports.read import Group, Run
-from train.checkpoint import load_network
+from train.checkpoint import CheckpointError, load_network
 from train.errors import ConfigError
 from train.rundir import RunDir
 
@@ -22,10 +22,13 @@ def draw_layers(groups: list[Group], layers: list[str], directory: Path) -> tupl
     for group in groups if layers else ():
         run = group.one
         checkpoint = RunDir(run.directory).last
-        if checkpoint.exists():
-            figures += _draw(run, checkpoint, layers, directory / f"dendrograms_{group.name.replace('/', '_')}")
-        else:
+        if not checkpoint.exists():
             missing.append(f"{run.name}: no dendrogram, for there is no checkpoint {checkpoint}")
+            continue
+        try:
+            figures += _draw(run, checkpoint, layers, directory / f"dendrograms_{group.name.replace('/', '_')}")
+        except CheckpointError as error:
+            missing.append(f"{run.name}: no dendrogram: {error}")
     return figures, missing
 
 
