@@ -1,8 +1,13 @@
 """Read by pytest before any test, and so before torch."""
 
 import os
+import signal
 
 # The networks of the tests are too small for two threads, which wait for each other where several processes share the
 # cores: beside two other processes a run of tests/tiny.yaml took 9 s with two threads and 3 s with one.
 for _threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_threads, "1")
+
+# A shell that starts pytest in the background has it ignore SIGINT, and what ignores it is not stopped by it.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
