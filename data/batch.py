@@ -26,7 +26,7 @@ DECODING_ON_GPU = (
 FILL = 128
 
 MOST_PIXELS = 16384
-"""Of a side; beyond it nobody means what he says."""
+"""Of a side: a larger number is a slip, and would fill the memory instead of ending in a line."""
 
 
 class DataError(Exception):
