@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
 PREFETCHED_BATCHES = 2
+POOLED_FROM = "256k"
+"""Host buffers of this size and more come from DALI's own pool. DALI leaves buffers up to 32 MiB to malloc, whose arenas
+fragment over the epochs (`launch/bench.py memory`)."""
 
 
 def import_failure() -> ImportError | None:
@@ -111,6 +114,7 @@ class DaliSource:
         self._iterator = None
 
     def _open(self) -> "DALIGenericIterator":
+        os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", POOLED_FROM)  # read once, before DALI's first buffer
         from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
         return DALIGenericIterator([self._pipeline()], ["images"], size=-1, prepare_first_batch=False)

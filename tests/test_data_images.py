@@ -1,5 +1,8 @@
 """The listing of image folders, what every disk loader owes to it, and the made images that the data tests share."""
 
+import ctypes
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -295,3 +298,36 @@ def test_dali_and_folder_augment_alike(photos):
         statistics.append((images.mean().item(), images.std().item()))
         train.close()
     assert statistics[0] == pytest.approx(statistics[1], abs=0.03)
+
+
+FREED_IN_ARENAS = """
+import ctypes, sys
+import torch
+from data import DataConfig, build_loaders
+
+class Mallinfo2(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in (
+        "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"
+    )]
+
+mallinfo2 = ctypes.CDLL(None).mallinfo2
+mallinfo2.restype = Mallinfo2
+config = DataConfig(path=sys.argv[1], loader="dali", batch_size=32, image_size=224, threads=2)
+train, _ = build_loaders(config, rank=0, world_size=1, device=torch.device("cpu"), seed=3)
+before = mallinfo2().fordblks
+for epoch in range(5):
+    train.set_epoch(epoch)
+    assert len([0 for _ in train]) == 1
+print(mallinfo2().fordblks - before)
+"""
+
+
+@needs_dali
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="no glibc from 2.33 on")
+def test_dali_leaves_no_large_buffers_to_the_arenas_of_malloc(tmp_path):
+    """What lies freed there grows over the epochs: a batch has 18 MiB. In a process without a DALI of before."""
+    write_split(tmp_path / "train", 16)
+    write_split(tmp_path / "val", 1)
+    command = [sys.executable, "-c", FREED_IN_ARENAS, str(tmp_path)]
+    result = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
+    assert int(result.stdout) < 9 << 20
