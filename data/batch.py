@@ -152,7 +152,11 @@ class DataConfig:
             ("path", self.path != "", "a folder"),
             ("batch_size", self.batch_size >= 1, "a whole number from 1"),
             ("image_size", 8 <= self.image_size <= MOST_PIXELS, f"8 to {MOST_PIXELS}"),
-            ("resize_size", self.resize_size >= self.image_size, f"at least image_size ({self.image_size})"),
+            (
+                "resize_size",
+                self.image_size <= self.resize_size <= MOST_PIXELS,
+                f"image_size ({self.image_size}) to {MOST_PIXELS}",
+            ),
             ("crop_scale", 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1, "0 < lowest <= highest <= 1"),
             ("crop_ratio", 0 < self.crop_ratio[0] <= self.crop_ratio[1], "0 < lowest <= highest"),
             ("flip", 0 <= self.flip <= 1, "0 to 1"),

@@ -11,14 +11,16 @@ DALI is imported inside functions only; `import data` must work, and be quick, w
 
 import os
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from data.batch import FILL, NORMALISATION, DataConfig, Split, train_size
-from data.images import ImageList, decode_failure
+from data.batch import FILL, NORMALISATION, DataConfig, DataError, Split, train_size
+from data.images import ImageList, decode_failure, defect, unreadable
 from data.sharding import Sharding
 
 if TYPE_CHECKING:
@@ -27,8 +29,10 @@ if TYPE_CHECKING:
 
 PREFETCHED_BATCHES = 2
 POOLED_FROM = "256k"
-"""Host buffers of this size and more come from DALI's own pool. DALI leaves buffers up to 32 MiB to malloc, whose arenas
-fragment over the epochs (`launch/bench.py memory`)."""
+"""Host buffers of this size and more come from DALI's own pool. By itself it leaves those up to 32 MiB to malloc, where
+they fragment the memory over the epochs (`launch/bench.py memory`)."""
+READERS = 16
+"""Files looked at together: a network file system takes its time for each."""
 
 
 def import_failure() -> ImportError | None:
@@ -76,6 +80,7 @@ class DaliSource:
         self._first = 0
         self._next = 0
         self._checkpoint: bytes | None = None
+        self._seen_N = np.zeros(len(images.names), dtype=bool)
 
     def start(self, epoch: int, step: int) -> None:
         reached = self._sharding.stream_step(*divmod(self._next, self._sharding.steps))
@@ -90,6 +95,8 @@ class DaliSource:
     def next_images(self) -> torch.Tensor:
         try:
             images = next(self._iterator)[0]["images"]
+        except DataError:
+            raise
         except Exception as error:
             # DALI names no file, and it may have failed at a batch ahead of this one.
             raise decode_failure(self._images, self._indices_ahead(), error) from error
@@ -142,7 +149,7 @@ class DaliSource:
         return np.concatenate([inputs.indices(step) for step in range(due, due + PREFETCHED_BATCHES + 1)])
 
     def _step_inputs(self) -> "_StepInputs":
-        return _StepInputs(self._config, self._images, self._sharding, self._first)
+        return _StepInputs(self._config, self._images, self._sharding, self._first, self._seen_N)
 
 
 @dataclass(frozen=True)
@@ -157,16 +164,33 @@ class _StepInputs:
     images: ImageList
     sharding: Sharding
     first: int
+    seen_N: np.ndarray
+    """Images that were looked at and are sound; this adds to them."""
 
     def encoded(self, stream_step: int) -> list[np.ndarray]:
         """Paths, or the images as stored where they lie in shards, uint8 (length,) each."""
         indices_B = self.indices(stream_step)
+        self._require_sound(indices_B)
         if self.in_shards:
             self.images.places.will_read(self.indices(stream_step + 1))
             content_B = [self.images.read(index) for index in indices_B]
         else:
             content_B = [os.fsencode(self.images.path(index)) for index in indices_B]
         return [np.frombuffer(content, dtype=np.uint8) for content in content_B]
+
+    def _require_sound(self, indices_B: np.ndarray) -> None:
+        """DataError naming the images that cannot be decoded, when they come up first.
+
+        DALI must not meet them: in a large batch its decoder crashes the process on one (2.4.0), without a word.
+        """
+        new = [index for index in dict.fromkeys(indices_B.tolist()) if not self.seen_N[index]]
+        if not new:
+            return
+        with ThreadPoolExecutor(READERS) as pool:
+            defects = dict(zip(new, pool.map(partial(defect, self.images), new), strict=True))
+        if broken := {index: why for index, why in defects.items() if why}:
+            raise unreadable(self.images, broken)
+        self.seen_N[new] = True
 
     def train_sizes(self, stream_step: int) -> list[np.ndarray]:
         """(height, width) of the training images, float32 (2,) each."""

@@ -174,7 +174,7 @@ def read_classes(tar: Path) -> list[str]:
 def _of_every_sample(file: Path, chosen: Callable[[list[list[str]]], T]) -> list[T]:
     """`chosen` of the files of each sample, [extension, offset, size, name] each."""
     try:
-        header, *lines = file.read_text(encoding="utf-8").splitlines()
+        header, *lines = os.fsdecode(file.read_bytes()).splitlines()
         version, count = header.split()
     except (OSError, ValueError) as error:
         raise DataError(f"{file}: cannot be read as an index of a shard ({error}): make the shards again") from error
@@ -222,7 +222,7 @@ def _label_in(name: str, num_classes: int) -> int:
 def _write_whole(file: Path, text: str) -> None:
     """Write the file in one step, so that an interrupted attempt leaves no half of it."""
     unfinished = file.with_name(f".{file.name}.part")
-    unfinished.write_text(text, encoding="utf-8")
+    unfinished.write_bytes(os.fsencode(text))  # a name in a tar file need not be UTF-8
     unfinished.replace(file)
 
 

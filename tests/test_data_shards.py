@@ -227,6 +227,28 @@ def test_shards_from_elsewhere_train_once_they_are_indexed(tmp_path, loader, cap
     assert list_splits(tmp_path)[0].names == train.names[1:]
 
 
+def test_names_in_tar_files_need_not_be_utf_8(tmp_path):
+    name = os.fsdecode(b"M\xfcll")
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        with tarfile.open(tmp_path / split / "0.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+            for extension, content in (("cls", b"0"), ("jpg", b"bytes")):
+                member = tarfile.TarInfo(f"{name}.{extension}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    index_shards(tmp_path)
+    train, _ = list_splits(tmp_path)
+    assert train.names == [f"0.tar/{name}.jpg"] and train.read(0) == b"bytes"
+
+
+def test_tar_files_without_images_are_no_data_set(tmp_path):
+    for split in ("train", "val"):
+        write_foreign(tmp_path, split, 0)
+    with pytest.raises(DataError, match=r"train: its 2 tar file\(s\) hold no images"):
+        index_shards(tmp_path)
+    assert not (tmp_path / "train" / "manifest.json").exists()
+
+
 def test_names_as_classes_of_shards_from_elsewhere_are_sorted(tmp_path):
     for split in ("train", "val"):
         write_foreign(tmp_path, split, 3, label=("cat", "bee", "ant").__getitem__)

@@ -78,6 +78,8 @@ def _index_split(root: Path, tars: list[Path]) -> None:
             raise DataError(f"{tar}: a .{LABEL_EXTENSION} file in it holds no text ({error})") from error
         except OSError as error:
             raise DataError(f"{tar}: cannot be indexed ({error})") from error
+    if not found:
+        raise DataError(f"{root}: its {len(tars)} tar file(s) hold no images: move or link those that do there")
     classes, labels = numbered_classes(found)
     try:
         write_manifest(root, classes, labels, tars, with_labels=True)
