@@ -9,6 +9,7 @@ from launching import ALONE, write_network
 from test_data_images import needs_dali, photos
 
 from data import Batch, DataConfig
+from data.prepare import prepare_shards
 from launch.bench import main
 from launch.benches import loader as loader_bench
 from launch.benches import memory
@@ -94,3 +95,17 @@ def test_memory_that_an_epoch_takes_shows_in_its_peak_alone(monkeypatch):
 def test_memory_of_too_few_epochs_is_one_line(photos, capsys):
     assert main(["memory", "--data", str(photos), "--epochs", "2"]) == 1
     assert "--epochs: found 2, allowed: a whole number from 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["agreement", "--resize-size", "10"], ["loader", "--image-size", "4"]])
+def test_sizes_that_no_loader_takes_are_one_line(photos, capsys, arguments):
+    assert main([*arguments, "--data", str(photos)]) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert "_size: found" in line
+
+
+def test_agreement_on_shards_is_one_line(photos, tmp_path_factory, capsys):
+    shards = tmp_path_factory.mktemp("shards") / "set"
+    prepare_shards(photos, shards)
+    assert main(["agreement", "--data", str(shards)]) == 1
+    assert "found shards, allowed: an image folder" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 
 from data import Batch, DataConfig, DataError, Loader, build_loaders
 from data.batch import NORMALISATION
-from launch.benches.measure import machine, write_result
+from launch.benches.measure import data_config, machine, require_image_folder, write_result
 from train.checkpoint import StoredNetwork, load_network
 from train.cli import positive_int
 from train.config import config_from_dict
@@ -42,6 +42,7 @@ def measure(options: argparse.Namespace) -> None:
     world = open_world(options.device)
     stored = load_network(options.checkpoint) if options.checkpoint else None
     config = _config(options, stored)
+    require_image_folder(options.data)
     loaders = {
         "DALI": _validation(config, "dali", world.device),
         "our folder loader": _validation(config, "folder", world.device),
@@ -104,7 +105,7 @@ def _config(options: argparse.Namespace, stored: StoredNetwork | None) -> DataCo
         sizes = {"image_size": data.image_size, "resize_size": data.resize_size, "channels": data.channels}
     if options.resize_size is not None:
         sizes["resize_size"] = options.resize_size
-    return DataConfig(path=str(options.data), batch_size=options.batch_size, **sizes)
+    return data_config(path=str(options.data), batch_size=options.batch_size, **sizes)
 
 
 def _validation(config: DataConfig, kind: str, device: torch.device) -> Loader:

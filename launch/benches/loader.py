@@ -20,11 +20,19 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from data import Batch, DataConfig, DataError, Loader, build_loaders
+from data import Batch, DataError, Loader, build_loaders
 from data.batch import MEAN_RGB, STD_RGB
 from data.images import list_splits
 from data.prepare import prepare_shards
-from launch.benches.measure import machine, rounds_in_turn, summary, with_spread, write_result
+from launch.benches.measure import (
+    data_config,
+    machine,
+    require_image_folder,
+    rounds_in_turn,
+    summary,
+    with_spread,
+    write_result,
+)
 from train.cli import positive_int
 from train.models import build_model
 from train.precision import Precision
@@ -53,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def measure(options: argparse.Namespace) -> None:
     """Measure, print the table, write the result."""
-    _require_image_folder(options.data)
+    require_image_folder(options.data)
     world = open_world(options.device)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as opened:
         shards = Path(folder) / "shards"
@@ -86,17 +94,9 @@ def measure(options: argparse.Namespace) -> None:
         write_result(options.out, content)
 
 
-def _require_image_folder(path: Path) -> None:
-    """DataError for anything else: torchvision's way reads image folders only."""
-    train, _ = list_splits(path)
-    if train.places is not None or train.root != path / "train":
-        found = "file lists" if train.places is None else "shards"
-        raise DataError(f"{path}: found {found}, allowed: an image folder, as torchvision reads no other: give one")
-
-
 def _ours(options: argparse.Namespace, path: Path, kind: str, threads: int, world: World, opened: ExitStack) -> Loader:
     """One of this project's training loaders; on a GPU its batches arrive there, and DALI decodes there."""
-    config = DataConfig(
+    config = data_config(
         path=str(path),
         loader=kind,
         threads=threads,

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from data import DataConfig, DataError
+from data.images import list_splits
 from train.errors import TrainError
 from train.world import World, available_cores
 
@@ -29,6 +31,22 @@ def rounds_in_turn(contenders: Mapping[str, Callable[[], float]], rounds: int) -
             if number > 0:
                 results[name].append(value)
     return results
+
+
+def data_config(**settings: Any) -> DataConfig:
+    """The options of a loader; DataError, one line for the user, where one is not allowed."""
+    try:
+        return DataConfig(**settings)
+    except ValueError as error:
+        raise DataError(str(error)) from error
+
+
+def require_image_folder(path: Path) -> None:
+    """DataError for anything else: torchvision's way reads image folders only."""
+    train, _ = list_splits(path)
+    if train.places is not None or train.root != path / "train":
+        found = "file lists" if train.places is None else "shards"
+        raise DataError(f"{path}: found {found}, allowed: an image folder, as torchvision reads no other: give one")
 
 
 def timed(work: Callable[[], Any], world: World) -> float:

@@ -15,7 +15,7 @@ import torch
 
 from data import DataConfig, DataError, build_loaders
 from data.prepare import prepare_shards
-from launch.benches.measure import machine, write_result
+from launch.benches.measure import data_config, machine, write_result
 from train.cli import positive_int
 
 IMAGES_PER_SHARD = 200
@@ -97,7 +97,7 @@ def growth(peaks: list[float]) -> float:
 
 
 def _config(options: argparse.Namespace, path: Path, loader: str) -> DataConfig:
-    return DataConfig(
+    return data_config(
         path=str(path),
         loader=loader,
         threads=options.threads,
