@@ -86,6 +86,13 @@ def read_shards(root: Path) -> tuple[list[str], np.ndarray, list[str], TarPlaces
     DataError if a shard or its index is missing, cut short, or not what the manifest says.
     """
     manifest = _read_manifest(root)
+    _opened.cache_clear()  # other files may lie there by now
+    unlisted = sorted({tar.name for tar in root.glob("*.tar")} - {entry["file"] for entry in manifest["shards"]})
+    if unlisted:
+        raise DataError(
+            f"{root / unlisted[0]}: {MANIFEST} does not list it: move it away, or remove {MANIFEST} and let "
+            f"launch/prepare.py index {root.parent} make it again"
+        )
     classes = [entry["name"] for entry in manifest["classes"]]
     names: list[str] = []
     labels: list[int] = []
@@ -168,7 +175,10 @@ def read_classes(tar: Path) -> list[str]:
     """What stands in the .cls file of every sample, by TAR's index. DataError where a sample has none."""
     places = _of_every_sample(tar.with_suffix(".idx"), _label_of)
     with tar.open("rb") as content:
-        return [os.pread(content.fileno(), size, offset).decode().strip() for offset, size in places]
+        found = [os.pread(content.fileno(), size, offset).decode().strip() for offset, size in places]
+    if "" in found:
+        raise DataError(f"{tar}: the .{LABEL_EXTENSION} file of sample {found.index('') + 1} is empty: make it again")
+    return found
 
 
 def _of_every_sample(file: Path, chosen: Callable[[list[list[str]]], T]) -> list[T]:

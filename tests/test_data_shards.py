@@ -249,6 +249,28 @@ def test_tar_files_without_images_are_no_data_set(tmp_path):
     assert not (tmp_path / "train" / "manifest.json").exists()
 
 
+def test_a_sample_with_an_empty_class_is_named(tmp_path):
+    for split in ("train", "val"):
+        write_foreign(tmp_path, split, 3, label=("0", "", "2").__getitem__)
+    with pytest.raises(DataError, match=r"train-0\.tar: the \.cls file of sample 2 is empty"):
+        index_shards(tmp_path)
+
+
+def test_a_tar_file_that_the_manifest_does_not_list_is_named(shards):
+    shutil.copy(min((shards / "train").glob("*.tar")), shards / "train" / "new.tar")
+    with pytest.raises(DataError, match=r"train/new\.tar: manifest\.json does not list it"):
+        list_splits(shards)
+
+
+def test_shards_made_again_at_the_same_place_are_read_anew(photos, shards):
+    before = list_splits(shards)[0]
+    old = before.read(0)
+    shutil.rmtree(shards)
+    prepare_shards(photos, shards, images_per_shard=4, seed=1)
+    after = list_splits(shards)[0]
+    assert contents(after) == contents(list_splits(photos)[0]) and after.read(0) != old
+
+
 def test_names_as_classes_of_shards_from_elsewhere_are_sorted(tmp_path):
     for split in ("train", "val"):
         write_foreign(tmp_path, split, 3, label=("cat", "bee", "ant").__getitem__)

@@ -34,8 +34,8 @@ def write_data_set(path: str | Path, write: Callable[[Path], None], *, resumes: 
                 _empty(unfinished)  # a killed process cannot clean up
             try:
                 write(unfinished)
-                (unfinished / LOCK).unlink()
                 unfinished.rename(path)
+                (path / LOCK).unlink()  # not before: another process would take the folder for its own
             finally:
                 if not resumes:
                     _empty(unfinished)

@@ -171,5 +171,8 @@ def _replace_content(file: Path, content: bytes) -> None:
         file.unlink()
         return
     unfinished = file.with_name(f"{file.name}.part")
-    unfinished.write_bytes(content)
-    unfinished.replace(file)
+    try:
+        unfinished.write_bytes(content)
+        unfinished.replace(file)
+    finally:
+        unfinished.unlink(missing_ok=True)  # a full disk leaves half of it
