@@ -5,6 +5,7 @@ import hashlib
 import io
 import os
 import struct
+import zlib
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -176,8 +177,8 @@ def open_image(content: bytes, mode: str) -> Image.Image:
 def defect(images: ImageList, index: int, *, thorough: bool = False) -> str:
     """Why an image cannot be read, in words; empty if it can, or where DALI alone reads it.
 
-    The ends of a JPEG or PNG file tell that it is whole, in microseconds; anything else, or everything where thorough,
-    is decoded.
+    The ends of a JPEG and the checksums of a PNG tell that it is whole, in microseconds; anything else, or everything
+    where thorough, is decoded.
     """
     if is_remote(images.names[index]):
         return ""
@@ -222,18 +223,18 @@ def _not_for_dali(image: Image.Image, content: bytes) -> str:
 
 
 def _plainly_whole(content: bytes) -> bool:
-    """Whether header and end are those of a whole JPEG or PNG file of usual kind and size."""
+    """Whether header and end are those of a whole JPEG of usual kind and size, or all of a PNG is as it was written."""
     if content.startswith(b"\xff\xd8") and content.endswith(b"\xff\xd9"):
-        width, height = _baseline_jpeg_size(content)
-    elif content.startswith(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR") and content.endswith(PNG_END):
-        width, height = struct.unpack_from(">II", content, 16)
+        width, height = _usual_jpeg_size(content)
+    elif content.startswith(b"\x89PNG\r\n\x1a\n"):
+        width, height = _sound_png_size(content)
     else:
         return False
     # Pillow's limit: libjpeg-turbo has one as well, from which on DALI's next decoder fills up what is missing.
     return 0 < width * height <= 2 * Image.MAX_IMAGE_PIXELS
 
 
-def _baseline_jpeg_size(content: bytes) -> tuple[int, int]:
+def _usual_jpeg_size(content: bytes) -> tuple[int, int]:
     """(width, height) from the frame header of a baseline or progressive JPEG of 8 bits; zeros for all else."""
     place = 2
     while place + 9 <= len(content) and content[place] == 0xFF:
@@ -243,6 +244,18 @@ def _baseline_jpeg_size(content: bytes) -> tuple[int, int]:
             return (width, height) if bits == 8 else (0, 0)
         place += 2 + length
     return 0, 0
+
+
+def _sound_png_size(content: bytes) -> tuple[int, int]:
+    """(width, height) of a PNG whose chunks all have their checksums, up to the end of the file; zeros for all else."""
+    place, kind = 8, b""
+    while kind != b"IEND" and place + 12 <= len(content):
+        length, kind = struct.unpack_from(">I4s", content, place)
+        end = place + 12 + length
+        if end > len(content) or zlib.crc32(content[place + 4 : end - 4]) != int.from_bytes(content[end - 4 : end]):
+            return 0, 0
+        place = end
+    return struct.unpack_from(">II", content, 16) if kind == b"IEND" and place == len(content) else (0, 0)
 
 
 def in_words(error: Exception) -> str:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from data import images as images_module
 from data.batch import DataConfig, DataError
 from data.build import build_loaders
 from data.dali import import_failure
@@ -395,6 +396,20 @@ def test_sound_images_of_every_format_are_taken(tmp_path, format_name):
         (tmp_path / "image").write_bytes(encoded(made_photo(1).convert(mode), format_name))
         images = ImageList(root=tmp_path, names=["image"], labels=np.zeros(1, dtype=np.int64), classes=["ant"])
         assert defect(images, 0) == defect(images, 0, thorough=True) == ""
+
+
+@pytest.mark.parametrize("format_name", ["JPEG", "PNG"])
+def test_what_was_cut_or_damaged_is_found_without_decoding_the_sound(tmp_path, format_name, monkeypatch):
+    whole = encoded(made_photo(1), format_name)
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2] ^= 0xFF  # a JPEG with such damage is decoded, by everyone
+    images = ImageList(root=tmp_path, names=["image"], labels=np.zeros(1, dtype=np.int64), classes=["ant"])
+    for content in (whole[:-1], whole[: len(whole) // 2], whole[:30], bytes(damaged)):
+        (tmp_path / "image").write_bytes(content)
+        assert bool(defect(images, 0)) == bool(defect(images, 0, thorough=True))
+    (tmp_path / "image").write_bytes(whole)
+    monkeypatch.setattr(images_module, "open_image", None)
+    assert defect(images, 0) == ""
 
 
 def test_an_exclude_list_that_leaves_no_class_is_one_line(photos):
