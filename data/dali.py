@@ -165,10 +165,10 @@ class _StepInputs:
     sharding: Sharding
     first: int
     seen_N: np.ndarray
-    """Images that were looked at and are sound; this adds to them."""
+    """Images that were looked at and are sound, bool (N,); `encoded` adds to them."""
 
     def encoded(self, stream_step: int) -> list[np.ndarray]:
-        """Paths, or the images as stored where they lie in shards, uint8 (length,) each."""
+        """Paths, or the images as stored where they lie in shards, uint8 (length,) each. DataError naming broken ones."""
         indices_B = self.indices(stream_step)
         self._require_sound(indices_B)
         if self.in_shards:

@@ -77,18 +77,18 @@ def list_splits(path: str | Path, exclude: str | Path = "") -> tuple[ImageList, 
     """The images of training and validation, less those that the exclude list names.
 
     exclude: the list; PATH/exclude.txt, if there is one, where empty. Raises DataError if PATH is no data set, a class
-    is empty, or the classes of the two splits differ.
+    is empty, none is left, or the classes of the two splits differ.
     """
     excluded = read_exclude_list(exclude_file(path, exclude), must_exist=bool(exclude))
     found = {split: list_split(path, split) for split in SPLITS}
     unmatched = _unmatched(found, excluded)
     train, val = (replace(_without(images, split, excluded), unmatched=unmatched) for split, images in found.items())
-    differing = sorted(set(train.classes) ^ set(val.classes))
-    if differing == [] and not train.classes:
+    if not (train.classes or val.classes):
         raise DataError(
             f"{path}: the exclude list leaves out every class: launch/prepare.py check says why, the usual reason is "
             "that train/ and val/ have no class in common"
         )
+    differing = sorted(set(train.classes) ^ set(val.classes))
     if differing:
         named = ", ".join(differing[:3]) + (f" and {len(differing) - 3} more" if len(differing) > 3 else "")
         raise DataError(

@@ -83,7 +83,7 @@ class TarPlaces:
 def read_shards(root: Path) -> tuple[list[str], np.ndarray, list[str], TarPlaces]:
     """Names, labels int64 (N,), classes and places of the images in ROOT's shards.
 
-    DataError if a shard or its index is missing, cut short, or not what the manifest says.
+    DataError if a shard or its index is missing, cut short, or not what the manifest says, or if it does not list one.
     """
     manifest = _read_manifest(root)
     _opened.cache_clear()  # other files may lie there by now
@@ -172,7 +172,7 @@ def read_index(file: Path) -> list[tuple[str, int, int]]:
 
 
 def read_classes(tar: Path) -> list[str]:
-    """What stands in the .cls file of every sample, by TAR's index. DataError where a sample has none."""
+    """What stands in the .cls file of every sample, by TAR's index. DataError where one has none or an empty one."""
     places = _of_every_sample(tar.with_suffix(".idx"), _label_of)
     with tar.open("rb") as content:
         found = [os.pread(content.fileno(), size, offset).decode().strip() for offset, size in places]
