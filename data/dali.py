@@ -168,7 +168,7 @@ class _StepInputs:
     """Images that were looked at and are sound, bool (N,); `encoded` adds to them."""
 
     def encoded(self, stream_step: int) -> list[np.ndarray]:
-        """Paths, or the images as stored where they lie in shards, uint8 (length,) each. DataError naming broken ones."""
+        """Paths, or the images as stored where they lie in shards, uint8 (length,) each. DataError if one is broken."""
         indices_B = self.indices(stream_step)
         self._require_sound(indices_B)
         if self.in_shards:
