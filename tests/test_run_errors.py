@@ -81,6 +81,19 @@ def test_both_ranks_say_it_and_none_hangs(tmp_path: Path, begin: Callable, chang
     assert all(words in line for line in lines)
 
 
+def test_a_broken_image_that_one_rank_meets_is_named_by_both(tmp_path: Path):
+    """In the middle of an epoch, where the other one waits for gradients."""
+    broken = write_image_folder(tmp_path / "images") / "train/class1/7.jpg"
+    broken.write_bytes(broken.read_bytes()[:300])
+    data = {"data__loader": "folder", "data__path": "images", "data__batch_size": 4}
+    result = start("launch/train.py", options(**data, train__epochs=30), tmp_path, ranks=2, timeout=60)
+    assert result.returncode != 0
+    lines = sorted(rank_lines(result.stderr))
+    assert [line[:8] for line in lines] == ["[rank 0]", "[rank 1]"]
+    assert all(str(broken.relative_to(tmp_path)) in line for line in lines), lines
+    assert sum(" failed: " in line for line in lines) == 1
+
+
 def test_debug_shows_the_traceback(tmp_path: Path):
     result = launch("launch/train.py", [*options(cup__slope=-1), "--debug"], tmp_path)
     assert result.returncode == 2

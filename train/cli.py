@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from train.errors import ConfigError
-from train.world import USER_ERRORS, lost_peer, out_of_memory
+from train.world import USER_ERRORS, leave_word, lost_peer, out_of_memory
 
 LINGER_S = 3.0
 
@@ -30,9 +30,12 @@ def exit_code_of(action: Callable[[], None], debug: bool, after_interrupt: str =
         _say("; ".join(filter(None, ["interrupted", after_interrupt])))
         return 130
     except Exception as error:
+        lost = lost_peer(error)
+        if not lost:
+            leave_word(error)
         if isinstance(error, USER_ERRORS):
             message = " ".join(str(error).split())
-        elif (message := lost_peer(error) or out_of_memory(error)) is None:
+        elif (message := lost or out_of_memory(error)) is None:
             raise
         if debug:
             traceback.print_exc()

@@ -10,9 +10,10 @@ import os
 import resource
 import secrets
 import sys
+import threading
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -31,6 +32,9 @@ USER_ERRORS = (TrainError, DataError, CupError)
 """What a user can cause; everything else is a bug and keeps its traceback."""
 
 COLLECTIVE_TIMEOUT_MINUTES = 10.0
+WORD = "word"
+"""Key of the store under which a rank that ends leaves why."""
+STORE_ANSWERS_WITHIN_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -262,17 +266,29 @@ def torchrun_job() -> str | None:
     return None if name in ("", "none") else name  # torchrun calls a job "none" that was not given --rdzv-id
 
 
+def leave_word(error: Exception) -> None:
+    """Tell the ranks that will lose this one why it ends, if any listen. No collective; the first word of all stays."""
+    message = " ".join(str(error).split()) or type(error).__name__
+    _of_store(lambda store: store.compare_set(WORD, "", f"rank {dist.get_rank()} failed: {message}"))
+
+
 def lost_peer(error: Exception) -> str | None:
-    """What became of another rank, in words, if `error` means that one went away or stopped answering; else None."""
+    """What became of another rank, in words, if `error` means that one went away or stopped answering; else None.
+
+    Its own words, if it left any.
+    """
     signs = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
     if not isinstance(error, dist.DistError) and not (
         isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
     ):
         return None
+    word = _of_store(lambda store: store.get(WORD).decode() if store.check([WORD]) else None)
+    if word is not None:
+        return word
     if "timed out" in str(error).lower() or "timeout" in str(error).lower():
         what = "another rank did not answer in time (run.timeout_minutes): is its machine there, and the network?"
     else:
-        what = "lost another rank in the middle of a collective; that rank's own message says why"
+        what = "lost another rank in the middle of a collective; its own message, if it could leave any, says why"
     return f"{what} ({_first_line(error)})"
 
 
@@ -281,6 +297,23 @@ def out_of_memory(error: Exception) -> str | None:
     if not isinstance(error, torch.OutOfMemoryError):
         return None
     return f"not enough GPU memory: lower data.batch_size or raise train.accumulate ({_first_line(error)})"
+
+
+def _of_store(action: Callable[[dist.Store], T]) -> T | None:
+    """What `action` returns for the group's store; None without a group or an answer in time."""
+    if not dist.is_initialized():
+        return None
+    store, answers = dist.distributed_c10d._get_default_store(), []
+
+    def ask() -> None:
+        with suppress(RuntimeError):  # the store went away with its host
+            answers.append(action(store))
+
+    # A store on a machine that is gone never answers, and has no timeout of its own.
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(STORE_ANSWERS_WITHIN_S)
+    return answers[0] if answers else None
 
 
 def _first_line(error: Exception) -> str:
