@@ -59,6 +59,8 @@ class Loader(Protocol):
     """Images of the split that the exclude list leaves out; they are not in `num_images`."""
     unmatched: tuple[str, ...]
     """Lines of the exclude list that match nothing in either split."""
+    passed_over: tuple[str, ...]
+    """Names in the split's folders that are none of its images', such as those of folders within a class."""
 
     def __len__(self) -> int:
         """Steps of an epoch; equal on all ranks."""

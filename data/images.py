@@ -6,7 +6,7 @@ import io
 import os
 import struct
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -43,6 +43,10 @@ class ImageList:
     """Images that an exclude list took out."""
     unmatched: tuple[str, ...] = ()
     """Lines of the exclude list that match nothing in either split."""
+    passed_over: tuple[str, ...] = ()
+    """What lies in an image folder but is none of its images, by name or place: CLASS/FILE, CLASS/FOLDER or FILE."""
+    unreadable: dict[str, str] = field(default_factory=dict)
+    """Class -> why its folder cannot be listed."""
 
     def path(self, index: int) -> str:
         """The image's own file; only where `places` is None. Object storage's s3://... is left as it is."""
@@ -276,26 +280,41 @@ def _last_words(error: Exception) -> str:
 
 
 def _list_folder(root: Path) -> ImageList:
-    """ROOT/CLASS/FILE in sorted order; hidden ones, and files that are not named as images, are left out."""
+    """ROOT/CLASS/FILE in sorted order, without hidden ones."""
     if not root.is_dir():
         tars = "; the tar files beside it belong into train/ and val/, for launch/prepare.py index"
         hint = tars if any(root.parent.glob("*.tar")) else ""
         raise DataError(f"{root}: there is no such folder; expected {EXPECTED}{hint}")
     try:
+        entries = [entry for entry in os.scandir(root) if not entry.name.startswith(".")]
         # A link to nowhere counts as a class, so that it is not passed over.
-        folders = [entry for entry in os.scandir(root) if entry.is_dir() or not Path(entry.path).exists()]
-        classes = sorted(entry.name for entry in folders if not entry.name.startswith("."))
-        members = [sorted(entry.name for entry in os.scandir(root / name)) for name in classes]
+        classes = sorted(entry.name for entry in entries if entry.is_dir() or not Path(entry.path).exists())
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from error
     if not classes:
         no_manifest = f"tar files without {MANIFEST}: launch/prepare.py index {root.parent} makes it"
         found = no_manifest if any(root.glob("*.tar")) else f"no class folders; expected {EXPECTED}"
         raise DataError(f"{root}: found {found}")
-    members = [[file for file in files if is_image_name(file)] for files in members]
-    names = [f"{name}/{file}" for name, files in zip(classes, members, strict=True) for file in files]
-    labels = np.repeat(np.arange(len(classes)), [len(files) for files in members])
-    return ImageList(root=root, names=names, labels=labels, classes=classes)
+    names, counts, unreadable = [], [], {}
+    passed_over = sorted(entry.name for entry in entries if is_image_name(entry.name) and entry.name not in classes)
+    for class_name in classes:
+        try:
+            members = [entry.name for entry in os.scandir(root / class_name) if not entry.name.startswith(".")]
+        except OSError as error:
+            members, unreadable[class_name] = [], in_words(error)
+        images = sorted(filter(is_image_name, members))
+        names += [f"{class_name}/{name}" for name in images]
+        counts.append(len(images))
+        passed_over += [f"{class_name}/{name}" for name in sorted(set(members).difference(images))]
+    labels = np.repeat(np.arange(len(classes)), counts)
+    return ImageList(
+        root=root,
+        names=names,
+        labels=labels,
+        classes=classes,
+        passed_over=tuple(passed_over),
+        unreadable=unreadable,
+    )
 
 
 def _list_lines(file: Path) -> ImageList:
@@ -353,6 +372,11 @@ def _without(images: ImageList, split: str, excluded: dict[str, str]) -> ImageLi
             raise DataError(
                 f"{images.root}: the exclude list leaves out every image of class {class_name!r}: keep one, or leave "
                 f"out the class in both splits (train/{class_name}/ and val/{class_name}/ on lines of their own)"
+            )
+        if class_name in images.unreadable:
+            raise DataError(
+                f"{images.root / class_name}: cannot be read ({images.unreadable[class_name]}); mend it, or let "
+                "launch/prepare.py check leave the class out"
             )
         if count == 0:
             raise DataError(

@@ -55,6 +55,7 @@ class SplitLoader:
         self.num_images = len(images.names)
         self.num_excluded = images.num_excluded
         self.unmatched = images.unmatched
+        self.passed_over = images.passed_over
         self._source = source
         self._sharding = sharding
         self._labels_N = images.labels

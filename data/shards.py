@@ -195,7 +195,7 @@ def _of_every_sample(file: Path, chosen: Callable[[list[list[str]]], T]) -> list
     if version != INDEX_VERSION or len(found) != int(count):
         raise DataError(
             f"{file}: found {version} with {len(found)} of {count} samples, expected {INDEX_VERSION} with all of them: "
-            "make it again"
+            f"remove it and {MANIFEST}, and let launch/prepare.py index make them again"
         )
     return found
 

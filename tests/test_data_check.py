@@ -67,6 +67,8 @@ def write_unusual(folder: Path) -> dict[str, str]:
 
 def test_every_broken_and_every_unusual_file_is_named_with_its_reason(photos):
     broken, unusual = write_broken(photos / "train" / "ant"), write_unusual(photos / "val" / "bee")
+    Image.new("1", (10_000, 9_000)).save(photos / "val" / "bee" / "large.png")
+    unusual["large.png"] = "black and white, converted; over 89 megapixels, slow to decode"
     (photos / "train" / "ant" / "notes.txt").touch()
     (photos / "train" / "stray.jpg").touch()
     report = check_data(photos)
@@ -75,6 +77,42 @@ def test_every_broken_and_every_unusual_file_is_named_with_its_reason(photos):
     assert report.unusual == {f"val/bee/{name}": words for name, words in unusual.items()}
     assert report.unread == ["train/ant/notes.txt", "train/stray.jpg"]
     assert report.images == {"train": 14 + len(broken), "val": 10 + len(unusual) + 1}
+
+
+def test_a_class_folder_that_cannot_be_listed_is_named_and_can_be_left_out(photos, monkeypatch):
+    """Without permission, or a link to nowhere: the check goes on to the others."""
+    honest = os.scandir
+
+    def scandir(path):
+        if Path(path).name == "cat":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return honest(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    for split in ("train", "val"):
+        (photos / split / "cat").mkdir()
+        (photos / split / "dog").symlink_to(photos / "nowhere")
+    with pytest.raises(DataError, match=r"train/cat: cannot be read \(Permission denied\); mend it, or"):
+        list_splits(photos)
+    (photos / "train" / "ant" / "0.jpg").write_text("no image")
+    broken = check_data(photos).broken
+    assert sorted(broken) == ["train/ant/0.jpg", "train/cat/", "train/dog/", "val/cat/", "val/dog/"]
+    assert broken["train/cat/"].endswith("train/cat: Permission denied, val/cat: Permission denied")
+    assert "train/dog: no such file, or a link to nowhere" in broken["val/dog/"]
+    assert list_splits(photos)[0].classes == ["ant", "bee"]
+
+
+def test_training_knows_what_lies_in_the_folders_but_is_none_of_its_images(photos):
+    """torchvision's ImageFolder takes the images of folders within a class: whoever had them there must hear of it."""
+    (photos / "train" / "ant" / "more").mkdir()
+    made_photo(3).save(photos / "train" / "ant" / "more" / "1.jpg")
+    made_photo(3).save(photos / "val" / "stray.jpg")
+    (photos / "val" / "bee" / "notes.txt").touch()
+    for hidden in (photos / "val" / ".index.jpg", photos / "val" / "bee" / ".DS_Store"):
+        hidden.touch()
+    train, val = build(photos, "folder")
+    assert (train.passed_over, val.passed_over) == (("ant/more",), ("stray.jpg", "bee/notes.txt"))
+    assert (train.num_images, val.num_images) == (14, 10)
 
 
 def test_names_in_another_encoding_are_listed_and_left_out(photos, tmp_path_factory, capsys):

@@ -263,10 +263,12 @@ def test_imagenet_goes_on_where_it_was_interrupted(archives, tmp_path, monkeypat
     with pytest.raises(DataError, match="No space left on device"):
         prepare_imagenet(archives, tmp_path / "set")
     assert not (tmp_path / "set").exists()
+    (tmp_path / ".set.preparing/.devkit/data").mkdir(parents=True)  # as if killed there, too
     prepare_imagenet(archives, tmp_path / "set")
     assert unpacked[:3] == [".n02.part", ".n01.part", ".n01.part"]  # then the development kit
     train, val = list_splits(tmp_path / "set")
     assert (len(train.names), len(val.names)) == (6, 4)
+    assert {entry.name for entry in (tmp_path / "set").iterdir()} == {"train", "val"}
     assert {entry.name for entry in (tmp_path / "set" / "train").iterdir()} == set(WNIDS)
 
 

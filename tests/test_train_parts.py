@@ -31,7 +31,7 @@ from train.ledger import Ledger
 from train.models import build_model
 from train.optim import OptimConfig, build_optimizer, forget_momentum, learning_rate
 from train.precision import Precision
-from train.run import _excluded, _fitted
+from train.run import _fitted, _left_out
 from train.rundir import RunDir, create_run_dir, find_run_dir, read_log
 from train.sinks import JsonLines
 from train.state import TrainState
@@ -434,11 +434,17 @@ def test_two_processes_cannot_write_one_log(tmp_path: Path):
 
 
 def test_lines_of_an_exclude_list_that_match_nothing_are_a_note():
-    loader = SimpleNamespace(num_excluded=0, unmatched=("a", "b", "c", "d", "e"))
+    loader = SimpleNamespace(num_excluded=0, unmatched=("a", "b", "c", "d", "e"), passed_over=())
     trainer = SimpleNamespace(train_loader=loader, val_loader=loader)
-    [note] = _excluded(RunConfig(), trainer)
+    [note] = _left_out(RunConfig(), trainer)
     assert note.startswith("datasets/imagenet/exclude.txt names what is not in the data set")
     assert note.endswith("a, b, c and 2 more")
+
+
+def test_what_is_no_image_by_name_or_place_is_a_note_for_each_split():
+    trained, evaluated = (SimpleNamespace(num_excluded=0, unmatched=(), passed_over=names) for names in (("a/b",), ()))
+    [note] = _left_out(RunConfig(), SimpleNamespace(train_loader=trained, val_loader=evaluated))
+    assert note == "datasets/imagenet: not among the training images, for its name or place: a/b"
 
 
 @pytest.mark.parametrize(("ratio", "steps", "step", "is_averaged"), [("4/3", 4, 3, False), ("3/4", 5, 5, True)])

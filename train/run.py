@@ -7,6 +7,7 @@ import os
 import platform
 import time
 import warnings
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -66,7 +67,7 @@ def run(config: RunConfig, world: World, ledger: Ledger) -> dict[str, Any]:
     world.on_rank_zero(lambda: prepare_data(config.data))
     fitted, words = _fitted(config, world, goes_on=world.on_rank_zero(run_dir.config.exists))
     trainer = world.together(lambda: _build_trainer(fitted, world, ledger))
-    notes += words + config.without_effect() + _excluded(config, trainer)
+    notes += words + config.without_effect() + _left_out(config, trainer)
     if stored is not None:
         notes += world.together(lambda: restore(trainer, stored, fitted.data.batch_size))
     elif source is not None:
@@ -126,7 +127,7 @@ def evaluate_checkpoint(
         raise TrainError(
             f"{config.data.path} has {val_loader.num_classes} classes, the network {architecture.num_classes}"
         )
-    notes = _unmatched(config, val_loader)
+    notes = [*_unmatched(config, val_loader), *_passed_over(config, {"validation": val_loader})]
     if val_loader.num_excluded:
         notes.append(f"{config.data.path}: {val_loader.num_excluded} validation images are excluded and not counted")
     for note in notes if world.is_main else ():
@@ -261,20 +262,33 @@ def _loaders(config: RunConfig, world: World) -> tuple[Loader, Loader]:
     )
 
 
-def _excluded(config: RunConfig, trainer: Trainer) -> list[str]:
-    """What the exclude list takes out of the data set, in words for the user."""
+def _left_out(config: RunConfig, trainer: Trainer) -> list[str]:
+    """What of the data set is not trained on or not evaluated on, in words for the user."""
     train, val = trainer.train_loader.num_excluded, trainer.val_loader.num_excluded
     listed = exclude_file(config.data.path, config.data.exclude)
     notes = [f"{listed} leaves out {train} training and {val} validation images"] if train or val else []
-    return notes + _unmatched(config, trainer.train_loader)
+    splits = {"training": trainer.train_loader, "validation": trainer.val_loader}
+    return [*notes, *_unmatched(config, trainer.train_loader), *_passed_over(config, splits)]
 
 
 def _unmatched(config: RunConfig, loader: Loader) -> list[str]:
     """What the exclude list names without effect, in words for the user."""
     names, listed = loader.unmatched, exclude_file(config.data.path, config.data.exclude)
-    named = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    note = f"{listed} names what is not in the data set, expected SPLIT/CLASS/FILE or SPLIT/CLASS/: {named}"
+    note = f"{listed} names what is not in the data set, expected SPLIT/CLASS/FILE or SPLIT/CLASS/: {_some(names)}"
     return [note] if names else []
+
+
+def _passed_over(config: RunConfig, splits: dict[str, Loader]) -> list[str]:
+    """What no loader takes for an image, in words for the user."""
+    return [
+        f"{config.data.path}: not among the {split} images, for its name or place: {_some(loader.passed_over)}"
+        for split, loader in splits.items()
+        if loader.passed_over
+    ]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _check_equal(state: TrainState, world: World) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -66,24 +67,30 @@ def check_data(
     splits = {split: list_split(path, split) for split in SPLITS}
     require_local(*splits.values())
     report = CheckReport()
-    for split, images in splits.items():
-        report.images[split] = len(images.names)
-        # Only class folders: what a file list leaves out, it leaves out on purpose.
-        if images.places is None and images.root == Path(path) / split:
-            report.unread += [f"{split}/{name}" for name in _not_listed(images)]
-        with ThreadPoolExecutor(threads or None) as pool:
-            found = tracked(_examined(images, pool), f"checking {split}", len(images.names))
-            for name, (why_broken, what_is_unusual) in zip(images.names, found, strict=True):
-                if why_broken:
-                    report.broken[f"{split}/{name}"] = why_broken
-                elif what_is_unusual:
-                    report.unusual[f"{split}/{name}"] = what_is_unusual
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the report says so
+        for split, images in splits.items():
+            _check_split(report, split, images, threads)
+            # Only class folders: what a file list leaves out, it leaves out on purpose.
+            if images.places is None and images.root == Path(path) / split:
+                report.unread += [f"{split}/{name}" for name in _not_listed(images)]
     report.broken |= _incomplete_classes(splits, own | report.broken)
     if show:
         show(report)
     # The user's own lines win: with a reason they would be taken for the check's at the next one.
     _write_exclude_list(list_file, report.broken | own)
     return report
+
+
+def _check_split(report: CheckReport, split: str, images: ImageList, threads: int) -> None:
+    report.images[split] = len(images.names)
+    with ThreadPoolExecutor(threads or None) as pool:
+        found = tracked(_examined(images, pool), f"checking {split}", len(images.names))
+        for name, (why_broken, what_is_unusual) in zip(images.names, found, strict=True):
+            if why_broken:
+                report.broken[f"{split}/{name}"] = why_broken
+            elif what_is_unusual:
+                report.unusual[f"{split}/{name}"] = what_is_unusual
 
 
 def _examined(images: ImageList, pool: ThreadPoolExecutor) -> Iterator[tuple[str, str]]:
@@ -115,6 +122,8 @@ def _unusual(content: bytes, suffix: str) -> str:
             notes.append("16 bits a channel, converted")
         if min(image.size) < SMALLEST_USUAL_SIDE:
             notes.append(f"under {SMALLEST_USUAL_SIDE} pixels wide or high")
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            notes.append(f"over {Image.MAX_IMAGE_PIXELS // 10**6} megapixels, slow to decode")
         return "; ".join(notes)
 
 
@@ -135,6 +144,7 @@ def _incomplete_classes(splits: dict[str, ImageList], excluded: dict[str, str]) 
     for name in sorted({name for images in splits.values() for name in images.classes}):
         without = [split for split in SPLITS if not sound[split].get(name)]
         reasons = [f"no sound image in {s}/" if name in sound[s] else f"no such class in {s}/" for s in without]
+        reasons += [f"{s}/{name}: {splits[s].unreadable[name]}" for s in without if name in splits[s].unreadable]
         if reasons:
             incomplete |= {f"{split}/{name}/": ", ".join(reasons) for split in SPLITS if name in sound[split]}
     return incomplete

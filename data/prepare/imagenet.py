@@ -3,7 +3,6 @@
 import hashlib
 import shutil
 import tarfile
-import tempfile
 from pathlib import Path
 
 from torchvision.datasets.imagenet import ARCHIVE_META, load_meta_file, parse_devkit_archive
@@ -29,7 +28,7 @@ def _unpack(archives: Path, root: Path) -> None:
     for kind, (_, md5) in ARCHIVE_META.items():
         _verify(files[kind], md5)
     _unpack_train(files["train"], root / "train")
-    _unpack_val(files["val"], root / "val", _val_wnids(files["devkit"], root))
+    _unpack_val(files["val"], root / "val", _val_wnids(files["devkit"], root / ".devkit"))
 
 
 def _verify(archive: Path, md5: str) -> None:
@@ -45,12 +44,15 @@ def _verify(archive: Path, md5: str) -> None:
 
 
 def _val_wnids(devkit: Path, scratch: Path) -> list[str]:
-    """WordNet id of every validation image, in the order of their numbers."""
-    with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        # torchvision reads the archive from the folder that it writes its result to.
-        (Path(folder) / devkit.name).symlink_to(devkit.absolute())
-        parse_devkit_archive(folder)
-        return load_meta_file(folder)[1]
+    """WordNet id of every validation image, in the order of their numbers. `scratch` is made and removed."""
+    shutil.rmtree(scratch, ignore_errors=True)  # a killed attempt may have left it
+    scratch.mkdir()
+    # torchvision reads the archive from the folder that it writes its result to.
+    (scratch / devkit.name).symlink_to(devkit.absolute())
+    parse_devkit_archive(scratch)
+    wnids = load_meta_file(scratch)[1]
+    shutil.rmtree(scratch)
+    return wnids
 
 
 def _unpack_train(archive: Path, train: Path) -> None:
