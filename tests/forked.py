@@ -68,9 +68,11 @@ class Ranks:
         in_rank: called in each rank, with its number, before it begins. A single rank is on its own, as without
         torchrun.
         """
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        # Kept until they are gone, so that nobody else is given it. Rank 0 may bind it as well: this one never listens.
+        self._port = socket.socket()
+        self._port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._port.bind(("127.0.0.1", 0))
+        port = self._port.getsockname()[1]
         self.pids: list[int] = []
         sys.stdout.flush()
         sys.stderr.flush()
