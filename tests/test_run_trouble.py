@@ -17,6 +17,8 @@ from train.errors import TrainError
 from train.rundir import RunDir, read_log
 from train.sinks import JsonLines, Sinks, TensorBoard
 
+NO_TRACEBACK = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+"""Of threads, such as TensorBoard's; pytest takes them for warnings."""
 EVERY_STEP = {"run__save_every_minutes": 1e-9, "train__epochs": 2, "cup__last_epoch": 2}  # epochs have 4 steps
 
 
@@ -103,6 +105,7 @@ def test_a_best_that_cannot_be_written_leaves_last_alone_and_does_not_count_as_t
     assert load_checkpoint(tmp_path / "tiny/last-2.pt")["progress"]["best_top1"] == -1.0  # epoch 1's was written
 
 
+@NO_TRACEBACK
 def test_a_run_directory_that_is_removed_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     at_step(monkeypatch, {6: lambda: shutil.rmtree(tmp_path / "tiny")})
     log = train(tmp_path)
@@ -111,6 +114,7 @@ def test_a_run_directory_that_is_removed_is_made_anew(tmp_path: Path, monkeypatc
     assert {"config.yaml", "last.pt", "log.jsonl"} <= {path.name for path in (tmp_path / "tiny").iterdir()}
 
 
+@NO_TRACEBACK
 def test_a_directory_that_cannot_be_made_again_ends_in_an_error_after_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -177,6 +178,7 @@ class TensorBoard:
         for old in directory.glob("events.out.tfevents.*"):
             old.unlink()
         self._began = began
+        self._print_failure, threading.excepthook = threading.excepthook, self._thread_failed
         self._writer = SummaryWriter(str(directory), purge_step=0)  # for viewers that have read the old files
         for event in events:
             self.write(event)
@@ -207,7 +209,16 @@ class TensorBoard:
         pass
 
     def close(self) -> None:
-        self._writer.close()
+        try:
+            self._writer.close()
+        finally:
+            threading.excepthook = self._print_failure
+
+    def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
+        """No traceback of the thread that writes, if the disk is to blame: the next `write` raises the same error."""
+        is_writer = type(failure.thread).__module__.startswith("tensorboard.")
+        if not (is_writer and isinstance(failure.exc_value, OSError)):
+            self._print_failure(failure)
 
 
 class ConsoleSink:
