@@ -11,16 +11,15 @@ DALI is imported inside functions only; `import data` must work, and be quick, w
 
 import os
 import warnings
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from data.batch import FILL, NORMALISATION, DataConfig, DataError, Split, train_size
-from data.images import ImageList, decode_failure, defect, unreadable
+from data.defects import decode_failure, find_defects, unreadable
+from data.images import ImageList
 from data.sharding import Sharding
 
 if TYPE_CHECKING:
@@ -31,8 +30,6 @@ PREFETCHED_BATCHES = 2
 POOLED_FROM = "256k"
 """Host buffers of this size and more come from DALI's own pool. By itself it leaves those up to 32 MiB to malloc, where
 they fragment the memory over the epochs (`launch/bench.py memory`)."""
-READERS = 16
-"""Files looked at together: a network file system takes its time for each."""
 
 
 def import_failure() -> ImportError | None:
@@ -80,7 +77,7 @@ class DaliSource:
         self._first = 0
         self._next = 0
         self._checkpoint: bytes | None = None
-        self._seen_N = np.zeros(len(images.names), dtype=bool)
+        self._looked_at = _LookedAt(np.zeros(len(images.names), dtype=bool))
 
     def start(self, epoch: int, step: int) -> None:
         reached = self._sharding.stream_step(*divmod(self._next, self._sharding.steps))
@@ -99,7 +96,9 @@ class DaliSource:
             raise
         except Exception as error:
             # DALI names no file, and it may have failed at a batch ahead of this one.
-            raise decode_failure(self._images, self._indices_ahead(), error) from error
+            raise decode_failure(self._images, self._indices_ahead(), error, DaliDecoder()) from error
+        if self._next in self._looked_at.failures:
+            raise self._looked_at.failures[self._next]
         self._next += 1
         return images
 
@@ -119,6 +118,7 @@ class DaliSource:
 
     def close(self) -> None:
         self._iterator = None
+        self._looked_at.decoder.close()
 
     def _open(self) -> "DALIGenericIterator":
         os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", POOLED_FROM)  # read once, before DALI's first buffer
@@ -149,7 +149,57 @@ class DaliSource:
         return np.concatenate([inputs.indices(step) for step in range(due, due + PREFETCHED_BATCHES + 1)])
 
     def _step_inputs(self) -> "_StepInputs":
-        return _StepInputs(self._config, self._images, self._sharding, self._first, self._seen_N)
+        return _StepInputs(self._config, self._images, self._sharding, self._first, self._looked_at)
+
+
+class DaliDecoder:
+    """DALI's decoder for one image at a time, on the CPU; see `Decoder` in data/defects.py.
+
+    In a large batch it crashes the process on some broken images (2.4.0), without a word; of a single one it says why.
+    """
+
+    name = "DALI"
+
+    def __init__(self) -> None:
+        self._idle: list[Pipeline] = []
+
+    def decode(self, content: bytes) -> np.ndarray:
+        try:
+            pipeline = self._idle.pop()
+        except IndexError:  # other threads have them all
+            pipeline = self._pipeline()
+        pipeline.feed_input("encoded", [np.frombuffer(content, dtype=np.uint8)])
+        [images] = pipeline.run()
+        pixels = np.array(images.as_array()[0])
+        self._idle.append(pipeline)  # not after an error: it is of no more use then
+        return pixels
+
+    def close(self) -> None:
+        """Free its memory; it can be used again."""
+        self._idle.clear()
+
+    def _pipeline(self) -> "Pipeline":
+        from nvidia.dali import fn, pipeline_def, types
+
+        @pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
+        def graph():
+            encoded = fn.external_source(name="encoded", ndim=1, dtype=types.UINT8)
+            return fn.decoders.image(
+                encoded, device="cpu", output_type=types.RGB, adjust_orientation=False, jpeg_fancy_upsampling=True
+            )
+
+        return graph()
+
+
+@dataclass(frozen=True)
+class _LookedAt:
+    """What is known of the images of a split, in this process."""
+
+    sound_N: np.ndarray
+    """Images that were looked at and are sound, bool (N,)."""
+    failures: dict[int, DataError] = field(default_factory=dict)
+    """Step, of all epochs together, at which a broken image is due -> the error that names it."""
+    decoder: DaliDecoder = field(default_factory=DaliDecoder)
 
 
 @dataclass(frozen=True)
@@ -164,13 +214,12 @@ class _StepInputs:
     images: ImageList
     sharding: Sharding
     first: int
-    seen_N: np.ndarray
-    """Images that were looked at and are sound, bool (N,); `encoded` adds to them."""
+    looked_at: _LookedAt
+    """`encoded` adds to it."""
 
     def encoded(self, stream_step: int) -> list[np.ndarray]:
-        """Paths, or the images as stored where they lie in shards, uint8 (length,) each. DataError if one is broken."""
-        indices_B = self.indices(stream_step)
-        self._require_sound(indices_B)
+        """Paths, or the images as stored where they lie in shards, uint8 (length,) each."""
+        indices_B = self._sound(stream_step)
         if self.in_shards:
             self.images.places.will_read(self.indices(stream_step + 1))
             content_B = [self.images.read(index) for index in indices_B]
@@ -178,19 +227,26 @@ class _StepInputs:
             content_B = [os.fsencode(self.images.path(index)) for index in indices_B]
         return [np.frombuffer(content, dtype=np.uint8) for content in content_B]
 
-    def _require_sound(self, indices_B: np.ndarray) -> None:
-        """DataError naming the images that cannot be decoded, when they come up first.
+    def _sound(self, stream_step: int) -> np.ndarray:
+        """The step's images, int64 (B,), with others in place of broken ones, which DALI must not meet.
 
-        DALI must not meet them: in a large batch its decoder crashes the process on one (2.4.0), without a word.
+        The error that names those is raised when the step is due, as DALI is some steps ahead; at once, if none is
+        sound.
         """
-        new = [index for index in dict.fromkeys(indices_B.tolist()) if not self.seen_N[index]]
-        if not new:
-            return
-        with ThreadPoolExecutor(READERS) as pool:
-            defects = dict(zip(new, pool.map(partial(defect, self.images), new), strict=True))
-        if broken := {index: why for index, why in defects.items() if why}:
-            raise unreadable(self.images, broken)
-        self.seen_N[new] = True
+        indices_B, sound_N = self.indices(stream_step), self.looked_at.sound_N
+        new = indices_B[~sound_N[indices_B]]
+        if not len(new):
+            return indices_B
+        defects = find_defects(self.images, new.tolist(), self.looked_at.decoder)
+        sound_N[new] = True
+        sound_N[list(defects)] = False
+        if not defects:
+            return indices_B
+        failure = self.looked_at.failures[self.first + stream_step] = unreadable(self.images, defects)
+        is_sound_B = sound_N[indices_B]
+        if not is_sound_B.any():
+            raise failure
+        return np.where(is_sound_B, indices_B, indices_B[is_sound_B][0])
 
     def train_sizes(self, stream_step: int) -> list[np.ndarray]:
         """(height, width) of the training images, float32 (2,) each."""

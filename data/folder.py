@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from data.batch import FILL, NORMALISATION, DataConfig, Split, train_size
-from data.images import ImageList, decode_failure, open_image
+from data.defects import decode_failure
+from data.images import ImageList, open_image
 from data.sharding import Sharding
 
 

@@ -4,8 +4,6 @@ import codecs
 import hashlib
 import io
 import os
-import struct
-import zlib
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,9 +19,6 @@ EXCLUDE_FILE = "exclude.txt"
 SPLITS = ("train", "val")
 # What Pillow and DALI both decode; MPO is the JPEG of cameras that store several pictures in it.
 FORMATS = {"JPEG", "MPO", "PNG", "BMP", "PPM", "TIFF", "WEBP", "JPEG2000"}
-PNG_END = b"IEND\xaeB`\x82"
-ORIENTATION = 274
-"""Tag of TIFF by which Pillow turns the image."""
 EXPECTED = "PATH/train/CLASS/*.jpg and PATH/val/CLASS/*.jpg, file lists PATH/train.txt and PATH/val.txt, or shards"
 
 
@@ -60,7 +55,10 @@ class ImageList:
 
     def read(self, index: int) -> bytes:
         """The image's bytes as stored. OSError if they cannot be read."""
-        return Path(self.path(index)).read_bytes() if self.places is None else self.places.read(index)
+        if self.places is not None:
+            return self.places.read(index)
+        with open(self.path(index), "rb", opener=_open_at_once) as file:
+            return file.read()
 
     @property
     def shard_sizes(self) -> tuple[int, ...]:
@@ -75,6 +73,11 @@ class ImageList:
         """
         parts = [os.fsencode("\n".join(part)) for part in (self.names, self.classes, map(str, self.shard_sizes))]
         return hashlib.sha256(b"\0".join([*parts, self.labels.astype("<i8").tobytes()])).hexdigest()[:16]
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """A named pipe is empty then; without the flag, opening one waits for a writer for ever."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def list_splits(path: str | Path, exclude: str | Path = "") -> tuple[ImageList, ImageList]:
@@ -161,105 +164,16 @@ def is_image_name(name: str) -> bool:
 
 
 def open_image(content: bytes, mode: str) -> Image.Image:
-    """Decode to a Pillow image of `mode` (RGB or L); many types of error for what is no whole image of FORMATS.
-
-    What Pillow reads but DALI does not, or reads as other pixels, is refused, too.
-    """
+    """Decode to a Pillow image of `mode` (RGB or L); many types of error for what is no whole image of FORMATS."""
     if not content:
         raise UnidentifiedImageError("the file is empty")
     with Image.open(io.BytesIO(content)) as image:
         if image.format not in FORMATS:  # whatever the file is called
             raise UnidentifiedImageError(f"{image.format}, which DALI does not decode")
-        if not_for_dali := _not_for_dali(image, content):
-            raise UnidentifiedImageError(f"{not_for_dali}, which DALI does not decode")
         if image.mode.startswith("I"):  # I;16, and I for the same files in older versions
             # Pillow's own conversion cuts 16 bits off at 255, so everything but black turns white; DALI scales.
             return Image.fromarray((np.asarray(image) // 257).astype(np.uint8)).convert(mode)
         return image.convert(mode)
-
-
-def defect(images: ImageList, index: int, *, thorough: bool = False) -> str:
-    """Why an image cannot be read, in words; empty if it can, or where DALI alone reads it.
-
-    The ends of a JPEG and the checksums of a PNG tell that it is whole, in microseconds; anything else, or everything
-    where thorough, is decoded.
-    """
-    if is_remote(images.names[index]):
-        return ""
-    try:
-        content = images.read(index)
-        if thorough or not _plainly_whole(content):
-            open_image(content, "RGB")
-    except Exception as error:  # a broken image can fail anywhere in its decoder
-        return in_words(error)
-    return ""
-
-
-def unreadable(images: ImageList, defects: dict[int, str]) -> DataError:
-    """The error that names images by index and what is wrong with them, three at most."""
-    named = ", ".join(f"{images.where(index)} ({why})" for index, why in list(defects.items())[:3])
-    return DataError(
-        f"cannot read {named}: replace or remove such files, or let launch/prepare.py check list them, and start again"
-    )
-
-
-def decode_failure(images: ImageList, indices: np.ndarray, cause: Exception) -> DataError:
-    """The error to raise when one of these images could not be read: names those that Pillow cannot read either."""
-    reasons = {index: defect(images, index, thorough=True) for index in dict.fromkeys(indices.tolist())}
-    defects = {index: why for index, why in reasons.items() if why}
-    if defects:
-        return unreadable(images, defects)
-    first, last = images.where(indices[0]), images.where(indices[-1])
-    return DataError(f"reading failed at one of {len(indices)} images from {first} to {last}: {_last_words(cause)}")
-
-
-def _not_for_dali(image: Image.Image, content: bytes) -> str:
-    """What about a Pillow image, just opened, DALI 2.4 fails on or decodes to other pixels; empty if nothing."""
-    if image.format == "PNG" and PNG_END not in content:
-        return "PNG without its end"
-    if image.format == "PPM" and image.tile[0][0] != "raw":
-        return "PPM as text, or with another largest value than 255 or 65535"
-    if image.format == "TIFF" and image.mode in ("I", "F", "LAB"):
-        return f"TIFF with pixels of type {image.mode}"
-    if image.format == "TIFF" and image.tag_v2.get(ORIENTATION, 1) != 1:
-        return "TIFF with an orientation"
-    return ""
-
-
-def _plainly_whole(content: bytes) -> bool:
-    """Whether header and end are those of a whole JPEG of usual kind and size, or all of a PNG is as it was written."""
-    if content.startswith(b"\xff\xd8") and content.endswith(b"\xff\xd9"):
-        width, height = _usual_jpeg_size(content)
-    elif content.startswith(b"\x89PNG\r\n\x1a\n"):
-        width, height = _sound_png_size(content)
-    else:
-        return False
-    # Pillow's limit: libjpeg-turbo has one as well, from which on DALI's next decoder fills up what is missing.
-    return 0 < width * height <= 2 * Image.MAX_IMAGE_PIXELS
-
-
-def _usual_jpeg_size(content: bytes) -> tuple[int, int]:
-    """(width, height) from the frame header of a baseline or progressive JPEG of 8 bits; zeros for all else."""
-    place = 2
-    while place + 9 <= len(content) and content[place] == 0xFF:
-        marker, length = content[place + 1], int.from_bytes(content[place + 2 : place + 4])
-        if marker in (0xC0, 0xC1, 0xC2):
-            bits, height, width = struct.unpack_from(">BHH", content, place + 4)
-            return (width, height) if bits == 8 else (0, 0)
-        place += 2 + length
-    return 0, 0
-
-
-def _sound_png_size(content: bytes) -> tuple[int, int]:
-    """(width, height) of a PNG whose chunks all have their checksums, up to the end of the file; zeros for all else."""
-    place, kind = 8, b""
-    while kind != b"IEND" and place + 12 <= len(content):
-        length, kind = struct.unpack_from(">I4s", content, place)
-        end = place + 12 + length
-        if end > len(content) or zlib.crc32(content[place + 4 : end - 4]) != int.from_bytes(content[end - 4 : end]):
-            return 0, 0
-        place = end
-    return struct.unpack_from(">II", content, 16) if kind == b"IEND" and place == len(content) else (0, 0)
 
 
 def in_words(error: Exception) -> str:
@@ -270,13 +184,6 @@ def in_words(error: Exception) -> str:
         return error.strerror
     # Pillow names the buffer that it read; the caller names the file.
     return " ".join(str(error).split()).split(" <_io.BytesIO")[0] or type(error).__name__
-
-
-def _last_words(error: Exception) -> str:
-    """The cause in a message of many lines: behind DALI's traceback of the pipeline, at the end of a worker's."""
-    _, encountered, cause = str(error).rpartition("encountered:")
-    lines = [line.strip() for line in (cause if encountered else str(error)).splitlines() if line.strip()]
-    return lines[0 if encountered else -1] if lines else in_words(error)
 
 
 def _list_folder(root: Path) -> ImageList:

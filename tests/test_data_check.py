@@ -10,8 +10,10 @@ import pytest
 from PIL import Image
 from test_data_images import build, disk_loaders, made_photo, photos, taken, write_split
 
+from data import images
 from data.batch import DataError
-from data.images import decode_failure, list_splits
+from data.defects import decode_failure
+from data.images import list_splits
 from data.prepare import check_data, prepare_shards
 from launch import prepare
 
@@ -176,14 +178,14 @@ def test_a_file_without_read_permission_is_named(photos):
 
 def test_reading_errors_of_any_kind_are_reasons(photos, monkeypatch):
     """What a file without permission, or a failing disk, does."""
-    honest = Path.read_bytes
+    honest = images._open_at_once
 
-    def read(self):
-        if self.name == "0.jpg" and "ant" in self.parts:
+    def opened(path, flags):
+        if path.endswith("ant/0.jpg"):
             raise PermissionError(13, "Permission denied")
-        return honest(self)
+        return honest(path, flags)
 
-    monkeypatch.setattr(Path, "read_bytes", read)
+    monkeypatch.setattr(images, "_open_at_once", opened)
     assert check_data(photos).broken == dict.fromkeys(["train/ant/0.jpg", "val/ant/0.jpg"], "Permission denied")
 
 

@@ -1,7 +1,6 @@
 """The listing of image folders, what every disk loader owes to it, and the made images that the data tests share."""
 
 import ctypes
-import io
 import struct
 import subprocess
 import sys
@@ -10,13 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from data import images as images_module
 from data.batch import DataConfig, DataError
 from data.build import build_loaders
 from data.dali import import_failure
-from data.images import ImageList, defect, list_split, list_splits, open_image
+from data.images import list_split, list_splits
 
 needs_dali = pytest.mark.skipif(import_failure() is not None, reason=f"DALI does not import: {import_failure()}")
 disk_loaders = pytest.mark.parametrize("loader", [pytest.param("dali", marks=needs_dali), "folder"])
@@ -259,19 +257,6 @@ def test_unreadable_file_is_named(photos, loader, split, content):
     val.close()
 
 
-@needs_dali
-def test_a_broken_image_in_a_large_batch_is_named(tmp_path):
-    """DALI 2.4's decoder crashes the process there, more often than not."""
-    for split in ("train", "val"):
-        write_split(tmp_path / split, 35)
-    victim = tmp_path / "val" / "ant" / "0.jpg"
-    victim.write_bytes(b"no image\n" * 20)
-    _, val = build(tmp_path, "dali", batch_size=64)
-    with pytest.raises(DataError, match=r"cannot read .*val/ant/0\.jpg"):
-        taken(val)
-    val.close()
-
-
 @disk_loaders
 def test_names_with_spaces_and_beyond_ascii(tmp_path, loader):
     for split in ("train", "val"):
@@ -364,52 +349,6 @@ def test_dali_leaves_no_large_buffers_to_the_arenas_of_malloc(tmp_path):
     command = [sys.executable, "-c", FREED_IN_ARENAS, str(tmp_path)]
     result = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
     assert int(result.stdout) < 9 << 20
-
-
-def encoded(image: Image.Image, format_name: str, **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, format_name, **options)
-    return file.getvalue()
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (encoded(made_photo(1), "PNG")[:-5], "PNG without its end"),
-        (b"P3 2 1 255 1 2 3 4 5 6\n", "PPM as text"),
-        (b"P6 2 1 100 " + bytes(6), "another largest value"),
-        (encoded(made_photo(1).convert("F"), "TIFF"), "pixels of type F"),
-        (encoded(made_photo(1).convert("I"), "TIFF"), "pixels of type I"),
-        (encoded(made_photo(1), "TIFF", tiffinfo={274: 6}), "orientation"),
-        (encoded(made_photo(1), "GIF"), "GIF"),
-    ],
-    ids=["png", "text", "maxval", "float", "int", "turned", "gif"],
-)
-def test_what_dali_does_not_decode_as_pillow_does_is_refused(content, reason):
-    with pytest.raises(UnidentifiedImageError, match=rf"{reason}.*, which DALI does not decode"):
-        open_image(content, "RGB")
-
-
-@pytest.mark.parametrize("format_name", ["JPEG", "PNG", "PPM", "TIFF", "WEBP", "BMP", "JPEG2000"])
-def test_sound_images_of_every_format_are_taken(tmp_path, format_name):
-    for mode in ("RGB", "L"):
-        (tmp_path / "image").write_bytes(encoded(made_photo(1).convert(mode), format_name))
-        images = ImageList(root=tmp_path, names=["image"], labels=np.zeros(1, dtype=np.int64), classes=["ant"])
-        assert defect(images, 0) == defect(images, 0, thorough=True) == ""
-
-
-@pytest.mark.parametrize("format_name", ["JPEG", "PNG"])
-def test_what_was_cut_or_damaged_is_found_without_decoding_the_sound(tmp_path, format_name, monkeypatch):
-    whole = encoded(made_photo(1), format_name)
-    damaged = bytearray(whole)
-    damaged[len(whole) // 2] ^= 0xFF  # a JPEG with such damage is decoded, by everyone
-    images = ImageList(root=tmp_path, names=["image"], labels=np.zeros(1, dtype=np.int64), classes=["ant"])
-    for content in (whole[:-1], whole[: len(whole) // 2], whole[:30], bytes(damaged)):
-        (tmp_path / "image").write_bytes(content)
-        assert bool(defect(images, 0)) == bool(defect(images, 0, thorough=True))
-    (tmp_path / "image").write_bytes(whole)
-    monkeypatch.setattr(images_module, "open_image", None)
-    assert defect(images, 0) == ""
 
 
 def test_an_exclude_list_that_leaves_no_class_is_one_line(photos):

@@ -101,6 +101,14 @@ def test_memory_that_an_epoch_takes_shows_in_its_peak_alone(monkeypatch):
     assert memory.growth([50, 100, 90, 104, 101]) == pytest.approx(0.04)
 
 
+@needs_dali
+def test_a_broken_image_ends_the_measurement_of_memory_in_one_line(photos, capsys):
+    """Also where the worker processes of a loader are to be ended."""
+    (photos / "train" / "ant" / "1.jpg").write_bytes(b"no image")
+    assert main(["memory", "--data", str(photos), "--epochs", "3", "--batch-size", "2", "--image-size", "32"]) == 1
+    assert "train/ant/1.jpg" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_memory_of_too_few_epochs_is_one_line(photos, capsys):
     assert main(["memory", "--data", str(photos), "--epochs", "2"]) == 1
     assert "--epochs: found 2, allowed: a whole number from 3" in capsys.readouterr().err

@@ -9,6 +9,7 @@ from launching import TINY, launch, options, rank_lines, start, write_image_fold
 
 from launch import evaluate
 from train.config import parse_config
+from train.rundir import read_log
 
 
 def one_line(result, exit_code: int) -> str:
@@ -83,15 +84,33 @@ def test_both_ranks_say_it_and_none_hangs(tmp_path: Path, begin: Callable, chang
 
 def test_a_broken_image_that_one_rank_meets_is_named_by_both(tmp_path: Path):
     """In the middle of an epoch, where the other one waits for gradients."""
-    broken = write_image_folder(tmp_path / "images") / "train/class1/7.jpg"
+    sound = write_image_folder(tmp_path / "images") / "train/class1/7.jpg"
+    broken = sound.with_name(os.fsdecode(b"M\xfcll.jpg"))  # Latin-1
+    sound.rename(broken)
     broken.write_bytes(broken.read_bytes()[:300])
     data = {"data__loader": "folder", "data__path": "images", "data__batch_size": 4}
     result = start("launch/train.py", options(**data, train__epochs=30), tmp_path, ranks=2, timeout=60)
     assert result.returncode != 0
     lines = sorted(rank_lines(result.stderr))
     assert [line[:8] for line in lines] == ["[rank 0]", "[rank 1]"]
-    assert all(str(broken.relative_to(tmp_path)) in line for line in lines), lines
+    assert all(r"images/train/class1/M\udcfcll.jpg" in line for line in lines), lines
     assert sum(" failed: " in line for line in lines) == 1
+
+
+def test_what_the_folders_hold_beside_images_is_said_in_training_and_in_evaluation(
+    tmp_path: Path, capfd: pytest.CaptureFixture
+):
+    folder = write_image_folder(tmp_path / "images", train=12)
+    for split in ("train", "val"):
+        (folder / split / "class1" / f"{split}.txt").touch()
+    data = {"data__loader": "folder", "data__path": folder, "data__batch_size": 12}
+    result = launch("launch/train.py", options(**data, train__epochs=1, cup__last_epoch=1), tmp_path)
+    assert result.returncode == 0, result.stderr
+    notes = [event["message"] for event in read_log(tmp_path / "runs/tiny/log.jsonl") if event["event"] == "note"]
+    for split, name in (("training", "class1/train.txt"), ("validation", "class1/val.txt")):
+        assert f"{folder}: not among the {split} images, for its name or place: {name}" in notes
+    with pytest.warns(UserWarning, match="not among the validation images, for its name or place: class1/val.txt"):
+        assert evaluate.main([str(tmp_path / "runs/tiny/last.pt")]) == 0
 
 
 def test_debug_shows_the_traceback(tmp_path: Path):

@@ -5,6 +5,7 @@ import math
 import os
 import socket
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from launching import TINY
 from torch import nn
 
-from data import Batch
+from data import Batch, DataError
 from launch import train
 from train import optim
 from train.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
@@ -35,7 +36,7 @@ from train.run import _fitted, _left_out
 from train.rundir import RunDir, create_run_dir, find_run_dir, read_log
 from train.sinks import JsonLines
 from train.state import TrainState
-from train.world import World, _attempt, open_world
+from train.world import World, _attempt, leave_word, lost_peer, open_world
 
 
 class Clock:
@@ -490,6 +491,33 @@ def test_what_torch_raises_for_a_full_gpu_or_a_lost_rank_is_one_line(
     assert exit_code_of(action, debug=False) == 1
     [line] = capsys.readouterr().err.splitlines()
     assert said in line and line.endswith(f"({str(error).splitlines()[0]})")
+
+
+def test_the_first_word_of_a_failure_is_what_the_other_ranks_say(monkeypatch: pytest.MonkeyPatch):
+    store = dist.HashStore()
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    lost = dist.DistNetworkError("Connection closed by peer")
+    assert "lost another rank" in lost_peer(lost)
+    leave_word(DataError("cannot read\n  M\udcfcll.jpg"))
+    leave_word(TrainError("what followed from it"))
+    assert lost_peer(lost) == r"rank 1 failed: cannot read M\udcfcll.jpg"
+
+
+def test_a_store_that_never_answers_is_not_waited_for(monkeypatch: pytest.MonkeyPatch):
+    answers = threading.Event()
+
+    class Silent:
+        def check(self, keys: list[str]) -> bool:
+            return answers.wait(60)
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", Silent)
+    monkeypatch.setattr("train.world.STORE_ANSWERS_WITHIN_S", 0.05)
+    assert "lost another rank" in lost_peer(dist.DistNetworkError("Connection closed by peer"))
+    assert not answers.is_set()
+    answers.set()
 
 
 def test_a_meeting_place_that_does_not_exist_is_one_line(monkeypatch: pytest.MonkeyPatch):

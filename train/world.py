@@ -269,6 +269,7 @@ def torchrun_job() -> str | None:
 def leave_word(error: Exception) -> None:
     """Tell the ranks that will lose this one why it ends, if any listen. No collective; the first word of all stays."""
     message = " ".join(str(error).split()) or type(error).__name__
+    message = message.encode("utf-8", "backslashreplace").decode()  # a file's name may be no text
     _of_store(lambda store: store.compare_set(WORD, "", f"rank {dist.get_rank()} failed: {message}"))
 
 
@@ -306,7 +307,7 @@ def _of_store(action: Callable[[dist.Store], T]) -> T | None:
     store, answers = dist.distributed_c10d._get_default_store(), []
 
     def ask() -> None:
-        with suppress(RuntimeError):  # the store went away with its host
+        with suppress(Exception):  # the store went away with its host; whatever it is, the error itself comes first
             answers.append(action(store))
 
     # A store on a machine that is gone never answers, and has no timeout of its own.

@@ -12,16 +12,18 @@ import numpy as np
 from PIL import Image
 
 from data.batch import DataError
+from data.dali import DaliDecoder, import_failure
+from data.defects import Decoder, defect
 from data.images import (
     SPLITS,
     ImageList,
     exclude_file,
     in_words,
     list_split,
-    open_image,
     read_exclude_list,
     require_local,
 )
+from data.plain import is_plainly_whole
 from data.prepare.progress import tracked
 
 IMAGES_A_TASK = 64
@@ -57,6 +59,8 @@ def check_data(
 ) -> CheckReport:
     """Decode every image, compare the classes of both splits, and write what is broken to the exclude list.
 
+    Pillow decodes all of them; DALI, where it is installed, those that are not plainly whole JPEGs and PNGs.
+
     exclude: the list; PATH/exclude.txt where empty. Lines of it without a reason are the user's own and stay, the
     others are replaced; where none remain, there is no list. threads: 0 = some more than cores. show: gets the report
     before the list is written, so that a list that cannot be written does not lose it. Raises DataError if PATH is no
@@ -67,10 +71,11 @@ def check_data(
     splits = {split: list_split(path, split) for split in SPLITS}
     require_local(*splits.values())
     report = CheckReport()
+    decoder = DaliDecoder() if import_failure() is None else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the report says so
         for split, images in splits.items():
-            _check_split(report, split, images, threads)
+            _check_split(report, split, images, threads, decoder)
             # Only class folders: what a file list leaves out, it leaves out on purpose.
             if images.places is None and images.root == Path(path) / split:
                 report.unread += [f"{split}/{name}" for name in _not_listed(images)]
@@ -82,10 +87,10 @@ def check_data(
     return report
 
 
-def _check_split(report: CheckReport, split: str, images: ImageList, threads: int) -> None:
+def _check_split(report: CheckReport, split: str, images: ImageList, threads: int, decoder: Decoder | None) -> None:
     report.images[split] = len(images.names)
     with ThreadPoolExecutor(threads or None) as pool:
-        found = tracked(_examined(images, pool), f"checking {split}", len(images.names))
+        found = tracked(_examined(images, pool, decoder), f"checking {split}", len(images.names))
         for name, (why_broken, what_is_unusual) in zip(images.names, found, strict=True):
             if why_broken:
                 report.broken[f"{split}/{name}"] = why_broken
@@ -93,21 +98,23 @@ def _check_split(report: CheckReport, split: str, images: ImageList, threads: in
                 report.unusual[f"{split}/{name}"] = what_is_unusual
 
 
-def _examined(images: ImageList, pool: ThreadPoolExecutor) -> Iterator[tuple[str, str]]:
+def _examined(images: ImageList, pool: ThreadPoolExecutor, decoder: Decoder | None) -> Iterator[tuple[str, str]]:
     """For every image, why it is broken and what is unusual about it. Threads do: Pillow decodes without the GIL."""
     indices = range(len(images.names))
     tasks = [indices[first : first + IMAGES_A_TASK] for first in range(0, len(indices), IMAGES_A_TASK)]
-    for findings in pool.map(lambda task: [_examine(images, index) for index in task], tasks):
+    for findings in pool.map(lambda task: [_examine(images, index, decoder) for index in task], tasks):
         yield from findings
 
 
-def _examine(images: ImageList, index: int) -> tuple[str, str]:
+def _examine(images: ImageList, index: int, decoder: Decoder | None) -> tuple[str, str]:
     try:
         content = images.read(index)
-        open_image(content, "RGB")
-        return "", _unusual(content, Path(images.names[index]).suffix)
-    except Exception as error:  # a broken image can fail anywhere in its decoder
+    except OSError as error:
         return in_words(error), ""
+    # Pillow decodes all of them, the other decoder what training may have to ask it about.
+    if why := defect(content, None if is_plainly_whole(content) else decoder):
+        return why, ""
+    return "", _unusual(content, Path(images.names[index]).suffix)
 
 
 def _unusual(content: bytes, suffix: str) -> str:

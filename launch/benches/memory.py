@@ -75,18 +75,20 @@ def peaks_and_resident(config: DataConfig, epochs: int) -> tuple[list[float], li
     """
     train, val = build_loaders(config, rank=0, world_size=1, device=torch.device("cpu"), seed=0)
     peaks, resident = [], []
-    for epoch in range(epochs):
-        for process in _own_processes():
-            (process / "clear_refs").write_text("5")  # the peak begins anew
-        train.set_epoch(epoch)
-        for loader in (train, val):
-            for _ in loader:
-                pass
-        status = [(process / "status").read_text() for process in _own_processes()]
-        peaks.append(sum(_kib(text, "VmHWM") for text in status) / MIB)
-        resident.append(sum(_kib(text, "VmRSS") for text in status) / MIB)
-    train.close()
-    val.close()
+    try:
+        for epoch in range(epochs):
+            for process in _own_processes():
+                (process / "clear_refs").write_text("5")  # the peak begins anew
+            train.set_epoch(epoch)
+            for loader in (train, val):
+                for _ in loader:
+                    pass
+            status = [(process / "status").read_text() for process in _own_processes()]
+            peaks.append(sum(_kib(text, "VmHWM") for text in status) / MIB)
+            resident.append(sum(_kib(text, "VmRSS") for text in status) / MIB)
+    finally:  # this process would wait for the loaders' own at its end
+        train.close()
+        val.close()
     return peaks, resident
 
 
