@@ -45,8 +45,8 @@ class _Jpeg:
         self._content = content
         self._tables: set[tuple[str, int]] = set()
         self._is_progressive = False
-        # Component -> (samples in a block of the image, quantisation table)
-        self._components: dict[int, tuple[int, int]] = {}
+        # Component -> (sampling factors across and down, quantisation table)
+        self._components: dict[int, tuple[int, int, int]] = {}
         self._begun: set[int] = set()
         self._blocks = self._coded_bytes = 0
 
@@ -71,7 +71,8 @@ class _Jpeg:
                 self._coded_bytes += place - end
         is_end = content[place:] == bytes([0xFF, EOI])
         is_complete = bool(self._components) and self._begun == self._components.keys()
-        return is_end and is_complete and 8 * self._coded_bytes >= self._blocks  # a bit for each at least
+        bits_of_a_block = 1 if self._is_progressive else 2  # at least: its DC code, and an AC code that ends it
+        return is_end and is_complete and 8 * self._coded_bytes >= bits_of_a_block * self._blocks
 
     def _quantisation(self, body: bytes) -> bool:
         place = 0
@@ -112,9 +113,13 @@ class _Jpeg:
             across, down = divmod(sampling, 16)
             if component in self._components or not (1 <= across <= 4 and 1 <= down <= 4 and table <= 3):
                 return False
-            self._components[component] = (across * down, table)
-        self._blocks = width * height // 64  # of the component with the most, rounded down
-        return _is_decoded_size(width, height)
+            self._components[component] = (across, down, table)
+        factors = [(across, down) for across, down, _ in self._components.values()]
+        most_across, most_down = map(max, zip(*factors, strict=True))
+        blocks = [width * height * across * down // (64 * most_across * most_down) for across, down in factors]
+        self._blocks = sum(blocks)  # rounded down
+        is_usual = all(most_across % across == most_down % down == 0 for across, down in factors)
+        return is_usual and _is_decoded_size(width, height)
 
     def _scan(self, body: bytes) -> bool:
         count = body[0]
@@ -133,8 +138,8 @@ class _Jpeg:
             return False
         if first == 0:
             self._begun.update(components)
-        samples = [self._components[component][0] for component in components]
-        needed = {("quantisation", self._components[component][1]) for component in components}
+        samples = [self._components[component][0] * self._components[component][1] for component in components]
+        needed = {("quantisation", self._components[component][2]) for component in components}
         for dc, ac in (divmod(selector, 16) for selector in selectors):
             needed |= {(kind, dc if kind == "DC" else ac) for kind in kinds}
         return needed <= self._tables and (count == 1 or sum(samples) <= 10)
