@@ -3,6 +3,7 @@
 import errno
 import os
 import struct
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +74,9 @@ def test_every_broken_and_every_unusual_file_is_named_with_its_reason(photos):
     unusual["large.png"] = "black and white, converted; over 89 megapixels, slow to decode"
     (photos / "train" / "ant" / "notes.txt").touch()
     (photos / "train" / "stray.jpg").touch()
-    report = check_data(photos)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of Pillow, for one
+        report = check_data(photos)
     assert sorted(report.broken) == [f"train/ant/{name}" for name in broken]
     assert all(words in report.broken[f"train/ant/{name}"] for name, words in broken.items()), report.broken
     assert report.unusual == {f"val/bee/{name}": words for name, words in unusual.items()}
@@ -254,6 +257,21 @@ def test_a_list_that_cannot_be_written_does_not_lose_the_report(photos, capsys):
     printed = capsys.readouterr()
     assert "train/ant/b.jpg: the file is empty" in printed.out
     assert "list.txt: cannot be written" in printed.err
+
+
+def test_a_disk_that_fills_up_leaves_the_list_of_before_and_no_half_of_the_new_one(photos, monkeypatch):
+    def full(self, content):
+        with self.open("wb") as file:
+            file.write(content[:5])
+        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+
+    (photos / "exclude.txt").write_text("train/ant/1.jpg\n")
+    (photos / "train" / "ant" / "b.jpg").touch()
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(DataError, match=r"exclude\.txt: cannot be written \(No space left on device\)"):
+        check_data(photos)
+    assert (photos / "exclude.txt").read_text() == "train/ant/1.jpg\n"
+    assert {entry.name for entry in photos.iterdir()} == {"exclude.txt", "train", "val"}
 
 
 def test_a_sound_set_in_a_read_only_place_is_fine(photos, monkeypatch):

@@ -3,6 +3,7 @@
 import hashlib
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from threading import Event
 
 import numpy as np
@@ -65,6 +66,18 @@ def test_of_two_that_prepare_the_same_set_one_waits_for_the_other(tmp_path):
             assert not atomic.write_data_set(tmp_path / "set", make_slowly)
     assert first.result() and len(made) == 1
     assert [entry.name for entry in tmp_path.iterdir()] == ["set"]
+
+
+def test_the_set_is_locked_until_it_is_at_its_place(tmp_path, monkeypatch):
+    honest, locked = Path.rename, []
+
+    def rename(self, target):
+        locked.append((self / atomic.LOCK).exists())
+        return honest(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    atomic.write_data_set(tmp_path / "set", make_set)
+    assert locked == [True]
 
 
 def test_what_cannot_be_read_elsewhere_is_not_blamed_on_the_place(tmp_path):

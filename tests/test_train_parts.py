@@ -7,6 +7,7 @@ import socket
 import sys
 import threading
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from fractions import Fraction
@@ -491,6 +492,20 @@ def test_what_torch_raises_for_a_full_gpu_or_a_lost_rank_is_one_line(
     assert exit_code_of(action, debug=False) == 1
     [line] = capsys.readouterr().err.splitlines()
     assert said in line and line.endswith(f"({str(error).splitlines()[0]})")
+
+
+def test_warnings_of_ours_are_a_line_and_others_say_where_they_come_from():
+    before, printed = warnings.formatwarning, []
+
+    def action() -> None:
+        printed.append(warnings.formatwarning("ours", UserWarning, __file__, 1))
+        printed.append(warnings.formatwarning("theirs", UserWarning, "/elsewhere/library.py", 7))
+        printed.append(warnings.formatwarning("old", DeprecationWarning, __file__, 1))
+
+    assert exit_code_of(action, debug=False) == 0
+    assert printed[:2] == ["note: ours\n", "/elsewhere/library.py:7: UserWarning: theirs\n"]
+    assert "DeprecationWarning" in printed[2]
+    assert warnings.formatwarning is before
 
 
 def test_the_first_word_of_a_failure_is_what_the_other_ranks_say(monkeypatch: pytest.MonkeyPatch):

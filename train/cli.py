@@ -6,7 +6,9 @@ import shlex
 import sys
 import time
 import traceback
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -14,6 +16,7 @@ from train.errors import ConfigError
 from train.world import USER_ERRORS, leave_word, lost_peer, out_of_memory
 
 LINGER_S = 3.0
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def exit_code_of(action: Callable[[], None], debug: bool, after_interrupt: str = "") -> int:
@@ -25,7 +28,8 @@ def exit_code_of(action: Callable[[], None], debug: bool, after_interrupt: str =
     stderr, with its traceback only if `debug`; 130 after Ctrl-C. What only a programmer can cause passes through.
     """
     try:
-        action()
+        with _warnings_in_a_line():
+            action()
     except KeyboardInterrupt:
         _say("; ".join(filter(None, ["interrupted", after_interrupt])))
         return 130
@@ -86,6 +90,27 @@ def _int_from(lowest: int, text: str) -> int:
     return value
 
 
+@contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    """Inside, our own warnings are printed without the place in the source that gave them; others as ever."""
+    as_ever = warnings.formatwarning
+
+    def formatted(message: Warning | str, category: type[Warning], filename: str, *rest: object, **more: object) -> str:
+        is_ours = category is UserWarning and Path(filename).is_relative_to(ROOT)
+        return f"{_rank()}note: {message}\n" if is_ours else as_ever(message, category, filename, *rest, **more)
+
+    warnings.formatwarning = formatted
+    try:
+        yield
+    finally:
+        warnings.formatwarning = as_ever
+
+
+def _rank() -> str:
+    """What a line on stderr begins with where there are several ranks."""
+    return f"[rank {os.environ.get('RANK', '?')}] " if _ranks() > 1 else ""
+
+
 def _ranks() -> int:
     size = os.environ.get("WORLD_SIZE", "1")
     return int(size) if size.isdecimal() else 1
@@ -93,9 +118,8 @@ def _ranks() -> int:
 
 def _say(message: str) -> None:
     """One line on stderr, with the rank where there are several."""
-    rank = f"[rank {os.environ.get('RANK', '?')}] " if _ranks() > 1 else ""
     # One write, newline included: torchrun runs Python unbuffered, and the ranks' lines would mix.
-    sys.stderr.write(f"{rank}{message}\n")
+    sys.stderr.write(f"{_rank()}{message}\n")
     sys.stderr.flush()
 
 
