@@ -23,10 +23,10 @@ NEXT_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 
 
 def is_plainly_whole(content: bytes) -> bool:
-    """Whether all of these bytes are one JPEG (Huffman, 8 bits) or PNG (not interlaced) of a size that is decoded.
+    """Whether these bytes are a whole JPEG (Huffman, 8 bits) or PNG (not interlaced), of a size that is decoded.
 
     Of a JPEG its segments, tables and scans are checked (ISO 10918-1, annex B and what libjpeg refuses), not what the
-    scans encode; of a PNG everything but the colours.
+    scans encode; of a PNG everything but the colours. Behind a JPEG there may be more, as in the files of many cameras.
     """
     try:
         if content.startswith(b"\xff\xd8"):
@@ -69,7 +69,7 @@ class _Jpeg:
                     return False
                 place = following.start()
                 self._coded_bytes += place - end
-        is_end = content[place:] == bytes([0xFF, EOI])
+        is_end = content[place : place + 2] == bytes([0xFF, EOI])  # what follows is read by no decoder
         is_complete = bool(self._components) and self._begun == self._components.keys()
         bits_of_a_block = 1 if self._is_progressive else 2  # at least: its DC code, and an AC code that ends it
         return is_end and is_complete and 8 * self._coded_bytes >= bits_of_a_block * self._blocks
