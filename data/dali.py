@@ -86,6 +86,7 @@ class DaliSource:
             self.close()
             self._first = self._next = wanted
             self._checkpoint = None
+            self._looked_at.defects.clear()
         if self._iterator is None:
             self._iterator = self._open()
 
@@ -96,9 +97,9 @@ class DaliSource:
             raise
         except Exception as error:
             # DALI names no file, and it may have failed at a batch ahead of this one.
-            raise decode_failure(self._images, self._indices_ahead(), error, DaliDecoder()) from error
-        if self._next in self._looked_at.failures:
-            raise self._looked_at.failures[self._next]
+            raise decode_failure(self._images, self._indices_ahead(), error, self._looked_at.decoder) from error
+        if self._next in self._looked_at.defects:
+            raise unreadable(self._images, self._looked_at.defects[self._next])
         self._next += 1
         return images
 
@@ -115,6 +116,7 @@ class DaliSource:
         self.close()
         self._first, self._next = state["stream_first"], state["stream_next"]
         self._checkpoint = bytes(state["pipeline"].tolist()) or None
+        self._looked_at.defects.clear()
 
     def close(self) -> None:
         self._iterator = None
@@ -167,7 +169,7 @@ class DaliDecoder:
         try:
             pipeline = self._idle.pop()
         except IndexError:  # other threads have them all
-            pipeline = self._pipeline()
+            pipeline = self._graph()
         pipeline.feed_input("encoded", [np.frombuffer(content, dtype=np.uint8)])
         [images] = pipeline.run()
         pixels = np.array(images.as_array()[0])
@@ -178,7 +180,7 @@ class DaliDecoder:
         """Free its memory; it can be used again."""
         self._idle.clear()
 
-    def _pipeline(self) -> "Pipeline":
+    def _graph(self) -> "Pipeline":
         from nvidia.dali import fn, pipeline_def, types
 
         @pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
@@ -197,8 +199,9 @@ class _LookedAt:
 
     sound_N: np.ndarray
     """Images that were looked at and are sound, bool (N,)."""
-    failures: dict[int, DataError] = field(default_factory=dict)
-    """Step, of all epochs together, at which a broken image is due -> the error that names it."""
+    defects: dict[int, dict[int, str]] = field(default_factory=dict)
+    """Step of the stream at which broken images are due -> those by index, and why. No exceptions: their tracebacks
+    would keep the pipeline alive, see `_StepInputs`."""
     decoder: DaliDecoder = field(default_factory=DaliDecoder)
 
 
@@ -230,8 +233,8 @@ class _StepInputs:
     def _sound(self, stream_step: int) -> np.ndarray:
         """The step's images, int64 (B,), with others in place of broken ones, which DALI must not meet.
 
-        The error that names those is raised when the step is due, as DALI is some steps ahead; at once, if none is
-        sound.
+        The error that names those is raised when the step is due, as DALI is some steps ahead; at once, if no sound
+        image is known yet.
         """
         indices_B, sound_N = self.indices(stream_step), self.looked_at.sound_N
         new = indices_B[~sound_N[indices_B]]
@@ -242,11 +245,10 @@ class _StepInputs:
         sound_N[list(defects)] = False
         if not defects:
             return indices_B
-        failure = self.looked_at.failures[self.first + stream_step] = unreadable(self.images, defects)
-        is_sound_B = sound_N[indices_B]
-        if not is_sound_B.any():
-            raise failure
-        return np.where(is_sound_B, indices_B, indices_B[is_sound_B][0])
+        if not sound_N.any():
+            raise unreadable(self.images, defects)
+        self.looked_at.defects[self.first + stream_step] = defects
+        return np.where(sound_N[indices_B], indices_B, sound_N.argmax())
 
     def train_sizes(self, stream_step: int) -> list[np.ndarray]:
         """(height, width) of the training images, float32 (2,) each."""

@@ -41,6 +41,8 @@ def defect(content: bytes, decoder: Decoder | None) -> str:
         return ""
     try:
         others = decoder.decode(content)
+    except MemoryError:
+        raise
     except Exception as error:
         return f"{decoder.name} does not decode it: {last_words(error)}"
     every = 1 + max(pixels.shape) // MOST_COMPARED

@@ -17,6 +17,7 @@ from data.defects import decode_failure, defect, find_defects
 from data.images import list_splits, open_image
 from data.plain import is_plainly_whole
 from data.prepare import check_data, prepare_shards
+from data.sharding import TrainSharding
 
 __all__ = ["photos"]  # the fixture
 
@@ -83,6 +84,7 @@ def test_pngs_of_every_usual_kind_are_plain():
         JPEG[: FRAME + 14] + b"\x31" + JPEG[FRAME + 15 :],
         JPEG[: FRAME + 5] + struct.pack(">HH", 9000, 9000) + JPEG[FRAME + 9 :],
         JPEG[: FRAME + 5] + struct.pack(">HH", 14000, 14000) + JPEG[FRAME + 9 :],
+        JPEG[: FRAME + 5] + struct.pack(">HH", 1, 65501) + JPEG[FRAME + 9 :],
     ],
     ids=[
         "no-scan",
@@ -95,6 +97,7 @@ def test_pngs_of_every_usual_kind_are_plain():
         "sampling",
         "too-few-bytes",
         "too-large",
+        "too-long",
     ],
 )
 def test_jpegs_with_a_fault_in_their_structure_are_not_plain(content):
@@ -112,7 +115,7 @@ def test_a_jpeg_with_any_byte_of_its_headers_changed_is_decoded_or_not_plain(pro
             content[place] ^= flipped
             if is_plainly_whole(bytes(content)):
                 passed += 1
-                assert defect(bytes(content), None) in ("", "broken data stream when reading image file"), place
+                assert defect(bytes(content), None) == "", place
     assert passed > 100  # quantisation tables, identifiers, densities
 
 
@@ -140,6 +143,12 @@ def test_a_png_with_any_byte_changed_is_not_plain():
         png(more=chunk(b"IDAT", b"") + chunk(b"PLTE", bytes(3))),
         png() + b"\0",
         png()[:33] + chunk(b"IEND", b""),
+        png(more=chunk(b"IDAT", b"") + chunk(b"tEXt", b"a\0b")),
+        png(more=chunk(b"acTL", bytes(8))),
+        png((4, 4, 8, 3, 0, 0, 0), rows=bytes(5) * 4, more=chunk(b"PLTE", bytes(4))),
+        png((4, 4, 8, 3, 0, 0, 0), rows=bytes(5) * 4, more=chunk(b"PLTE", bytes(771))),
+        png((70000, 1, 8, 0, 0, 0, 0), rows=bytes(70001)),
+        png()[:33] + chunk(b"IDAT", zlib.compress(bytes(52))[:-4]) + chunk(b"IEND", b""),
         png()[:8] + chunk(b"IHDR", bytes(12)) + png()[33:],
     ],
     ids=[
@@ -157,6 +166,12 @@ def test_a_png_with_any_byte_changed_is_not_plain():
         "more",
         "no-data",
         "short",
+        "gap",
+        "animation",
+        "palette-of-4",
+        "palette-of-771",
+        "long-side",
+        "no-checksum",
     ],
 )
 def test_pngs_that_are_not_what_their_checksums_promise_are_not_plain(content):
@@ -233,23 +248,23 @@ def test_a_broken_image_in_a_large_batch_is_named(tmp_path, content, in_shards):
 
 
 @needs_dali
-def test_the_error_comes_with_the_step_that_needs_the_image(photos):
-    """DALI is some steps ahead: an image that the first epoch leaves out does not end it."""
-    train, _ = build(photos, "dali")
-    drawn = [train._sharding.indices(*divmod(step, len(train)))[0].tolist() for step in range(6 * len(train))]
-    left_out = next(index for index in range(14) if not any(index in indices for indices in drawn[: len(train)]))
-    due = next(step for step, indices in enumerate(drawn) if left_out in indices)
-    broken = photos / "train" / train._source._images.names[left_out]
-    train.close()
+@pytest.mark.parametrize("batch_size", [4, 1])
+def test_the_error_comes_with_the_step_that_needs_the_image(photos, batch_size):
+    """DALI is some steps ahead: an image that comes later, or that the first epoch leaves out, does not end it."""
+    sharding = TrainSharding(num_images=14, batch_size=batch_size, rank=0, world_size=1, seed=3)
+    drawn = [sharding.indices(*divmod(step, sharding.steps))[0].tolist() for step in range(6 * sharding.steps)]
+    first = {index: next(step for step, indices in enumerate(drawn) if index in indices) for index in range(14)}
+    last, due = max(first.items(), key=lambda item: item[1])
+    broken = photos / "train" / list_splits(photos)[0].names[last]
     broken.write_bytes(b"no image")
-    train, _ = build(photos, "dali")
+    train, _ = build(photos, "dali", batch_size=batch_size)
     steps = 0
     with pytest.raises(DataError, match=rf"cannot read {broken} "):
         for epoch in range(6):
             train.set_epoch(epoch)
             for _ in train:
                 steps += 1
-    assert steps == due >= len(train)
+    assert steps == due >= 3
     train.close()
 
 

@@ -17,6 +17,7 @@ from train.world import USER_ERRORS, leave_word, lost_peer, out_of_memory
 
 LINGER_S = 3.0
 ROOT = Path(__file__).resolve().parents[1]
+ROOMS = tuple(ROOT / name for name in ("cup", "data", "launch", "train"))
 
 
 def exit_code_of(action: Callable[[], None], debug: bool, after_interrupt: str = "") -> int:
@@ -96,7 +97,7 @@ def _warnings_in_a_line() -> Iterator[None]:
     as_ever = warnings.formatwarning
 
     def formatted(message: Warning | str, category: type[Warning], filename: str, *rest: object, **more: object) -> str:
-        is_ours = category is UserWarning and Path(filename).is_relative_to(ROOT)
+        is_ours = category is UserWarning and any(Path(filename).is_relative_to(room) for room in ROOMS)
         return f"{_rank()}note: {message}\n" if is_ours else as_ever(message, category, filename, *rest, **more)
 
     warnings.formatwarning = formatted

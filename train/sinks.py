@@ -178,10 +178,10 @@ class TensorBoard:
         for old in directory.glob("events.out.tfevents.*"):
             old.unlink()
         self._began = began
-        self._print_failure, threading.excepthook = threading.excepthook, self._thread_failed
         self._writer = SummaryWriter(str(directory), purge_step=0)  # for viewers that have read the old files
         for event in events:
             self.write(event)
+        self._print_failure, threading.excepthook = threading.excepthook, self._thread_failed
 
     def write(self, event: Event) -> None:
         if event["event"] == "run":

@@ -87,8 +87,8 @@ def peaks_and_resident(config: DataConfig, epochs: int) -> tuple[list[float], li
             peaks.append(sum(_kib(text, "VmHWM") for text in status) / MIB)
             resident.append(sum(_kib(text, "VmRSS") for text in status) / MIB)
     finally:  # this process would wait for the loaders' own at its end
-        train.close()
-        val.close()
+        for loader in (train, val):
+            loader.close()
     return peaks, resident
 
 
