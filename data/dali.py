@@ -155,7 +155,7 @@ class DaliSource:
 
 
 class DaliDecoder:
-    """DALI's decoder for one image at a time, on the CPU; see `Decoder` in data/defects.py.
+    """DALI's decoder for one image at a time, on the CPU: a `Decoder` of data/defects.py. Raises what DALI does.
 
     In a large batch it crashes the process on some broken images (2.4.0), without a word; of a single one it says why.
     """

@@ -31,7 +31,7 @@ def defect(content: bytes, decoder: Decoder | None) -> str:
     """Why the bytes of an image cannot be trained on, in words; empty if they can.
 
     Pillow decodes them, and so does `decoder`, if there is one: where it fails, or sees another image, networks would
-    see one that depends on the loader.
+    see one that depends on the loader. Raises MemoryError where the decoder does, for which the image is not to blame.
     """
     try:
         pixels = np.asarray(open_image(content, "RGB"))
@@ -86,7 +86,11 @@ def unreadable(images: ImageList, defects: dict[int, str]) -> DataError:
 def decode_failure(
     images: ImageList, indices: np.ndarray, cause: Exception, decoder: Decoder | None = None
 ) -> DataError:
-    """The error to raise when one of these images could not be read: names those that are to blame."""
+    """The error to raise when one of these images could not be read: names those that are to blame.
+
+    indices: int64 (n,). cause: what the loader raised, quoted where no image is to blame. decoder: the loader's own,
+    where that is not Pillow.
+    """
     if defects := find_defects(images, indices.tolist(), decoder, suspect=True):
         return unreadable(images, defects)
     first, last = images.where(indices[0]), images.where(indices[-1])

@@ -88,6 +88,7 @@ def check_data(
 
 
 def _check_split(report: CheckReport, split: str, images: ImageList, threads: int, decoder: Decoder | None) -> None:
+    """Add to `report` what is found in one split's images."""
     report.images[split] = len(images.names)
     with ThreadPoolExecutor(threads or None) as pool:
         found = tracked(_examined(images, pool, decoder), f"checking {split}", len(images.names))
