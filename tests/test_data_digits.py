@@ -1,7 +1,7 @@
 """The digits come whole or not at all, always with the same split, and nothing that stands there is overwritten."""
 
+import fcntl
 import hashlib
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
@@ -50,14 +50,21 @@ def test_interrupted_preparation_is_not_taken_for_finished(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["set"]
 
 
-def test_of_two_that_prepare_the_same_set_one_waits_for_the_other(tmp_path):
-    made, started = [], Event()
+def test_of_two_that_prepare_the_same_set_one_waits_for_the_other(tmp_path, monkeypatch):
+    made, started, waits, honest = [], Event(), Event(), fcntl.flock
+
+    def flock(descriptor, how):
+        if how == fcntl.LOCK_EX:
+            waits.set()
+        honest(descriptor, how)
 
     def make_slowly(folder):
         started.set()
         made.append(folder)
-        time.sleep(0.3)
+        assert waits.wait(60)
         make_set(folder)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
 
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(atomic.write_data_set, tmp_path / "set", make_slowly)

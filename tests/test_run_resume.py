@@ -19,6 +19,7 @@ from train.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from train.config import parse_config
 from train.ledger import Ledger
 from train.rundir import RunDir, read_log
+from train.signals import HEARD, SECOND_AFTER_S, StopSignals
 from train.watch import Watch
 
 EVERY_STEP = {"run__save_every_minutes": 1e-9, "train__epochs": 2, "cup__last_epoch": 2}  # epochs have 4 steps
@@ -33,15 +34,21 @@ def points(board: Path) -> dict[str, list[tuple[int, float]]]:
 
 def signalled(monkeypatch: pytest.MonkeyPatch, at: str, call: int = 1, number: int = signal.SIGTERM) -> None:
     """Let a function of the engine send a signal to this process when it is called that time."""
-    honest, calls = getattr(engine, at), []
+    honest, calls, listening = getattr(engine, at), [], []
+
+    class Known(StopSignals):
+        def __enter__(self) -> StopSignals:
+            listening.append(self)
+            return super().__enter__()
 
     def function(*arguments: object, **options: object) -> object:
         calls.append(1)
         if len(calls) == call:
             os.kill(os.getpid(), number)
-            time.sleep(0.05)  # the thread that listens for it has to run
+            assert listening[-1].wait(60)  # for the thread that hears it
         return honest(*arguments, **options)
 
+    monkeypatch.setattr(run, "StopSignals", Known)
     monkeypatch.setattr(engine, at, function)
 
 
@@ -118,18 +125,25 @@ def test_ctrl_c_ends_with_code_0_and_the_line_that_goes_on(
 
 def test_a_second_ctrl_c_ends_at_once_even_where_python_does_not_run(tmp_path: Path):
     """In a child, for it ends the process: the main thread sits in a read that never returns."""
+    here, there = os.pipe()
     pid = os.fork()
     if pid == 0:
-        from train.signals import StopSignals
-
-        with StopSignals():
-            os.read(os.pipe()[0], 1)  # restarts after each signal: the main thread never gets out of it
-    time.sleep(0.3)
+        try:
+            os.dup2(there, 2)
+            with StopSignals():
+                os.write(2, b"ready\n")
+                os.read(os.pipe()[0], 1)  # restarts after each signal: the main thread never gets out of it
+        finally:
+            os._exit(1)
+    assert os.read(here, 6) == b"ready\n"
     os.kill(pid, signal.SIGINT)
-    time.sleep(1.2)
+    assert os.read(here, len(HEARD)) == HEARD
+    time.sleep(SECOND_AFTER_S + 0.1)
     assert os.waitpid(pid, os.WNOHANG) == (0, 0)  # the first one only asks
     os.kill(pid, signal.SIGINT)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
+    os.close(here)
+    os.close(there)
 
 
 def test_seconds_after_the_last_checkpoint_are_lost_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -448,14 +448,15 @@ def _epoch_line(
 ) -> dict[str, Any]:
     """The epoch event of DESIGN.md "The log line"; its seconds are means over the ranks since the line before.
 
+    time_s: of rank 0, at the very moment of its seconds, so that these add up to it.
     all_reduce_s: the part of the steps' seconds in which a rank waits for the exchange of gradients, mean over ranks.
     peak_memory: bytes, of the rank that needs most. compiled: whether blocks ran compiled.
     """
     reports = trainer.world.gather(trainer.ledger.since_last_report())
+    time_s = trainer.ledger.reported_s
     peak_memory = max(trainer.world.gather(trainer.world.peak_memory()))
     exchange_s = trainer.world.gather(exchange_wait_s(trainer.state.parallel))
     cost, dense = trainer.resizer.now, trainer.resizer.dense
-    time_s = trainer.ledger.total_s
     return {
         "event": "epoch",
         "time_s": time_s,
@@ -494,7 +495,8 @@ def _advance(progress: Progress, line: dict[str, Any]) -> bool:
 
 def _closing_line(trainer: Trainer) -> dict[str, Any]:
     progress, dense = trainer.progress, trainer.resizer.dense
-    time_s = trainer.ledger.total_s
+    seconds = trainer.ledger.seconds
+    time_s = sum(seconds.values())
     keys = ("epoch", "flops_reduction", "macs_reduction", "flops", "macs", "params", "top1", "top5")
     return {
         "event": "done",
@@ -507,7 +509,7 @@ def _closing_line(trainer: Trainer) -> dict[str, Any]:
         "best_top5": progress.best_top5,
         "resizes": progress.resizes,
         "steps": progress.step,
-        "seconds": trainer.ledger.seconds,
+        "seconds": seconds,
         "gpu_hours": trainer.ledger.gpu_hours(time_s),
         "device": trainer.world.device.type,
     }

@@ -62,6 +62,11 @@ class Ledger:
         self._reported = now
         return report
 
+    @property
+    def reported_s(self) -> float:
+        """Seconds since the run began at the last report: what all reports so far add up to."""
+        return sum(self._reported.values())
+
     def state_dict(self) -> dict[str, Any]:
         """Plain data; equal on all ranks but for how each one's seconds are spread over the kinds."""
         seconds = self.seconds
