@@ -1,5 +1,6 @@
 """What every loader hands to training: the batch, the contract, and the options that describe the data."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
@@ -66,7 +67,11 @@ class Loader(Protocol):
         """Steps of an epoch; equal on all ranks."""
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch (0, 1, ...) of the next iteration; training orders it anew by (seed, epoch)."""
+        """Choose the epoch (0, 1, ...) of the next iteration; training orders it anew by (seed, epoch).
+
+        Of the epoch that it stands in the middle of, after a `load_state_dict` or a `break`, the rest follows;
+        `go_to` starts it over.
+        """
 
     def go_to(self, epoch: int, step: int) -> None:
         """Make the next iteration begin at this step of this epoch; where it would anyway, the random state stays."""
@@ -80,8 +85,11 @@ class Loader(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict` of the same rank, world size and options; DataError if it is another's."""
 
+    def same_images(self, state: dict[str, Any]) -> bool:
+        """Whether a `state_dict`, of any rank, is of the same images with the same names and labels."""
+
     def close(self) -> None:
-        """End threads and worker processes."""
+        """End threads and worker processes; there is no iteration after it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +168,7 @@ class DataConfig:
                 f"image_size ({self.image_size}) to {MOST_PIXELS}",
             ),
             ("crop_scale", 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1, "0 < lowest <= highest <= 1"),
-            ("crop_ratio", 0 < self.crop_ratio[0] <= self.crop_ratio[1], "0 < lowest <= highest"),
+            ("crop_ratio", 0 < self.crop_ratio[0] <= self.crop_ratio[1] < math.inf, "0 < lowest <= highest, finite"),
             ("flip", 0 <= self.flip <= 1, "0 to 1"),
             ("color_jitter", all(0 <= x <= 1 for x in jitter) and jitter[3] <= 0.5, "0 to 1 each, hue 0 to 0.5"),
             ("color_jitter", self.channels == 3 or not any(jitter[2:]), "saturation and hue 0 with channels: 1"),

@@ -9,7 +9,7 @@ import torch
 from data import dali
 from data.batch import DECODING_ON_GPU, ON_DISK, DataConfig, DataError, Loader, Split
 from data.folder import FolderSource
-from data.images import ImageList, list_splits, require_local
+from data.images import ImageList, list_splits, list_validation, require_local
 from data.loader import SplitLoader
 from data.sharding import Sharding, TrainSharding, ValSharding, batch_size_per_rank
 from data.synthetic import SyntheticSource, synthetic_splits
@@ -36,32 +36,67 @@ def build_loaders(
     start with the first iteration.
     """
     kind = _choose(config, warn=rank == 0)
-    threads = config.threads or default_threads(local_world_size or world_size)
-    if kind == "synthetic":
-        train, val = synthetic_splits(config)
-    else:
-        train, val = list_splits(config.path, config.exclude)
-        if kind == "folder":
-            require_local(train, val)
-        for note in _surprises(config, train) if rank == 0 else ():
-            warnings.warn(note, stacklevel=2)
+    train, val = synthetic_splits(config) if kind == "synthetic" else list_splits(config.path, config.exclude)
+    if kind == "folder":
+        require_local(train, val)
+    for note in _surprises(config, train) if rank == 0 else ():
+        warnings.warn(note, stacklevel=2)
     ranks = {"batch_size": batch_size_per_rank(config.batch_size, world_size), "rank": rank, "world_size": world_size}
-    shardings = {
-        "train": TrainSharding(num_images=len(train.names), **ranks, seed=seed, shard_sizes=train.shard_sizes),
-        "val": ValSharding(num_images=len(val.names), **ranks),
+    common = {
+        "device": device,
+        "seed": seed,
+        "threads": config.threads or default_threads(local_world_size or world_size),
     }
-    loaders = []
-    for split, images in (("train", train), ("val", val)):
-        common = {"split": split, "sharding": shardings[split], "seed": seed, "device": device}
-        if kind == "synthetic":
-            source = SyntheticSource(config, images, **common)
-        elif kind == "dali":
-            source = dali.DaliSource(config, images, threads=threads, **common)
-        else:
-            source = FolderSource(config, images, workers=threads, **common)
-        identity = _identity(config, kind, images, **common)
-        loaders.append(SplitLoader(kind, source, images, sharding=shardings[split], device=device, identity=identity))
-    return loaders[0], loaders[1]
+    train_sharding = TrainSharding(num_images=len(train.names), **ranks, seed=seed, shard_sizes=train.shard_sizes)
+    val_sharding = ValSharding(num_images=len(val.names), **ranks)
+    return (
+        _loader(config, kind, train, split="train", sharding=train_sharding, **common),
+        _loader(config, kind, val, split="val", sharding=val_sharding, **common),
+    )
+
+
+def build_val_loader(
+    config: DataConfig,
+    *,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    seed: int,
+    local_world_size: int | None = None,
+) -> Loader:
+    """The validation loader alone, as `build_loaders` gives it; no training images need be there."""
+    kind = _choose(config, warn=rank == 0)
+    val = synthetic_splits(config)[1] if kind == "synthetic" else list_validation(config.path, config.exclude)
+    if kind == "folder":
+        require_local(val)
+    for note in _surprises(config, val) if rank == 0 else ():
+        warnings.warn(note, stacklevel=2)
+    batch_size = batch_size_per_rank(config.batch_size, world_size)
+    sharding = ValSharding(num_images=len(val.names), batch_size=batch_size, rank=rank, world_size=world_size)
+    threads = config.threads or default_threads(local_world_size or world_size)
+    return _loader(config, kind, val, split="val", sharding=sharding, device=device, seed=seed, threads=threads)
+
+
+def _loader(
+    config: DataConfig,
+    kind: str,
+    images: ImageList,
+    *,
+    split: Split,
+    sharding: Sharding,
+    device: torch.device,
+    seed: int,
+    threads: int,
+) -> SplitLoader:
+    common = {"split": split, "sharding": sharding, "seed": seed, "device": device}
+    if kind == "synthetic":
+        source = SyntheticSource(config, images, **common)
+    elif kind == "dali":
+        source = dali.DaliSource(config, images, threads=threads, **common)
+    else:
+        source = FolderSource(config, images, workers=threads, **common)
+    identity = _identity(config, kind, images, **common)
+    return SplitLoader(kind, source, images, sharding=sharding, device=device, identity=identity)
 
 
 def default_threads(local_world_size: int) -> int:

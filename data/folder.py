@@ -161,8 +161,7 @@ class _Images(Dataset):
         pixels = open_image(self._images.read(index), self._mode)
         if not self._training:
             return _val_transform(self._config)(pixels)
-        # torchvision draws from the global generator only; it is put back, as this may be the main process.
-        with torch.random.fork_rng(devices=[]):
-            sample_seed = np.random.SeedSequence([self._seed, epoch, index]).generate_state(1, np.uint64)
-            torch.random.default_generator.manual_seed(int(sample_seed[0]) >> 1)
-            return _train_transform(self._config, train_size(self._config, epoch))(pixels)
+        # torchvision draws from the global generator only, which here is a worker's own.
+        sample_seed = np.random.SeedSequence([self._seed, epoch, index]).generate_state(1, np.uint64)
+        torch.random.default_generator.manual_seed(int(sample_seed[0]) >> 1)
+        return _train_transform(self._config, train_size(self._config, epoch))(pixels)

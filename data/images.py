@@ -84,7 +84,8 @@ def list_splits(path: str | Path, exclude: str | Path = "") -> tuple[ImageList, 
     """The images of training and validation, less those that the exclude list names.
 
     exclude: the list; PATH/exclude.txt, if there is one, where empty. Raises DataError if PATH is no data set, a class
-    is empty, none is left, or the classes of the two splits differ.
+    is empty, none is left, or the classes of the two splits differ. A label means the same class in both: that of
+    training, where the two number theirs differently, as a file list and a folder with numbers for classes do.
     """
     excluded = read_exclude_list(exclude_file(path, exclude), must_exist=bool(exclude))
     found = {split: list_split(path, split) for split in SPLITS}
@@ -102,7 +103,17 @@ def list_splits(path: str | Path, exclude: str | Path = "") -> tuple[ImageList, 
             f"{path}: train/ has {len(train.classes)} classes, val/ {len(val.classes)}, "
             f"and they differ in {named}: both need the same ones; launch/prepare.py check can leave these out"
         )
-    return train, val
+    return train, _numbered_as(train.classes, val)
+
+
+def list_validation(path: str | Path, exclude: str | Path = "") -> ImageList:
+    """The images of validation as `list_splits` gives them; with or without a training split beside them."""
+    if any((Path(path) / name).exists() for name in ("train", "train.txt")):
+        return list_splits(path, exclude)[1]
+    excluded = read_exclude_list(exclude_file(path, exclude), must_exist=bool(exclude))
+    excluded = {name: reason for name, reason in excluded.items() if not name.startswith("train/")}
+    found = list_split(path, "val")
+    return replace(_without(found, "val", excluded), unmatched=_unmatched({"val": found}, excluded))
 
 
 def list_split(path: str | Path, split: str) -> ImageList:
@@ -250,9 +261,18 @@ def _list_lines(file: Path) -> ImageList:
 def numbered_classes(found: list[str]) -> tuple[list[str], np.ndarray]:
     """The classes in sorted order, those that are all numbers by number, and the label int64 (N,) of each image."""
     numeric = all(class_name.isdecimal() for class_name in found)
-    classes = sorted(set(found), key=int if numeric else None)
+    classes = sorted(set(found), key=lambda name: (int(name) if numeric else 0, name))  # 1 and 01 are two classes
     label_of = {class_name: label for label, class_name in enumerate(classes)}
     return classes, np.array([label_of[class_name] for class_name in found], dtype=np.int64)
+
+
+def _numbered_as(classes: list[str], images: ImageList) -> ImageList:
+    """The images with labels that are places in `classes`, which are theirs in another order."""
+    if images.classes == classes:
+        return images
+    label_of = {name: label for label, name in enumerate(classes)}
+    new_labels = np.array([label_of[name] for name in images.classes], dtype=np.int64)
+    return replace(images, classes=classes, labels=new_labels[images.labels])
 
 
 def _unmatched(splits: dict[str, ImageList], excluded: dict[str, str]) -> tuple[str, ...]:
@@ -266,8 +286,9 @@ def _unmatched(splits: dict[str, ImageList], excluded: dict[str, str]) -> tuple[
 
 def _without(images: ImageList, split: str, excluded: dict[str, str]) -> ImageList:
     """The images less the excluded ones and the excluded classes; DataError if a class is left empty."""
-    classes = [name for name in images.classes if f"{split}/{name}/" not in excluded]
-    new_labels = {images.classes.index(name): label for label, name in enumerate(classes)}
+    kept_labels = [label for label, name in enumerate(images.classes) if f"{split}/{name}/" not in excluded]
+    new_labels = {old: new for new, old in enumerate(kept_labels)}
+    classes = [images.classes[label] for label in kept_labels]
     kept = [
         index
         for index, (name, label) in enumerate(zip(images.names, images.labels.tolist(), strict=True))

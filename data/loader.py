@@ -113,5 +113,8 @@ class SplitLoader:
         self._epoch, self._step = state["epoch"], state["step"]
         self._source.load_state_dict(state, self._epoch, self._step)
 
+    def same_images(self, state: dict[str, Any]) -> bool:
+        return state.get("file_names") == self._identity["file_names"]
+
     def close(self) -> None:
         self._source.close()

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -37,6 +37,17 @@ LABEL_EXTENSION = "cls"
 OPEN_SHARDS = 64
 
 T = TypeVar("T")
+
+
+class Member(NamedTuple):
+    """One file of a sample: a quarter of what an index says in a line."""
+
+    extension: str
+    offset: int
+    """Bytes from the beginning of the tar file."""
+    size: int
+    """Bytes."""
+    name: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,11 +99,11 @@ def read_shards(root: Path) -> tuple[list[str], np.ndarray, list[str], TarPlaces
     manifest = _read_manifest(root)
     _opened.cache_clear()  # other files may lie there by now
     unlisted = sorted({tar.name for tar in root.glob("*.tar")} - {entry["file"] for entry in manifest["shards"]})
+    # Our own shards' classes have their names in the manifest alone: they would be mere numbers in another one.
+    others_made_them = any("labels" in entry for entry in manifest["shards"])
+    anew = f", or remove {MANIFEST} and let launch/prepare.py index {root.parent} make it" if others_made_them else ""
     if unlisted:
-        raise DataError(
-            f"{root / unlisted[0]}: {MANIFEST} does not list it: move it away, or remove {MANIFEST} and let "
-            f"launch/prepare.py index {root.parent} make it again"
-        )
+        raise DataError(f"{root / unlisted[0]}: {MANIFEST} does not list it: move it away{anew}")
     classes = [entry["name"] for entry in manifest["classes"]]
     names: list[str] = []
     labels: list[int] = []
@@ -102,17 +113,20 @@ def read_shards(root: Path) -> tuple[list[str], np.ndarray, list[str], TarPlaces
         found = tar.stat().st_size if tar.is_file() else None
         if found != entry["bytes"]:
             size = "no such file" if found is None else f"{found:,} bytes"
-            raise DataError(f"{tar}: found {size}, {MANIFEST} says {entry['bytes']:,} bytes: copy or make it again")
-        members = read_index(tar.with_suffix(".idx"))
-        if len(members) != entry["images"]:
-            raise DataError(f"{tar}: its index has {len(members)} images, {MANIFEST} says {entry['images']}")
+            raise DataError(f"{tar}: found {size}, {MANIFEST} says {entry['bytes']:,} bytes: make it again{anew}")
+        images = read_index(tar.with_suffix(".idx"))
+        if len(images) != entry["images"] or any(_is_outside(image, entry["bytes"]) for image in images):
+            raise DataError(
+                f"{tar}: its index has {len(images)} images, {MANIFEST} says {entry['images']}, or places outside of "
+                f"it: launch/prepare.py index {root.parent} writes the index anew{anew}"
+            )
         if "labels" in entry:
-            names += [f"{entry['file']}/{name}" for name, _, _ in members]  # another shard may have the same ones
-            labels += entry["labels"]
+            names += [f"{entry['file']}/{image.name}" for image in images]  # another shard may have the same ones
+            labels += _checked_labels(entry["labels"], len(images), len(classes), root)
         else:
-            names += [name for name, _, _ in members]
-            labels += [_label_in(name, len(classes)) for name, _, _ in members]
-        places += [(number, offset, size) for _, offset, size in members]
+            names += [image.name for image in images]
+            labels += [_label_in(image.name, len(classes)) for image in images]
+        places += [(number, image.offset, image.size) for image in images]
     labels_N = np.array(labels, dtype=np.int64)
     counts = np.bincount(labels_N, minlength=len(classes)).tolist()
     if len(labels) != len(names) or counts != [entry["images"] for entry in manifest["classes"]]:
@@ -159,74 +173,95 @@ def write_index(tar: Path) -> None:
             folder, slash, file = member.name.rpartition("/")
             stem, _, extension = file.partition(".")  # WebDataset's key ends at the first dot
             if member.isfile() and stem and extension:
-                name = re.sub(r"\s", "_", member.name)  # a blank ends a field
+                extension, name = (
+                    re.sub(r"\s", "_", text) for text in (extension, member.name)
+                )  # a blank ends a field
                 place = f"{extension} {member.offset_data} {member.size} {name}"
                 samples.setdefault(f"{folder}{slash}{stem}", []).append(place)
     lines = [f"{INDEX_VERSION} {len(samples)}", *(" ".join(files) for files in samples.values())]
     _write_whole(tar.with_suffix(".idx"), "\n".join(lines) + "\n")
 
 
-def read_index(file: Path) -> list[tuple[str, int, int]]:
-    """Name, offset and size of every image; DataError if it is no such index or is cut short."""
+def read_index(file: Path) -> list[Member]:
+    """Every image; DataError if it is no such index or is cut short, or a sample has no image or several."""
     return _of_every_sample(file, _image_of)
 
 
 def read_classes(tar: Path) -> list[str]:
     """What stands in the .cls file of every sample, by TAR's index. DataError where one has none or an empty one."""
-    places = _of_every_sample(tar.with_suffix(".idx"), _label_of)
+    labels = _of_every_sample(tar.with_suffix(".idx"), _label_of)
     with tar.open("rb") as content:
-        found = [os.pread(content.fileno(), size, offset).decode().strip() for offset, size in places]
+        found = [os.pread(content.fileno(), label.size, label.offset).decode().strip() for label in labels]
     if "" in found:
         raise DataError(f"{tar}: the .{LABEL_EXTENSION} file of sample {found.index('') + 1} is empty: make it again")
     return found
 
 
-def _of_every_sample(file: Path, chosen: Callable[[list[list[str]]], T]) -> list[T]:
-    """`chosen` of the files of each sample, [extension, offset, size, name] each."""
+def _of_every_sample(file: Path, chosen: Callable[[list[Member]], T]) -> list[T]:
+    """`chosen` of the files of each sample."""
     try:
         header, *lines = os.fsdecode(file.read_bytes()).splitlines()
         version, count = header.split()
+        if (version, int(count)) != (INDEX_VERSION, len(lines)):
+            raise ValueError(
+                f"{version} with {len(lines)} of {count} samples, expected {INDEX_VERSION} with all of them"
+            )
+        samples = [_members_in(line) for line in lines]
     except (OSError, ValueError) as error:
-        raise DataError(f"{file}: cannot be read as an index of a shard ({error}): make the shards again") from error
+        raise DataError(
+            f"{file}: cannot be read as an index of a shard ({error}): launch/prepare.py index {file.parent.parent} "
+            "writes it anew"
+        ) from error
     try:
-        found = [chosen(_quartered(line.split(" "))) for line in lines] if version == INDEX_VERSION else []
+        return [chosen(members) for members in samples]
     except ValueError as error:
         raise DataError(f"{file}: {error}") from error
-    if version != INDEX_VERSION or len(found) != int(count):
-        raise DataError(
-            f"{file}: found {version} with {len(found)} of {count} samples, expected {INDEX_VERSION} with all of them: "
-            f"remove it and {MANIFEST}, and let launch/prepare.py index make them again"
-        )
-    return found
 
 
-def _quartered(fields: list[str]) -> list[list[str]]:
-    return [fields[start : start + 4] for start in range(0, len(fields), 4)]
+def _members_in(line: str) -> list[Member]:
+    fields = line.split(" ")
+    if len(fields) % 4:
+        raise ValueError(f"found {len(fields)} fields in a line, expected 4 for each file")
+    quarters = [fields[start : start + 4] for start in range(0, len(fields), 4)]
+    return [Member(extension, int(offset), int(size), name) for extension, offset, size, name in quarters]
 
 
-def _image_of(files: list[list[str]]) -> tuple[str, int, int]:
+def _image_of(members: list[Member]) -> Member:
     """The file of a sample that is not its label; of several, such as more labels, the one named as an image."""
-    images = [file for file in files if file[0] != LABEL_EXTENSION]
+    images = [member for member in members if member.extension.lower() != LABEL_EXTENSION]
     if len(images) > 1:
-        images = [file for file in images if f".{file[0].lower()}" in IMG_EXTENSIONS]
-    if len(images) != 1 or len(images[0]) != 4:
-        raise ValueError(f"found {len(images)} images in the sample of {files[0][-1]}, expected one")
-    _, offset, size, name = images[0]
-    return name, int(offset), int(size)
+        images = [member for member in images if f".{member.extension.lower()}" in IMG_EXTENSIONS]
+    if len(images) != 1:
+        raise ValueError(f"found {len(images)} images in the sample of {members[0].name}, expected one")
+    return images[0]
 
 
-def _label_of(files: list[list[str]]) -> tuple[int, int]:
-    """Offset and size of a sample's class."""
-    labels = [file for file in files if file[0] == LABEL_EXTENSION]
+def _label_of(members: list[Member]) -> Member:
+    labels = [member for member in members if member.extension.lower() == LABEL_EXTENSION]
     if len(labels) != 1:
-        raise ValueError(f"the sample of {files[0][-1]} has no .{LABEL_EXTENSION} file, which must hold its class")
-    return int(labels[0][1]), int(labels[0][2])
+        raise ValueError(f"the sample of {members[0].name} has no .{LABEL_EXTENSION} file, which must hold its class")
+    return labels[0]
+
+
+def _is_outside(image: Member, tar_bytes: int) -> bool:
+    return not (0 <= image.offset <= image.offset + image.size <= tar_bytes)
+
+
+def _checked_labels(labels: Any, num_images: int, num_classes: int, root: Path) -> list[int]:
+    """A shard's labels as the manifest has them; DataError if they are not its images' labels."""
+    fit = isinstance(labels, list) and all(type(label) is int and 0 <= label < num_classes for label in labels)
+    if not fit or len(labels) != num_images:
+        raise DataError(
+            f"{root / MANIFEST}: 'labels' are not a whole number under {num_classes} for each image: remove it and let "
+            f"launch/prepare.py index {root.parent} make it again"
+        )
+    return labels
 
 
 def _label_in(name: str, num_classes: int) -> int:
     """The label at the beginning of a name of our own; `num_classes`, which no image can have, where there is none."""
     prefix = name.split("-", 1)[0]
-    return int(prefix) if prefix.isdecimal() else num_classes
+    return min(int(prefix), num_classes) if prefix.isdecimal() else num_classes
 
 
 def _write_whole(file: Path, text: str) -> None:

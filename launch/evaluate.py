@@ -10,7 +10,7 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from train.cli import Parser, exit_code_of
+from train.cli import Parser, exit_code_of, positive_int
 from train.run import evaluate_checkpoint
 from train.world import open_world
 
@@ -23,8 +23,8 @@ def main(argv: list[str]) -> int:
 def _evaluate(argv: list[str]) -> None:
     parser = Parser(prog="launch/evaluate.py", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path, help="of a run (last.pt, best.pt) or of launch/prune.py")
-    parser.add_argument("--data", metavar="FOLDER", help="image folder (train/, val/) in place of the run's own")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="images a step in place of the run's own")
+    parser.add_argument("--data", metavar="FOLDER", help="data set in place of the run's own; its val/ is enough")
+    parser.add_argument("--batch-size", type=positive_int, metavar="N", help="images a step in place of the run's own")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto = GPU if any")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(argv)

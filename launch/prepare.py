@@ -5,11 +5,12 @@ python launch/prepare.py imagenette datasets/imagenette [--size 160px]
 python launch/prepare.py imagenet ARCHIVES datasets/imagenet
 python launch/prepare.py shards SOURCE datasets/NAME-shards [--images-per-shard 1000]
 python launch/prepare.py index datasets/SHARDS
-python launch/prepare.py check datasets/NAME
+python launch/prepare.py check datasets/NAME [--all]
 """
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 # A script's own folder comes first on the path, and there `train` is launch/train.py: put the root in its place.
@@ -17,6 +18,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from data import DataError, prepare
+from data.images import exclude_file
 from train.cli import Parser, exit_code_of, non_negative_int, positive_int
 
 NAMED_OF_EACH_KIND = 5
@@ -77,6 +79,7 @@ def _parser() -> Parser:
 
     check.add_argument("path", type=Path, metavar="FOLDER", help="data set: image folder, file lists or shards")
     check.add_argument("--exclude", default="", metavar="FILE", help="list to write (default: FOLDER/exclude.txt)")
+    check.add_argument("--all", action="store_true", help="name all unusual images and files, not some of each kind")
     check.add_argument("--threads", type=non_negative_int, default=0, metavar="N", help="default: some more than cores")
     for command in commands.choices.values():
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -84,27 +87,29 @@ def _parser() -> Parser:
 
 
 def _check(options: argparse.Namespace) -> None:
-    report = prepare.check_data(options.path, exclude=options.exclude, threads=options.threads, show=_print_report)
+    show = partial(_print_report, most=sys.maxsize if options.all else NAMED_OF_EACH_KIND)
+    report = prepare.check_data(options.path, exclude=options.exclude, threads=options.threads, show=show)
     if report.broken:
-        listed = options.exclude or options.path / "exclude.txt"
+        listed = exclude_file(options.path, options.exclude)
         raise DataError(f"found broken: {len(report.broken)}; training leaves out what {listed} now lists")
     print("all of them can be trained on")
 
 
-def _print_report(report: prepare.CheckReport) -> None:
+def _print_report(report: prepare.CheckReport, most: int) -> None:
+    """most: names of each kind of unusual ones; what is broken is named in full."""
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files can be in another encoding
     for name, reason in report.broken.items():
         print(f"{_on_a_line(name)}: {reason}")
     for reason in sorted(set(report.unusual.values())):
-        _print_some(f"fine, but {reason}", [name for name, found in report.unusual.items() if found == reason])
-    _print_some("not read by any loader, for name or place", report.unread)
+        _print_some(f"fine, but {reason}", [name for name, found in report.unusual.items() if found == reason], most)
+    _print_some("not read by any loader, for name or place", report.unread, most)
     print(f"{', '.join(f'{count:,} images in {split}' for split, count in report.images.items())}")
 
 
-def _print_some(what: str, names: list[str]) -> None:
+def _print_some(what: str, names: list[str], most: int) -> None:
     if names:
-        more = f" and {len(names) - NAMED_OF_EACH_KIND:,} more" if len(names) > NAMED_OF_EACH_KIND else ""
-        print(f"{what}: {', '.join(map(_on_a_line, names[:NAMED_OF_EACH_KIND]))}{more}")
+        more = f" and {len(names) - most:,} more (--all names them)" if len(names) > most else ""
+        print(f"{what}: {', '.join(map(_on_a_line, names[:most]))}{more}")
 
 
 def _on_a_line(name: str) -> str:

@@ -6,9 +6,10 @@ import torch
 from PIL import Image
 from test_data_build import synthetic
 from test_data_images import build, disk_loaders, equal, needs_dali, photos, taken
+from torchvision.transforms import v2
 
-from data import dali
-from data.batch import DataConfig, train_size
+from data import dali, folder
+from data.batch import NORMALISATION, DataConfig, train_size
 from data.prepare import prepare_shards
 
 __all__ = ["photos"]  # the fixture
@@ -159,3 +160,36 @@ def test_mmap_is_handed_to_dali(photos, monkeypatch):
         taken(val)
         val.close()
     assert asked == [{"dont_use_mmap": False}, {"dont_use_mmap": True}]
+
+
+@disk_loaders
+def test_hue_is_turned_by_a_share_of_the_whole_circle(tmp_path, loader):
+    """Half of it, either way: of sixteen times the same red some come out green or blue."""
+    for split in ("train", "val"):
+        (tmp_path / split / "one").mkdir(parents=True)
+        for number in range(16 if split == "train" else 1):
+            Image.new("RGB", (40, 40), (150, 70, 70)).save(tmp_path / split / "one" / f"{number}.png")
+    train, _ = build(tmp_path, loader, batch_size=16, threads=1, color_jitter=(0.0, 0.0, 0.0, 0.5), **STILL)
+    [(images, _, _)] = taken(train)
+    train.close()
+    std = torch.tensor(NORMALISATION[3][1]).view(3, 1, 1)
+    red, green, blue = (images * std + torch.tensor(NORMALISATION[3][0]).view(3, 1, 1)).mean(dim=(2, 3)).T
+    assert 2 <= ((red < green) & (red < blue)).sum() <= 12
+
+
+def test_randaugment_gets_its_operations_and_their_strength(photos):
+    config = DataConfig(auto_augment="randaugment", randaugment_ops=3, randaugment_magnitude=17)
+    [step] = [step for step in folder._train_transform(config, 32).transforms if isinstance(step, v2.RandAugment)]
+    assert (step.num_ops, step.magnitude) == (3, 17)
+
+
+@needs_dali
+def test_randaugment_gets_its_operations_and_their_strength_from_dali(photos, monkeypatch):
+    from nvidia.dali.auto_aug import rand_augment
+
+    asked = []
+    monkeypatch.setattr(rand_augment, "rand_augment", lambda images, **options: asked.append(options) or images)
+    train, _ = build(photos, "dali", auto_augment="randaugment", randaugment_ops=3, randaugment_magnitude=17)
+    taken(train, 1)
+    train.close()
+    assert [(options["n"], options["m"]) for options in asked] == [(3, 17)]

@@ -4,6 +4,7 @@ import errno
 import os
 import struct
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,19 @@ def write_broken(folder: Path) -> dict[str, str]:
     }
 
 
+def png_of_16_bits(pixels: np.ndarray) -> bytes:
+    """Pillow writes none in colour. pixels: uint8 (height, width, 3)."""
+    height, width, _ = pixels.shape
+    rows = (pixels.astype(">u2") * 257).reshape(height, -1)
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))),
+        (b"IEND", b""),
+    ]
+    parts = [struct.pack(">I", len(c)) + kind + c + struct.pack(">I", zlib.crc32(kind + c)) for kind, c in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
 def write_unusual(folder: Path) -> dict[str, str]:
     """Unusual images that both loaders read alike; returns name -> what is unusual."""
     photo = made_photo(7)
@@ -57,6 +71,7 @@ def write_unusual(folder: Path) -> dict[str, str]:
     photo.resize((1, 1)).save(folder / "one.JPEG", format="jpeg")
     photo.convert("RGBA").save(folder / "rgba.png")
     Image.fromarray(np.asarray(photo.convert("L")).astype(np.uint16) * 257).save(folder / "grey16.png")
+    (folder / "rgb16.png").write_bytes(png_of_16_bits(np.asarray(photo)))
     photo.save(folder / "ein Bild ½ 雪.jpg")
     return {
         "cmyk.JPEG": "CMYK, converted",
@@ -64,6 +79,7 @@ def write_unusual(folder: Path) -> dict[str, str]:
         "grey16.png": "grey of 16 bits, converted",
         "one.JPEG": "under 16 pixels wide or high",
         "png.JPEG": "PNG named .JPEG",
+        "rgb16.png": "16 bits a channel, converted",
         "rgba.png": "with transparency, converted",
     }
 
@@ -139,7 +155,7 @@ def test_training_leaves_out_what_is_listed_and_takes_the_unusual(photos, loader
     write_unusual(photos / "train" / "bee")
     check_data(photos)
     train, val = build(photos, loader, threads=1)
-    assert (train.num_images, train.num_excluded, val.num_excluded) == (14 + 7, 7, 0)
+    assert (train.num_images, train.num_excluded, val.num_excluded) == (14 + 8, 7, 0)
     taken(train)
     train.close()
     val.close()
@@ -336,3 +352,13 @@ def test_the_command_prints_the_findings_and_fails_while_something_is_broken(pho
     (photos / "train" / "ant" / "0.jpg").unlink()
     assert prepare.main(["check", str(photos)]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "all of them can be trained on"
+
+
+def test_all_unusual_ones_are_named_if_asked_for(photos, capsys):
+    for number in range(7):
+        made_photo(number).convert("L").save(photos / "val" / "ant" / f"grey{number}.jpg")
+    assert prepare.main(["check", str(photos)]) == 0
+    assert "grey4.jpg and 2 more (--all names them)\n" in capsys.readouterr().out
+    assert prepare.main(["check", str(photos), "--all"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"val/ant/grey{number}.jpg" in printed for number in range(7)) and "more" not in printed

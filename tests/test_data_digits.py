@@ -68,7 +68,7 @@ def test_of_two_that_prepare_the_same_set_one_waits_for_the_other(tmp_path, monk
 
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(atomic.write_data_set, tmp_path / "set", make_slowly)
-        started.wait()
+        assert started.wait(60)
         with pytest.warns(UserWarning, match="another process is preparing the data set; waiting"):
             assert not atomic.write_data_set(tmp_path / "set", make_slowly)
     assert first.result() and len(made) == 1

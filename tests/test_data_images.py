@@ -1,6 +1,7 @@
 """The listing of image folders, what every disk loader owes to it, and the made images that the data tests share."""
 
 import ctypes
+import shutil
 import struct
 import subprocess
 import sys
@@ -9,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from data.batch import DataConfig, DataError
-from data.build import build_loaders
+from data.build import build_loaders, build_val_loader
 from data.dali import import_failure
-from data.images import list_split, list_splits
+from data.images import list_split, list_splits, list_validation, numbered_classes
 
 needs_dali = pytest.mark.skipif(import_failure() is not None, reason=f"DALI does not import: {import_failure()}")
 disk_loaders = pytest.mark.parametrize("loader", [pytest.param("dali", marks=needs_dali), "folder"])
@@ -166,6 +167,43 @@ def test_next_epoch_has_another_order_and_another_seed_too(photos, loader):
 
 
 @disk_loaders
+def test_an_image_is_cropped_anew_every_epoch(tmp_path, loader):
+    for split in ("train", "val"):
+        write_split(tmp_path / split, 1, ("ant",))
+    train, _ = build(tmp_path, loader, batch_size=1, flip=0.0)
+    [(first, _, _)], [(second, _, _)] = taken(train), taken(train)
+    train.close()
+    assert not torch.equal(first, second)
+
+
+@disk_loaders
+def test_ranks_crop_equal_images_differently(tmp_path, loader):
+    for split in ("train", "val"):
+        write_split(tmp_path / split, 1, ("ant",))
+        (tmp_path / split / "ant" / "copy.jpg").write_bytes((tmp_path / split / "ant" / "0.jpg").read_bytes())
+    cropped = []
+    for rank in (0, 1):
+        train, _ = build(tmp_path, loader, batch_size=2, rank=rank, world_size=2, flip=0.0)
+        [(images, _, _)] = taken(train)
+        cropped.append(images)
+        train.close()
+    assert not torch.equal(*cropped)
+
+
+@disk_loaders
+def test_a_loader_that_goes_elsewhere_after_a_state_begins_there_as_a_fresh_one(photos, loader):
+    fresh, _ = build(photos, loader)
+    expected = taken(fresh)
+    state = fresh.state_dict()
+    fresh.close()
+    elsewhere, _ = build(photos, loader)
+    elsewhere.load_state_dict(state)
+    elsewhere.go_to(0, 0)
+    assert equal(taken(elsewhere), expected)
+    elsewhere.close()
+
+
+@disk_loaders
 @pytest.mark.parametrize("steps_taken", [0, 2, 3], ids=["at the start", "within an epoch", "at an epoch's last step"])
 def test_resumed_training_equals_undisturbed(photos, loader, tmp_path_factory, steps_taken):
     undisturbed, _ = build(photos, loader)
@@ -292,8 +330,10 @@ def test_flip_and_crop_follow_the_options(tmp_path, loader):
 def test_dali_and_folder_agree_on_validation(photos, channels):
     """Same labels and masks; pixels apart by less than half of one of 255 levels on average."""
     ramp = np.add.outer(np.arange(200), np.arange(301))
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6  # both leave it as it is stored
     Image.fromarray((ramp / 2).astype(np.uint8)).convert("RGB").save(
-        photos / "val" / "ant" / "gradient.jpg", quality=95
+        photos / "val" / "ant" / "gradient.jpg", quality=95, exif=turned
     )
     _, dali = build(photos, "dali", channels=channels, image_size=56, resize_size=65)
     _, folder = build(photos, "folder", channels=channels, image_size=56, resize_size=65)
@@ -356,3 +396,38 @@ def test_an_exclude_list_that_leaves_no_class_is_one_line(photos):
     (photos / "exclude.txt").write_text("".join(lines))
     with pytest.raises(DataError, match="leaves out every class"):
         list_splits(photos)
+
+
+def test_a_label_means_the_same_class_in_splits_that_number_theirs_differently(tmp_path):
+    """Numbers are sorted as such in a file list, as text where they are folders."""
+    classes = [str(number) for number in range(12)]
+    write_split(tmp_path / "images", 1, tuple(classes))
+    write_split(tmp_path / "val", 2, tuple(classes))
+    lines = [f"images/{name}/0.jpg {name}" for name in classes]
+    (tmp_path / "train.txt").write_text("\n".join(lines))
+    for val in (list_splits(tmp_path)[1], list_validation(tmp_path)):
+        assert list_splits(tmp_path)[0].classes == val.classes == classes
+        assert [val.classes[label] for label in val.labels] == [name.split("/")[0] for name in val.names]
+
+
+def test_numbers_that_are_written_differently_are_classes_in_the_same_order_in_every_process():
+    names = ["0" * zeros + "1" for zeros in range(9)]
+    classes, labels = numbered_classes([*names, "0"])
+    assert classes == ["0", *reversed(names)]
+    assert [classes[label] for label in labels] == [*names, "0"]
+
+
+@disk_loaders
+def test_validation_alone_needs_no_training_images(photos, loader):
+    _, expected = build(photos, loader)
+    lines = ["val/ant/0.jpg", "train/ant/0.jpg", "val/ant/no.jpg"]
+    config = DataConfig(path=str(photos), loader=loader, batch_size=4, image_size=32, resize_size=40, threads=2)
+    alone = {"rank": 0, "world_size": 1, "device": CPU, "seed": 3}
+    shutil.rmtree(photos / "train")
+    val = build_val_loader(config, **alone)
+    assert equal(taken(val), taken(expected))
+    val.close()
+    expected.close()
+    (photos / "exclude.txt").write_text("\n".join(lines))
+    val = build_val_loader(config, **alone)
+    assert (val.num_images, val.num_excluded, val.unmatched) == (9, 1, ("val/ant/no.jpg",))

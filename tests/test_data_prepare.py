@@ -272,6 +272,17 @@ def test_imagenet_goes_on_where_it_was_interrupted(archives, tmp_path, monkeypat
     assert {entry.name for entry in (tmp_path / "set" / "train").iterdir()} == set(WNIDS)
 
 
+def test_imagenet_does_not_take_another_preparation_s_remains_for_its_own(archives, tmp_path):
+    """As a maker of the same place leaves them that was killed: a class of the same name, and one of another."""
+    for name in ("n01", "0"):
+        (tmp_path / ".set.preparing/train" / name).mkdir(parents=True)
+        (tmp_path / ".set.preparing/train" / name / "0001.jpg").touch()
+    assert prepare_imagenet(archives, tmp_path / "set")
+    assert {entry.name for entry in (tmp_path / "set/train").iterdir()} == set(WNIDS)
+    assert len(list_splits(tmp_path / "set")[0].names) == 6
+    assert {entry.name for entry in (tmp_path / "set").iterdir()} == {"train", "val"}
+
+
 def test_a_missing_or_damaged_archive_is_named(archives, tmp_path, capsys):
     with (archives / "ILSVRC2012_img_val.tar").open("ab") as file:
         file.write(b"more")

@@ -145,7 +145,7 @@ def cut_index(split):
     ("damage", "message"),
     [
         (cut_tar, r"train-00001\.tar: found [\d,]+ bytes, manifest.json says"),
-        (cut_index, r"train-00001\.idx: found v1\.2 with 3 of 4 samples"),
+        (cut_index, r"train-00001\.idx: cannot be read .*v1\.2 with 3 of 4 samples.*index \S+ writes it anew"),
         (lambda split: (split / "train-00001.tar").unlink(), r"train-00001\.tar: found no such file"),
         (lambda split: (split / "train-00001.idx").unlink(), r"train-00001\.idx: cannot be read"),
         (lambda split: (split / "manifest.json").write_text("{"), r"manifest\.json: cannot be read"),
@@ -161,9 +161,105 @@ def test_shards_that_are_not_whole_are_refused_by_name(shards, damage, message):
         list_splits(shards)
 
 
+def damage_index(change):
+    def damage(split):
+        index = split / "train-00001.idx"
+        lines = index.read_text().splitlines()
+        index.write_text("\n".join(change(lines)) + "\n")
+
+    return damage
+
+
+DAMAGED_INDICES = pytest.mark.parametrize(
+    "damage",
+    [
+        cut_index,
+        lambda split: (split / "train-00001.idx").unlink(),
+        lambda split: (split / "train-00001.idx").write_bytes(b"\xff\0"),
+        damage_index(lambda lines: ["v1.2 x", *lines[1:]]),
+        damage_index(lambda lines: [*lines[:-1], "cls 100"]),
+        damage_index(lambda lines: [lines[0], lines[1].replace(" ", f" {10**23}", 1), *lines[2:]]),
+        damage_index(lambda lines: [lines[0], lines[1].replace(" ", " -", 1), *lines[2:]]),
+    ],
+    ids=["cut", "gone", "no text", "no count", "cut line", "far outside", "negative"],
+)
+
+
+@DAMAGED_INDICES
+def test_a_damaged_index_is_named_and_written_anew(shards, capsys, damage):
+    """The manifest stays: our own classes have their names there alone."""
+    manifest, before = (shards / "train" / "manifest.json").read_bytes(), list_splits(shards)
+    damage(shards / "train")
+    with pytest.raises(DataError, match=rf"train-00001\.(idx|tar): .*launch/prepare\.py index {shards} writes"):
+        list_splits(shards)
+    assert prepare_main(["index", str(shards)]) == 0
+    assert capsys.readouterr().out == f"ready: {shards}\n"
+    assert (shards / "train" / "manifest.json").read_bytes() == manifest
+    for after, images in zip(list_splits(shards), before, strict=True):
+        assert after.digest == images.digest and contents(after) == contents(images)
+    assert prepare_main(["index", str(shards)]) == 0
+    assert "kept as it is" in capsys.readouterr().out
+
+
+def test_what_an_index_written_anew_does_not_mend_is_said(shards, capsys):
+    cut_tar(shards / "train")
+    assert prepare_main(["index", str(shards)]) == 1
+    assert "train-00001.tar: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "labels", ["012012", [0, 1, 2, 0, 1, -2], [0, 1, 2, 0, 1, 3], [0, 1, 2, 0, 1], [0, 1, 2, 0, 1, "2"]]
+)
+def test_labels_that_are_none_are_named(tmp_path, labels):
+    for split in ("train", "val"):
+        write_foreign(tmp_path, split, 6)
+    index_shards(tmp_path)
+    file = tmp_path / "train" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["shards"][0]["labels"] = labels
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=r"manifest\.json: 'labels' are not a whole number under 3 for each image"):
+        list_splits(tmp_path)
+
+
+def test_an_index_of_an_earlier_state_of_a_tar_file_is_not_trusted(tmp_path):
+    for split, extensions in (("train", ("jpg", "json")), ("val", ("jpg", "cls"))):
+        write_foreign(tmp_path, split, 2, extensions=extensions)
+    with pytest.raises(DataError, match=r"has no \.cls file"):
+        index_shards(tmp_path)
+    shutil.rmtree(tmp_path / "train")
+    indices = [tmp_path / "train" / f"train-{shard}.idx" for shard in range(2)]
+    write_foreign(tmp_path, "train", 6)
+    for index in indices:
+        index.write_text("v1.2 1\njpg 0 10 a.jpg cls 0 1 a.cls\n")
+    index_shards(tmp_path)
+    assert len(list_splits(tmp_path)[0].names) == 12
+
+
+def test_extensions_may_be_in_capitals_and_hold_blanks(tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        with tarfile.open(tmp_path / split / "0.tar", "w") as tar:
+            for name, content in (("a.v1 final.JPG", b"bytes"), ("a.CLS", b"0")):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    index_shards(tmp_path)
+    train, _ = list_splits(tmp_path)
+    assert train.names == ["0.tar/a.v1_final.JPG"] and train.read(0) == b"bytes"
+
+
+def test_an_exclude_list_elsewhere_is_honoured_when_packing(photos, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "list.txt").write_text("train/ant/0.jpg\n")
+    packed = elsewhere / "set"
+    assert prepare_main(["shards", str(photos), str(packed), "--exclude", str(elsewhere / "list.txt")]) == 0
+    assert [len(images.names) for images in list_splits(packed)] == [13, 10]
+
+
 @disk_loaders
 def test_an_unreadable_image_in_a_shard_is_named_and_can_be_excluded(shards, loader):
-    name, offset, size = read_index(shards / "val" / "val-00001.idx")[2]
+    _, offset, size, name = read_index(shards / "val" / "val-00001.idx")[2]
     with (shards / "val" / "val-00001.tar").open("r+b") as tar:
         tar.seek(offset)
         tar.write(bytes(size))

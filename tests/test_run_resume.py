@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import ALONE, TINY, broken_off, events, interrupted, numbers, train
+from launching import ALONE, TINY, broken_off, events, interrupted, numbers, train, write_image_folder
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data import DataError
@@ -375,3 +375,26 @@ def test_a_loader_state_that_does_not_fit_still_goes_on_at_the_same_image(
     again = train(tmp_path / "b", **EVERY_STEP)
     assert numbers(again) == numbers(undisturbed)
     assert any("other data or options" in note["message"] for note in events(again, "note"))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_training_set_that_has_changed_since_the_checkpoint_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int
+):
+    """As after launch/prepare.py check, which an error over a broken image advises. 48 images, 6 steps an epoch."""
+    images = write_image_folder(tmp_path / "images")
+    changes = {"data__loader": "folder", "data__path": images, "data__batch_size": 8, "data__threads": 1}
+    with broken_off(monkeypatch, at_step=5):
+        train(tmp_path, **changes, **EVERY_STEP)
+    if ranks > 1:
+        path = tmp_path / "tiny/last.pt"
+        save_checkpoint(path, as_of(load_checkpoint(path), ranks))
+    (images / "exclude.txt").write_text("".join(f"train/class0/{number}.jpg\n" for number in range(12)))
+    log = train(tmp_path, **changes, **EVERY_STEP)
+    notes = [note["message"] for note in events(log, "note")]
+    [note] = [note for note in notes if "training images" in note and "checkpoint" in note]
+    assert note.startswith("the training images are not those of the checkpoint; this epoch goes on in another order")
+    assert any("stored by 2" in note for note in notes) == (ranks == 2)
+    assert not any("augmentation draws other numbers than before" in note for note in notes)
+    assert events(log, "done")
+    assert events(log, "epoch")[0]["train_loss"] > 0

@@ -460,6 +460,15 @@ def test_an_epoch_at_its_end_is_taken_up_with_another_batch(ratio: str, steps: i
     assert written[0].step == 5
 
 
+@pytest.mark.parametrize(("steps", "step", "is_averaged"), [(4, 4, True), (5, 5, True), (7, 5, False)])
+def test_an_epoch_of_a_set_that_lost_or_got_images_ends_where_the_set_does(steps: int, step: int, is_averaged: bool):
+    world = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
+    written = EpochSoFar(None, {}, torch.tensor(10.0), torch.tensor(0.0), step=5, is_averaged=True)
+    so_far = EpochSoFar.restored([written], world, Fraction(1), steps)
+    assert (so_far.step, so_far.is_averaged) == (step, is_averaged)
+    assert so_far.loss_sum == pytest.approx(2.0 * step)
+
+
 @pytest.mark.parametrize(
     ("ranks", "goes_on", "batch_size", "lr"),
     [(4, True, 32, 0.05), (3, True, 30, 0.05 * 30 / 32), (3, False, 32, 0.05), (33, True, 32, 0.05)],

@@ -183,14 +183,14 @@ class EpochSoFar:
         """
         so_far = ranks[min(world.rank, len(ranks) - 1)]
         so_far = replace(so_far, loss_sum=so_far.loss_sum.to(world.device), skipped=so_far.skipped.to(world.device))
-        if (len(ranks), batch_ratio) != (world.size, 1):
+        if (len(ranks), batch_ratio) != (world.size, 1) or so_far.step > steps:  # the set may have lost images
             kept = max(so_far.step - float(so_far.skipped), 1)
             mean = sum(float(rank.loss_sum) for rank in ranks) / (kept * len(ranks))
             so_far.step = min(math.floor(so_far.step / batch_ratio), steps)
             so_far.skipped = (so_far.skipped / float(batch_ratio)).floor().clamp(max=so_far.step)
-            so_far.is_averaged &= so_far.step == steps  # smaller batches may leave a step to make
             kept = so_far.step - float(so_far.skipped)
             so_far.loss_sum.fill_(mean * kept * world.size if world.is_main else 0.0)
+        so_far.is_averaged &= so_far.step == steps  # smaller batches or more images may leave a step to make
         return so_far
 
     def state_dict(self) -> dict[str, Any]:

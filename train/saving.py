@@ -296,22 +296,30 @@ def _as_written(kind: type[T], values: dict[str, Any]) -> T:
 
 
 def _restore_rank(trainer: Trainer, stored: dict[str, Any], batch_size: int) -> list[str]:
-    ranks, world = stored["ranks"], trainer.world
+    """Raises TypeError for what no run of ours writes. Returns notes for the log."""
+    ranks, world, loader = stored["ranks"], trainer.world, trainer.train_loader
     trainer.ledger.load_state_dict(ranks[min(world.rank, len(ranks) - 1)]["ledger"])
     if ranks[0]["so_far"] is not None:
         parts = [_as_written(EpochSoFar, rank["so_far"]) for rank in ranks]
         if any(part.seconds_before.keys() != trainer.ledger.seconds.keys() for part in parts):
             raise TypeError("the seconds of the epoch's beginning are not as written")
         ratio = Fraction(batch_size, stored["batch_size"])
-        trainer.so_far = EpochSoFar.restored(parts, world, ratio, len(trainer.train_loader))
+        trainer.so_far = EpochSoFar.restored(parts, world, ratio, len(loader))
+    notes = []
+    if not loader.same_images(ranks[0]["train_loader"]):
+        note = "the training images are not those of the checkpoint"
+        if trainer.so_far is not None and trainer.so_far.step > 0:
+            note += "; this epoch goes on in another order, so some of them come twice in it and others not at all"
+        notes.append(note)
     if len(ranks) != world.size:
-        return [f"resumed on {world.size} ranks, stored by {len(ranks)}: augmentation and dropout draw other numbers"]
+        note = f"resumed on {world.size} ranks, stored by {len(ranks)}: augmentation and dropout draw other numbers"
+        return [*notes, note]
     mine = ranks[world.rank]
     torch.set_rng_state(mine["rng"])
     if mine["cuda_rng"] is not None and world.device.type == "cuda":
         torch.cuda.set_rng_state(mine["cuda_rng"], world.device)
     try:
-        trainer.train_loader.load_state_dict(mine["train_loader"])
-    except DataError as error:  # another loader or DALI version: the epoch's order is the same, its crops are not
-        return [f"augmentation draws other numbers than before: {error}"]
-    return []
+        loader.load_state_dict(mine["train_loader"])
+    except DataError as error:  # other images, which the note tells, or another loader or DALI version: other crops
+        return notes or [f"augmentation draws other numbers than before: {error}"]
+    return notes

@@ -11,14 +11,17 @@ from pathlib import Path
 from data.batch import DataError
 
 LOCK = ".lock"
+RESUMABLE = ".resumable"
+"""Marks what a maker that resumes left, so that it does not take another one's remains for its own."""
 
 
 def write_data_set(path: str | Path, write: Callable[[Path], None], *, resumes: bool = False) -> bool:
     """Let `write` fill a folder with train/ and val/, then rename it to `path` in one step.
 
-    The folder is `.NAME.preparing` beside `path`. It is empty at the beginning; where `write` resumes, it holds what an
-    interrupted or failed attempt left there. Of several processes that prepare the same set one does, the others wait.
-    Returns whether this one did: it does nothing if `path` holds a finished set. Raises DataError if something else is
+    The folder is `.NAME.preparing` beside `path`. It is empty at the beginning; where `write` resumes, which one maker
+    does, it holds what an interrupted or failed attempt of that one left there. Of several processes that prepare the
+    same set one does, the others wait. Returns whether this one did: it does nothing if `path` holds a finished set.
+    Raises DataError if something else is
     at `path`, the place cannot be written, as on a full disk, or what `write` reads cannot be read.
     """
     path = Path(path)
@@ -30,14 +33,18 @@ def write_data_set(path: str | Path, write: Callable[[Path], None], *, resumes: 
         with _alone_in(unfinished):
             if is_there(path):  # another process was quicker
                 return False
-            if not resumes:
+            marker = unfinished / RESUMABLE
+            if not (resumes and marker.exists()):
                 _empty(unfinished)  # a killed process cannot clean up
             try:
+                if resumes:
+                    marker.touch()
                 write(unfinished)
                 unfinished.rename(path)
+                (path / RESUMABLE).unlink(missing_ok=True)
                 (path / LOCK).unlink()  # not before: another process would take the folder for its own
             finally:
-                if not resumes:
+                if not (resumes and _entries(unfinished) - {RESUMABLE}):
                     _empty(unfinished)
     except OSError as error:
         raise _as_data_error(error, path, unfinished) from error
@@ -112,8 +119,12 @@ def _locked(file: Path) -> int | None:
 
 def _empty(folder: Path) -> None:
     """Remove everything but the lock, as far as it goes."""
-    for entry in folder.iterdir() if folder.is_dir() else ():
-        if entry.name != LOCK:
-            shutil.rmtree(entry, ignore_errors=True)
-            with suppress(OSError):
-                entry.unlink()  # what is no folder
+    for name in _entries(folder):
+        shutil.rmtree(folder / name, ignore_errors=True)
+        with suppress(OSError):
+            (folder / name).unlink()  # what is no folder
+
+
+def _entries(folder: Path) -> set[str]:
+    """What lies in the folder beside the lock; nothing if there is no folder."""
+    return {entry.name for entry in folder.iterdir()} - {LOCK} if folder.is_dir() else set()

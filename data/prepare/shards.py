@@ -4,6 +4,8 @@ import io
 import os
 import re
 import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from data.batch import DataError, Split
 from data.images import SPLITS, ImageList, in_words, list_splits, numbered_classes, require_local
 from data.prepare.atomic import is_there, write_data_set
 from data.prepare.progress import tracked
-from data.shards import LABEL_EXTENSION, MANIFEST, read_classes, write_index, write_manifest
+from data.shards import LABEL_EXTENSION, MANIFEST, read_classes, read_shards, write_index, write_manifest
 
 
 def prepare_shards(
@@ -47,12 +49,14 @@ def index_shards(path: str | Path) -> bool:
     """Make a data set of WebDataset shards that others wrote: indices and manifests for PATH/{train,val}/*.tar.
 
     A sample is one image and its class, a number or a name, in a .cls file; what else it holds is left alone. The tar
-    files are only read. One rank calls it. Returns whether it wrote: manifests are left as they are. Raises DataError
-    if a tar file cannot be read, a sample has no image or class, or the place cannot be written.
+    files are only read. Where there is a manifest, also one of our own shards, it is kept, and so are indices that
+    can be read. One rank calls it. Returns whether it wrote. Raises DataError if a tar file cannot be read, a sample
+    has no image or class, what a manifest says does not fit, or the place cannot be written.
     """
     written = False
     for root in (Path(path) / split for split in SPLITS):
         if (root / MANIFEST).is_file():
+            written |= _mend_indices(root)
             continue
         tars = sorted(root.glob("*.tar"))
         if not tars:
@@ -65,19 +69,27 @@ def index_shards(path: str | Path) -> bool:
     return written
 
 
+def _mend_indices(root: Path) -> bool:
+    """Write a split's indices anew if the split cannot be read; returns whether that was so. DataError if it did not
+    help."""
+    try:
+        read_shards(root)
+    except DataError:
+        tars = sorted(root.glob("*.tar"))
+        for tar in tracked(tars, f"indexing {root.name}", len(tars)):
+            with _named_in_errors(tar):
+                write_index(tar)
+        read_shards(root)
+        return True
+    return False
+
+
 def _index_split(root: Path, tars: list[Path]) -> None:
     found = []
     for tar in tracked(tars, f"indexing {root.name}", len(tars)):
-        try:
-            if not tar.with_suffix(".idx").is_file():
-                write_index(tar)
+        with _named_in_errors(tar):
+            write_index(tar)  # one that lies there may be of an earlier state of the file
             found += read_classes(tar)
-        except tarfile.TarError as error:
-            raise DataError(f"{tar}: cannot be read as a tar file ({error}): copy or make it again") from error
-        except UnicodeDecodeError as error:
-            raise DataError(f"{tar}: a .{LABEL_EXTENSION} file in it holds no text ({error})") from error
-        except OSError as error:
-            raise DataError(f"{tar}: cannot be indexed ({error})") from error
     if not found:
         raise DataError(f"{root}: its {len(tars)} tar file(s) hold no images: move or link those that do there")
     classes, labels = numbered_classes(found)
@@ -85,6 +97,18 @@ def _index_split(root: Path, tars: list[Path]) -> None:
         write_manifest(root, classes, labels, tars, with_labels=True)
     except OSError as error:
         raise DataError(f"{root}: cannot be written ({error})") from error
+
+
+@contextmanager
+def _named_in_errors(tar: Path) -> Iterator[None]:
+    try:
+        yield
+    except tarfile.TarError as error:
+        raise DataError(f"{tar}: cannot be read as a tar file ({error}): copy or make it again") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{tar}: a .{LABEL_EXTENSION} file in it holds no text ({error})") from error
+    except OSError as error:
+        raise DataError(f"{tar}: cannot be indexed ({error})") from error
 
 
 def _require_place_for_shards(source: Path, path: Path) -> None:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from data import Batch, DataConfig, DataError, Loader, build_loaders
+from data import Batch, DataConfig, DataError, Loader, build_val_loader
 from data.batch import NORMALISATION
 from launch.benches.measure import data_config, machine, require_image_folder, write_result
 from train.checkpoint import StoredNetwork, load_network
@@ -109,9 +109,7 @@ def _config(options: argparse.Namespace, stored: StoredNetwork | None) -> DataCo
 
 
 def _validation(config: DataConfig, kind: str, device: torch.device) -> Loader:
-    train, val = build_loaders(dataclasses.replace(config, loader=kind), rank=0, world_size=1, device=device, seed=0)
-    train.close()
-    return val
+    return build_val_loader(dataclasses.replace(config, loader=kind), rank=0, world_size=1, device=device, seed=0)
 
 
 class _TorchvisionLoader:
