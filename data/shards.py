@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -35,19 +35,6 @@ MANIFEST_ENTRIES = {
 INDEX_VERSION = "v1.2"
 LABEL_EXTENSION = "cls"
 OPEN_SHARDS = 64
-
-T = TypeVar("T")
-
-
-class Member(NamedTuple):
-    """One file of a sample: a quarter of what an index says in a line."""
-
-    extension: str
-    offset: int
-    """Bytes from the beginning of the tar file."""
-    size: int
-    """Bytes."""
-    name: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,18 +102,19 @@ def read_shards(root: Path) -> tuple[list[str], np.ndarray, list[str], TarPlaces
             size = "no such file" if found is None else f"{found:,} bytes"
             raise DataError(f"{tar}: found {size}, {MANIFEST} says {entry['bytes']:,} bytes: make it again{anew}")
         images = read_index(tar.with_suffix(".idx"))
-        if len(images) != entry["images"] or any(_is_outside(image, entry["bytes"]) for image in images):
+        outside = any(not 0 <= offset <= offset + size <= entry["bytes"] for _, offset, size in images)
+        if len(images) != entry["images"] or outside:
             raise DataError(
                 f"{tar}: its index has {len(images)} images, {MANIFEST} says {entry['images']}, or places outside of "
                 f"it: launch/prepare.py index {root.parent} writes the index anew{anew}"
             )
         if "labels" in entry:
-            names += [f"{entry['file']}/{image.name}" for image in images]  # another shard may have the same ones
+            names += [f"{entry['file']}/{name}" for name, _, _ in images]  # another shard may have the same ones
             labels += _checked_labels(entry["labels"], len(images), len(classes), root)
         else:
-            names += [image.name for image in images]
-            labels += [_label_in(image.name, len(classes)) for image in images]
-        places += [(number, image.offset, image.size) for image in images]
+            names += [name for name, _, _ in images]
+            labels += [_label_in(name, len(classes)) for name, _, _ in images]
+        places += [(number, offset, size) for _, offset, size in images]
     labels_N = np.array(labels, dtype=np.int64)
     counts = np.bincount(labels_N, minlength=len(classes)).tolist()
     if len(labels) != len(names) or counts != [entry["images"] for entry in manifest["classes"]]:
@@ -173,17 +161,16 @@ def write_index(tar: Path) -> None:
             folder, slash, file = member.name.rpartition("/")
             stem, _, extension = file.partition(".")  # WebDataset's key ends at the first dot
             if member.isfile() and stem and extension:
-                extension, name = (
-                    re.sub(r"\s", "_", text) for text in (extension, member.name)
-                )  # a blank ends a field
+                # A blank ends a field.
+                extension, name = (re.sub(r"\s", "_", text) for text in (extension, member.name))
                 place = f"{extension} {member.offset_data} {member.size} {name}"
                 samples.setdefault(f"{folder}{slash}{stem}", []).append(place)
     lines = [f"{INDEX_VERSION} {len(samples)}", *(" ".join(files) for files in samples.values())]
     _write_whole(tar.with_suffix(".idx"), "\n".join(lines) + "\n")
 
 
-def read_index(file: Path) -> list[Member]:
-    """Every image; DataError if it is no such index or is cut short, or a sample has no image or several."""
+def read_index(file: Path) -> list[tuple[str, int, int]]:
+    """Name, offset and size of every image; DataError if it is no such index, or a sample has no image or several."""
     return _of_every_sample(file, _image_of)
 
 
@@ -191,14 +178,14 @@ def read_classes(tar: Path) -> list[str]:
     """What stands in the .cls file of every sample, by TAR's index. DataError where one has none or an empty one."""
     labels = _of_every_sample(tar.with_suffix(".idx"), _label_of)
     with tar.open("rb") as content:
-        found = [os.pread(content.fileno(), label.size, label.offset).decode().strip() for label in labels]
+        found = [os.pread(content.fileno(), size, offset).decode().strip() for _, offset, size in labels]
     if "" in found:
         raise DataError(f"{tar}: the .{LABEL_EXTENSION} file of sample {found.index('') + 1} is empty: make it again")
     return found
 
 
-def _of_every_sample(file: Path, chosen: Callable[[list[Member]], T]) -> list[T]:
-    """`chosen` of the files of each sample."""
+def _of_every_sample(file: Path, chosen: Callable[[list[list[str]]], list[str]]) -> list[tuple[str, int, int]]:
+    """Name, offset and size of the file that is `chosen` of each sample's, [extension, offset, size, name] each."""
     try:
         header, *lines = os.fsdecode(file.read_bytes()).splitlines()
         version, count = header.split()
@@ -206,45 +193,41 @@ def _of_every_sample(file: Path, chosen: Callable[[list[Member]], T]) -> list[T]
             raise ValueError(
                 f"{version} with {len(lines)} of {count} samples, expected {INDEX_VERSION} with all of them"
             )
-        samples = [_members_in(line) for line in lines]
+        found = []
+        for line in lines:  # a million images: nothing more is kept of each
+            _, offset, size, name = chosen(_quartered(line.split(" ")))
+            found.append((name, int(offset), int(size)))
+    except LookupError as error:
+        raise DataError(f"{file}: {error}") from error
     except (OSError, ValueError) as error:
         raise DataError(
             f"{file}: cannot be read as an index of a shard ({error}): launch/prepare.py index {file.parent.parent} "
             "writes it anew"
         ) from error
-    try:
-        return [chosen(members) for members in samples]
-    except ValueError as error:
-        raise DataError(f"{file}: {error}") from error
+    return found
 
 
-def _members_in(line: str) -> list[Member]:
-    fields = line.split(" ")
+def _quartered(fields: list[str]) -> list[list[str]]:
     if len(fields) % 4:
         raise ValueError(f"found {len(fields)} fields in a line, expected 4 for each file")
-    quarters = [fields[start : start + 4] for start in range(0, len(fields), 4)]
-    return [Member(extension, int(offset), int(size), name) for extension, offset, size, name in quarters]
+    return [fields[start : start + 4] for start in range(0, len(fields), 4)]
 
 
-def _image_of(members: list[Member]) -> Member:
+def _image_of(files: list[list[str]]) -> list[str]:
     """The file of a sample that is not its label; of several, such as more labels, the one named as an image."""
-    images = [member for member in members if member.extension.lower() != LABEL_EXTENSION]
+    images = [file for file in files if file[0].lower() != LABEL_EXTENSION]
     if len(images) > 1:
-        images = [member for member in images if f".{member.extension.lower()}" in IMG_EXTENSIONS]
+        images = [file for file in images if f".{file[0].lower()}" in IMG_EXTENSIONS]
     if len(images) != 1:
-        raise ValueError(f"found {len(images)} images in the sample of {members[0].name}, expected one")
+        raise LookupError(f"found {len(images)} images in the sample of {files[0][-1]}, expected one")
     return images[0]
 
 
-def _label_of(members: list[Member]) -> Member:
-    labels = [member for member in members if member.extension.lower() == LABEL_EXTENSION]
+def _label_of(files: list[list[str]]) -> list[str]:
+    labels = [file for file in files if file[0].lower() == LABEL_EXTENSION]
     if len(labels) != 1:
-        raise ValueError(f"the sample of {members[0].name} has no .{LABEL_EXTENSION} file, which must hold its class")
+        raise LookupError(f"the sample of {files[0][-1]} has no .{LABEL_EXTENSION} file, which must hold its class")
     return labels[0]
-
-
-def _is_outside(image: Member, tar_bytes: int) -> bool:
-    return not (0 <= image.offset <= image.offset + image.size <= tar_bytes)
 
 
 def _checked_labels(labels: Any, num_images: int, num_classes: int, root: Path) -> list[int]:

@@ -259,7 +259,7 @@ def test_an_exclude_list_elsewhere_is_honoured_when_packing(photos, tmp_path_fac
 
 @disk_loaders
 def test_an_unreadable_image_in_a_shard_is_named_and_can_be_excluded(shards, loader):
-    _, offset, size, name = read_index(shards / "val" / "val-00001.idx")[2]
+    name, offset, size = read_index(shards / "val" / "val-00001.idx")[2]
     with (shards / "val" / "val-00001.tar").open("r+b") as tar:
         tar.seek(offset)
         tar.write(bytes(size))

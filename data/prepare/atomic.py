@@ -21,8 +21,8 @@ def write_data_set(path: str | Path, write: Callable[[Path], None], *, resumes: 
     The folder is `.NAME.preparing` beside `path`. It is empty at the beginning; where `write` resumes, which one maker
     does, it holds what an interrupted or failed attempt of that one left there. Of several processes that prepare the
     same set one does, the others wait. Returns whether this one did: it does nothing if `path` holds a finished set.
-    Raises DataError if something else is
-    at `path`, the place cannot be written, as on a full disk, or what `write` reads cannot be read.
+    Raises DataError if something else is at `path`, the place cannot be written, as on a full disk, or what `write`
+    reads cannot be read.
     """
     path = Path(path)
     if is_there(path):

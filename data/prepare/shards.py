@@ -70,8 +70,7 @@ def index_shards(path: str | Path) -> bool:
 
 
 def _mend_indices(root: Path) -> bool:
-    """Write a split's indices anew if the split cannot be read; returns whether that was so. DataError if it did not
-    help."""
+    """Write a split's indices anew if the split cannot be read; DataError if that does not help. Returns whether."""
     try:
         read_shards(root)
     except DataError:
