@@ -9,7 +9,7 @@ import torch
 from data import dali
 from data.batch import DECODING_ON_GPU, ON_DISK, DataConfig, DataError, Loader, Split
 from data.folder import FolderSource
-from data.images import ImageList, list_splits, list_validation, require_local
+from data.images import ImageList, has_split, list_splits, list_validation, require_local
 from data.loader import SplitLoader
 from data.sharding import Sharding, TrainSharding, ValSharding, batch_size_per_rank
 from data.synthetic import SyntheticSource, synthetic_splits
@@ -37,22 +37,9 @@ def build_loaders(
     """
     kind = _choose(config, warn=rank == 0)
     train, val = synthetic_splits(config) if kind == "synthetic" else list_splits(config.path, config.exclude)
-    if kind == "folder":
-        require_local(train, val)
-    for note in _surprises(config, train) if rank == 0 else ():
-        warnings.warn(note, stacklevel=2)
-    ranks = {"batch_size": batch_size_per_rank(config.batch_size, world_size), "rank": rank, "world_size": world_size}
-    common = {
-        "device": device,
-        "seed": seed,
-        "threads": config.threads or default_threads(local_world_size or world_size),
-    }
-    train_sharding = TrainSharding(num_images=len(train.names), **ranks, seed=seed, shard_sizes=train.shard_sizes)
-    val_sharding = ValSharding(num_images=len(val.names), **ranks)
-    return (
-        _loader(config, kind, train, split="train", sharding=train_sharding, **common),
-        _loader(config, kind, val, split="val", sharding=val_sharding, **common),
-    )
+    splits: dict[Split, ImageList] = {"train": train, "val": val}
+    loaders = _loaders(config, kind, splits, rank, world_size, device, seed, local_world_size or world_size)
+    return loaders[0], loaders[1]
 
 
 def build_val_loader(
@@ -67,36 +54,49 @@ def build_val_loader(
     """The validation loader alone, as `build_loaders` gives it; no training images need be there."""
     kind = _choose(config, warn=rank == 0)
     val = synthetic_splits(config)[1] if kind == "synthetic" else list_validation(config.path, config.exclude)
-    if kind == "folder":
-        require_local(val)
-    for note in _surprises(config, val) if rank == 0 else ():
-        warnings.warn(note, stacklevel=2)
-    batch_size = batch_size_per_rank(config.batch_size, world_size)
-    sharding = ValSharding(num_images=len(val.names), batch_size=batch_size, rank=rank, world_size=world_size)
-    threads = config.threads or default_threads(local_world_size or world_size)
-    return _loader(config, kind, val, split="val", sharding=sharding, device=device, seed=seed, threads=threads)
+    as_numbers = sorted(val.classes, key=int) if all(map(str.isdecimal, val.classes)) else val.classes
+    if rank == 0 and as_numbers != sorted(val.classes) and not has_split(config.path, "train"):
+        warnings.warn(
+            f"{config.path}: the classes are numbers, and no training split says in which order the network knows "
+            f"them; taken: {', '.join(val.classes[:5])} and so on",
+            stacklevel=2,
+        )
+    return _loaders(config, kind, {"val": val}, rank, world_size, device, seed, local_world_size or world_size)[0]
 
 
-def _loader(
+def _loaders(
     config: DataConfig,
     kind: str,
-    images: ImageList,
-    *,
-    split: Split,
-    sharding: Sharding,
+    splits: dict[Split, ImageList],
+    rank: int,
+    world_size: int,
     device: torch.device,
     seed: int,
-    threads: int,
-) -> SplitLoader:
-    common = {"split": split, "sharding": sharding, "seed": seed, "device": device}
-    if kind == "synthetic":
-        source = SyntheticSource(config, images, **common)
-    elif kind == "dali":
-        source = dali.DaliSource(config, images, threads=threads, **common)
-    else:
-        source = FolderSource(config, images, workers=threads, **common)
-    identity = _identity(config, kind, images, **common)
-    return SplitLoader(kind, source, images, sharding=sharding, device=device, identity=identity)
+    local_world_size: int,
+) -> list[SplitLoader]:
+    if kind == "folder":
+        require_local(*splits.values())
+    for note in _surprises(config, next(iter(splits.values()))) if rank == 0 else ():
+        warnings.warn(note, stacklevel=3)
+    threads = config.threads or default_threads(local_world_size)
+    ranks = {"batch_size": batch_size_per_rank(config.batch_size, world_size), "rank": rank, "world_size": world_size}
+    loaders = []
+    for split, images in splits.items():
+        num_images = len(images.names)
+        if split == "train":
+            sharding = TrainSharding(num_images=num_images, **ranks, seed=seed, shard_sizes=images.shard_sizes)
+        else:
+            sharding = ValSharding(num_images=num_images, **ranks)
+        common = {"split": split, "sharding": sharding, "seed": seed, "device": device}
+        if kind == "synthetic":
+            source = SyntheticSource(config, images, **common)
+        elif kind == "dali":
+            source = dali.DaliSource(config, images, threads=threads, **common)
+        else:
+            source = FolderSource(config, images, workers=threads, **common)
+        identity = _identity(config, kind, images, **common)
+        loaders.append(SplitLoader(kind, source, images, sharding=sharding, device=device, identity=identity))
+    return loaders
 
 
 def default_threads(local_world_size: int) -> int:

@@ -107,13 +107,20 @@ def list_splits(path: str | Path, exclude: str | Path = "") -> tuple[ImageList, 
 
 
 def list_validation(path: str | Path, exclude: str | Path = "") -> ImageList:
-    """The images of validation as `list_splits` gives them; with or without a training split beside them."""
-    if any((Path(path) / name).exists() for name in ("train", "train.txt")):
+    """The images of validation as `list_splits` gives them. Without a training split beside them, labels follow the
+    order of their own classes.
+    """
+    if has_split(path, "train"):
         return list_splits(path, exclude)[1]
     excluded = read_exclude_list(exclude_file(path, exclude), must_exist=bool(exclude))
     excluded = {name: reason for name, reason in excluded.items() if not name.startswith("train/")}
     found = list_split(path, "val")
     return replace(_without(found, "val", excluded), unmatched=_unmatched({"val": found}, excluded))
+
+
+def has_split(path: str | Path, split: str) -> bool:
+    """Whether a data set has this split, in whatever form."""
+    return any((Path(path) / name).exists() for name in (split, f"{split}.txt"))
 
 
 def list_split(path: str | Path, split: str) -> ImageList:

@@ -85,31 +85,21 @@ def read_shards(root: Path) -> tuple[list[str], np.ndarray, list[str], TarPlaces
     """
     manifest = _read_manifest(root)
     _opened.cache_clear()  # other files may lie there by now
-    unlisted = sorted({tar.name for tar in root.glob("*.tar")} - {entry["file"] for entry in manifest["shards"]})
-    # Our own shards' classes have their names in the manifest alone: they would be mere numbers in another one.
-    others_made_them = any("labels" in entry for entry in manifest["shards"])
-    anew = f", or remove {MANIFEST} and let launch/prepare.py index {root.parent} make it" if others_made_them else ""
-    if unlisted:
-        raise DataError(f"{root / unlisted[0]}: {MANIFEST} does not list it: move it away{anew}")
+    tars = _listed_shards(root, manifest)
     classes = [entry["name"] for entry in manifest["classes"]]
     names: list[str] = []
     labels: list[int] = []
     places: list[tuple[int, int, int]] = []
-    for number, entry in enumerate(manifest["shards"]):
-        tar = root / entry["file"]
-        found = tar.stat().st_size if tar.is_file() else None
-        if found != entry["bytes"]:
-            size = "no such file" if found is None else f"{found:,} bytes"
-            raise DataError(f"{tar}: found {size}, {MANIFEST} says {entry['bytes']:,} bytes: make it again{anew}")
+    for number, (tar, entry) in enumerate(zip(tars, manifest["shards"], strict=True)):
         images = read_index(tar.with_suffix(".idx"))
-        outside = any(not 0 <= offset <= offset + size <= entry["bytes"] for _, offset, size in images)
-        if len(images) != entry["images"] or outside:
+        if len(images) != entry["images"]:
             raise DataError(
-                f"{tar}: its index has {len(images)} images, {MANIFEST} says {entry['images']}, or places outside of "
-                f"it: launch/prepare.py index {root.parent} writes the index anew{anew}"
+                f"{tar}: its index has {len(images)} images, {MANIFEST} says {entry['images']}: {_remedy(root)}"
             )
+        if any(not 0 <= offset <= offset + size <= entry["bytes"] for _, offset, size in images):
+            raise DataError(f"{tar}: its index names places outside of it: {_remedy(root)}")
         if "labels" in entry:
-            names += [f"{entry['file']}/{name}" for name, _, _ in images]  # another shard may have the same ones
+            names += [f"{tar.name}/{name}" for name, _, _ in images]  # another shard may have the same ones
             labels += _checked_labels(entry["labels"], len(images), len(classes), root)
         else:
             names += [name for name, _, _ in images]
@@ -117,11 +107,41 @@ def read_shards(root: Path) -> tuple[list[str], np.ndarray, list[str], TarPlaces
         places += [(number, offset, size) for _, offset, size in images]
     labels_N = np.array(labels, dtype=np.int64)
     counts = np.bincount(labels_N, minlength=len(classes)).tolist()
-    if len(labels) != len(names) or counts != [entry["images"] for entry in manifest["classes"]]:
-        raise DataError(f"{root}: the images of each class are not as many as {MANIFEST} says: make the shards again")
+    if counts != [entry["images"] for entry in manifest["classes"]]:
+        raise DataError(f"{root}: the images of each class are not as many as {MANIFEST} says: {_remedy(root)}")
     shard, offset, size = np.array(places, dtype=np.int64).reshape(-1, 3).T
-    shards = [str(root / entry["file"]) for entry in manifest["shards"]]
-    return names, labels_N, classes, TarPlaces(shards=shards, shard=shard, offset=offset, size=size)
+    return names, labels_N, classes, TarPlaces(shards=[*map(str, tars)], shard=shard, offset=offset, size=size)
+
+
+def listed_shards(root: Path) -> list[Path]:
+    """The tar files of ROOT's manifest, in its order. DataError as `read_shards` raises it over them."""
+    return _listed_shards(root, _read_manifest(root))
+
+
+def _listed_shards(root: Path, manifest: dict[str, Any]) -> list[Path]:
+    # Our own shards' classes have their names in the manifest alone: they would be mere numbers in another one.
+    others_made_them = any("labels" in entry for entry in manifest["shards"])
+    anew = f", or remove {MANIFEST} and run launch/prepare.py index {root.parent}" if others_made_them else ""
+    unlisted = sorted({tar.name for tar in root.glob("*.tar")} - {entry["file"] for entry in manifest["shards"]})
+    if unlisted:
+        raise DataError(f"{root / unlisted[0]}: {MANIFEST} does not list it: move it away{anew}")
+    tars = [root / entry["file"] for entry in manifest["shards"]]
+    for tar, entry in zip(tars, manifest["shards"], strict=True):
+        found = tar.stat().st_size if tar.is_file() else None
+        if found != entry["bytes"]:
+            size = "no such file" if found is None else f"{found:,} bytes"
+            raise DataError(
+                f"{tar}: found {size}, {MANIFEST} says {entry['bytes']:,} bytes: copy or make it again{anew}"
+            )
+    return tars
+
+
+def _remedy(root: Path) -> str:
+    """What to do where an index or a manifest does not fit its tar files."""
+    return (
+        f"launch/prepare.py index {root.parent} writes indices anew; if it says the same, make the shards again, or, "
+        f"if others made them, remove {MANIFEST} first"
+    )
 
 
 def write_manifest(
@@ -150,10 +170,11 @@ def write_manifest(
     _write_whole(root / MANIFEST, json.dumps(content, indent=None if with_labels else 1, ensure_ascii=True) + "\n")
 
 
-def write_index(tar: Path) -> None:
+def write_index(tar: Path) -> bool:
     """Write TAR's index beside it: a line a sample, for each of its files extension, offset, size and name.
 
-    Raises tarfile.TarError if it is no whole tar file.
+    Returns whether it wrote: it does nothing if that is what lies there. Raises tarfile.TarError if it is no whole tar
+    file.
     """
     samples: dict[str, list[str]] = {}
     with tarfile.open(tar, "r:") as members:
@@ -166,7 +187,11 @@ def write_index(tar: Path) -> None:
                 place = f"{extension} {member.offset_data} {member.size} {name}"
                 samples.setdefault(f"{folder}{slash}{stem}", []).append(place)
     lines = [f"{INDEX_VERSION} {len(samples)}", *(" ".join(files) for files in samples.values())]
-    _write_whole(tar.with_suffix(".idx"), "\n".join(lines) + "\n")
+    index, text = tar.with_suffix(".idx"), "\n".join(lines) + "\n"
+    if index.is_file() and index.read_bytes() == os.fsencode(text):
+        return False
+    _write_whole(index, text)
+    return True
 
 
 def read_index(file: Path) -> list[tuple[str, int, int]]:
@@ -235,8 +260,8 @@ def _checked_labels(labels: Any, num_images: int, num_classes: int, root: Path) 
     fit = isinstance(labels, list) and all(type(label) is int and 0 <= label < num_classes for label in labels)
     if not fit or len(labels) != num_images:
         raise DataError(
-            f"{root / MANIFEST}: 'labels' are not a whole number under {num_classes} for each image: remove it and let "
-            f"launch/prepare.py index {root.parent} make it again"
+            f"{root / MANIFEST}: 'labels' are not a whole number under {num_classes} for each image: remove it and "
+            f"run launch/prepare.py index {root.parent}"
         )
     return labels
 
@@ -256,17 +281,21 @@ def _write_whole(file: Path, text: str) -> None:
 
 def _read_manifest(root: Path) -> dict[str, Any]:
     file = root / MANIFEST
+    again = f"make the shards again, or, if others made them, remove it and run launch/prepare.py index {root.parent}"
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{file}: cannot be read ({error}): make the shards again") from error
+        raise DataError(f"{file}: cannot be read ({error}): {again}") from error
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != MANIFEST_FORMAT:
         raise DataError(f"{file}: found format {found!r}, allowed: {MANIFEST_FORMAT}")
     for key, types in MANIFEST_ENTRIES.items():
         entries = manifest.get(key)
         if not isinstance(entries, list) or not all(_is_entry(entry, types) for entry in entries):
-            raise DataError(f"{file}: {key!r} is no list with {', '.join(types)} in each entry: make the shards again")
+            raise DataError(f"{file}: {key!r} is no list with {', '.join(types)} in each entry: {again}")
+    names = [entry["name"] for entry in manifest["classes"]]
+    if len(set(names)) < len(names):
+        raise DataError(f"{file}: two of the 'classes' have one name: {again}")
     return manifest
 
 

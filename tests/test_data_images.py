@@ -431,3 +431,16 @@ def test_validation_alone_needs_no_training_images(photos, loader):
     (photos / "exclude.txt").write_text("\n".join(lines))
     val = build_val_loader(config, **alone)
     assert (val.num_images, val.num_excluded, val.unmatched) == (9, 1, ("val/ant/no.jpg",))
+
+
+def test_validation_alone_says_which_order_of_numbers_it_takes(tmp_path):
+    classes = [str(number) for number in range(12)]
+    write_split(tmp_path / "images", 1, tuple(classes))
+    (tmp_path / "val.txt").write_text("\n".join(f"images/{name}/0.jpg {name}" for name in classes))
+    config = DataConfig(path=str(tmp_path), loader="folder", batch_size=4)
+    arguments = {"world_size": 1, "device": CPU, "seed": 0}
+    with pytest.warns(UserWarning, match="no training split says in which order .* taken: 0, 1, 2, 3, 4 and so on"):
+        build_val_loader(config, rank=0, **arguments)
+    (tmp_path / "train").symlink_to(tmp_path / "images")
+    with pytest.warns(UserWarning, match="the network's output 0 is class 0, its last one"):
+        build_val_loader(config, rank=0, **arguments)

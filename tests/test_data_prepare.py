@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import io
 import pickle
+import shutil
 import socket
 import tarfile
 from functools import partial
@@ -21,7 +22,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, MNIST, Imagenette, imagenet
 
 from data.batch import DataError
 from data.images import list_splits
-from data.prepare import downloads, prepare_imagenet
+from data.prepare import atomic, downloads, prepare_imagenet
 from launch import prepare
 
 __all__ = ["photos"]  # the fixture
@@ -281,6 +282,24 @@ def test_imagenet_does_not_take_another_preparation_s_remains_for_its_own(archiv
     assert {entry.name for entry in (tmp_path / "set/train").iterdir()} == set(WNIDS)
     assert len(list_splits(tmp_path / "set")[0].names) == 6
     assert {entry.name for entry in (tmp_path / "set").iterdir()} == {"train", "val"}
+
+
+def test_what_another_maker_was_killed_over_emptying_is_not_taken_for_whole(archives, tmp_path, monkeypatch):
+    """It finds imagenet's remains and gets no further than to leave one image of a class that was whole."""
+    full = tmp_path / ".set.preparing/train/n02"
+    full.mkdir(parents=True)
+    (full / "n02_0.JPEG").touch()
+    (tmp_path / ".set.preparing" / atomic.RESUMABLE).touch()
+
+    def killed(folder, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", killed)
+        atomic.write_data_set(tmp_path / "set", lambda folder: None)
+    assert full.is_dir()
+    assert prepare_imagenet(archives, tmp_path / "set")
+    assert len(list_splits(tmp_path / "set")[0].names) == 6
 
 
 def test_a_missing_or_damaged_archive_is_named(archives, tmp_path, capsys):

@@ -15,7 +15,7 @@ from test_data_images import build, disk_loaders, equal, made_photo, needs_dali,
 
 from data import shards as shards_module
 from data.batch import DataError
-from data.images import list_split, list_splits, open_image
+from data.images import list_split, list_splits, list_validation, open_image
 from data.prepare import check_data, index_shards, prepare_shards
 from data.sharding import SHARDS_AT_A_TIME, TrainSharding
 from data.shards import read_index
@@ -170,7 +170,7 @@ def damage_index(change):
     return damage
 
 
-DAMAGED_INDICES = pytest.mark.parametrize(
+@pytest.mark.parametrize(
     "damage",
     [
         cut_index,
@@ -183,9 +183,6 @@ DAMAGED_INDICES = pytest.mark.parametrize(
     ],
     ids=["cut", "gone", "no text", "no count", "cut line", "far outside", "negative"],
 )
-
-
-@DAMAGED_INDICES
 def test_a_damaged_index_is_named_and_written_anew(shards, capsys, damage):
     """The manifest stays: our own classes have their names there alone."""
     manifest, before = (shards / "train" / "manifest.json").read_bytes(), list_splits(shards)
@@ -201,10 +198,66 @@ def test_a_damaged_index_is_named_and_written_anew(shards, capsys, damage):
     assert "kept as it is" in capsys.readouterr().out
 
 
-def test_what_an_index_written_anew_does_not_mend_is_said(shards, capsys):
-    cut_tar(shards / "train")
-    assert prepare_main(["index", str(shards)]) == 1
-    assert "train-00001.tar: " in capsys.readouterr().err
+def test_an_index_that_only_points_to_other_bytes_is_written_anew(shards, capsys):
+    before = contents(list_splits(shards)[0])
+    damage_index(lambda lines: [line.replace(" 512 ", " 1024 ") for line in lines])(shards / "train")
+    other = shards / "train" / "train-00000.idx"
+    inode = other.stat().st_ino
+    assert contents(list_splits(shards)[0]) != before
+    assert prepare_main(["index", str(shards)]) == 0
+    assert contents(list_splits(shards)[0]) == before
+    assert other.stat().st_ino == inode  # it was right
+
+
+def change_manifest(change):
+    def damage(split):
+        manifest = json.loads((split / "manifest.json").read_text())
+        change(manifest)
+        (split / "manifest.json").write_text(json.dumps(manifest))
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut_tar, r"train-00001\.tar: found [\d,]+ bytes, manifest\.json says [\d,]+ bytes: copy or make it again$"),
+        (
+            change_manifest(lambda manifest: manifest["shards"][1].update(images=9)),
+            r"its index has 4 images, manifest\.json says 9: .* if it says the same, make the shards again",
+        ),
+        (
+            change_manifest(lambda manifest: manifest["classes"][1].update(images=9)),
+            "the images of each class are not as many as .* if it says the same, make the shards again",
+        ),
+        (
+            change_manifest(lambda manifest: manifest["classes"][1].update(name="ant")),
+            r"manifest\.json: two of the 'classes' have one name: make the shards again",
+        ),
+    ],
+    ids=["cut shard", "images", "images of a class", "one name"],
+)
+def test_what_an_index_written_anew_does_not_mend_is_said(shards, damage, message):
+    damage(shards / "train")
+    for attempt in (list_splits, index_shards):
+        with pytest.raises(DataError, match=message):
+            attempt(shards)
+
+
+@pytest.mark.parametrize("train", ["folder", "file list", "none"])
+def test_shards_of_one_split_are_indexed_beside_another_form_or_none(photos, tmp_path_factory, train):
+    path = tmp_path_factory.mktemp("sets")
+    write_foreign(path, "val", 4, label=("ant", "bee", "ant").__getitem__)
+    if train == "folder":
+        (path / "train").symlink_to(photos / "train")
+    elif train == "file list":
+        (path / "train.txt").write_text(f"{photos}/train/ant/0.jpg ant\n{photos}/train/bee/0.jpg bee\n")
+    assert index_shards(path)
+    assert list_validation(path).classes == ["ant", "bee"]
+    assert not index_shards(path)
+    (path / "val/val-1.idx").unlink()
+    assert index_shards(path)
+    assert len(list_validation(path).names) == 8
 
 
 @pytest.mark.parametrize(
@@ -223,15 +276,9 @@ def test_labels_that_are_none_are_named(tmp_path, labels):
 
 
 def test_an_index_of_an_earlier_state_of_a_tar_file_is_not_trusted(tmp_path):
-    for split, extensions in (("train", ("jpg", "json")), ("val", ("jpg", "cls"))):
-        write_foreign(tmp_path, split, 2, extensions=extensions)
-    with pytest.raises(DataError, match=r"has no \.cls file"):
-        index_shards(tmp_path)
-    shutil.rmtree(tmp_path / "train")
-    indices = [tmp_path / "train" / f"train-{shard}.idx" for shard in range(2)]
-    write_foreign(tmp_path, "train", 6)
-    for index in indices:
-        index.write_text("v1.2 1\njpg 0 10 a.jpg cls 0 1 a.cls\n")
+    for split in ("train", "val"):
+        write_foreign(tmp_path, split, 6)
+    (tmp_path / "train" / "train-1.idx").write_text("v1.2 1\njpg 0 10 a.jpg cls 0 1 a.cls\n")
     index_shards(tmp_path)
     assert len(list_splits(tmp_path)[0].names) == 12
 

@@ -122,7 +122,7 @@ def evaluate_checkpoint(
     stored = world.together(lambda: load_network(path))
     architecture, model = stored.architecture, stored.model
     config = _evaluation_config(path, stored, {"path": data_path, "batch_size": batch_size})
-    val_loader = world.together(lambda: build_val_loader(config.data, **_of_loaders(config, world)))
+    val_loader = world.together(lambda: build_val_loader(config.data, **_loader_arguments(config, world)))
     if val_loader.num_classes != architecture.num_classes:
         raise TrainError(
             f"{config.data.path} has {val_loader.num_classes} classes, the network {architecture.num_classes}"
@@ -179,7 +179,7 @@ def _with_model_name(config: RunConfig, begun: dict[str, Any] | None) -> RunConf
 
 def _build_trainer(config: RunConfig, world: World, ledger: Ledger) -> Trainer:
     """Everything at full width and at the beginning; DDP, sinks and checkpoints not yet."""
-    train_loader, val_loader = build_loaders(config.data, **_of_loaders(config, world))
+    train_loader, val_loader = build_loaders(config.data, **_loader_arguments(config, world))
     torch.manual_seed(config.run.seed)  # the same initial weights on every rank
     on_gpu = world.device.type == "cuda"
     architecture = _architecture(config, train_loader.num_classes)
@@ -251,8 +251,8 @@ def _architecture(config: RunConfig, num_classes: int) -> Architecture:
     return Architecture(name=config.model.name, num_classes=num_classes, input_shape=(config.data.channels, side, side))
 
 
-def _of_loaders(config: RunConfig, world: World) -> dict[str, Any]:
-    """What data's two functions that build loaders want to know beside the options."""
+def _loader_arguments(config: RunConfig, world: World) -> dict[str, Any]:
+    """For data's `build_loaders` and `build_val_loader`."""
     return {
         "rank": world.rank,
         "world_size": world.size,

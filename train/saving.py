@@ -307,8 +307,8 @@ def _restore_rank(trainer: Trainer, stored: dict[str, Any], batch_size: int) -> 
         trainer.so_far = EpochSoFar.restored(parts, world, ratio, len(loader))
     notes = []
     if not loader.same_images(ranks[0]["train_loader"]):
-        note = "the training images are not those of the checkpoint"
-        if trainer.so_far is not None and trainer.so_far.step > 0:
+        note = "the training images are not those of the checkpoint, or have other names, labels or shards"
+        if trainer.so_far is not None and 0 < trainer.so_far.step < len(loader):
             note += "; this epoch goes on in another order, so some of them come twice in it and others not at all"
         notes.append(note)
     if len(ranks) != world.size:

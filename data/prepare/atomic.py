@@ -119,6 +119,7 @@ def _locked(file: Path) -> int | None:
 
 def _empty(folder: Path) -> None:
     """Remove everything but the lock, as far as it goes."""
+    (folder / RESUMABLE).unlink(missing_ok=True)  # first of all: what a kill leaves of the rest is nobody's
     for name in _entries(folder):
         shutil.rmtree(folder / name, ignore_errors=True)
         with suppress(OSError):

@@ -14,7 +14,15 @@ from data.batch import DataError, Split
 from data.images import SPLITS, ImageList, in_words, list_splits, numbered_classes, require_local
 from data.prepare.atomic import is_there, write_data_set
 from data.prepare.progress import tracked
-from data.shards import LABEL_EXTENSION, MANIFEST, read_classes, read_shards, write_index, write_manifest
+from data.shards import (
+    LABEL_EXTENSION,
+    MANIFEST,
+    listed_shards,
+    read_classes,
+    read_shards,
+    write_index,
+    write_manifest,
+)
 
 
 def prepare_shards(
@@ -49,45 +57,41 @@ def index_shards(path: str | Path) -> bool:
     """Make a data set of WebDataset shards that others wrote: indices and manifests for PATH/{train,val}/*.tar.
 
     A sample is one image and its class, a number or a name, in a .cls file; what else it holds is left alone. The tar
-    files are only read. Where there is a manifest, also one of our own shards, it is kept, and so are indices that
-    can be read. One rank calls it. Returns whether it wrote. Raises DataError if a tar file cannot be read, a sample
-    has no image or class, what a manifest says does not fit, or the place cannot be written.
+    files are only read. A manifest that is there, as our own shards have one, is kept, and the indices that differ from
+    its tar files are written anew. A split that is no shards is left alone. One rank calls it. Returns whether it
+    wrote. Raises DataError if there are no shards, a tar file cannot be read, a sample has no image or class, a
+    manifest does not fit its tar files, or the place cannot be written.
     """
-    written = False
-    for root in (Path(path) / split for split in SPLITS):
-        if (root / MANIFEST).is_file():
-            written |= _mend_indices(root)
-            continue
-        tars = sorted(root.glob("*.tar"))
-        if not tars:
-            raise DataError(
-                f"{root}: found no tar files, expected those of {root.name} there: move or link them, unpacked if they "
-                "are compressed"
-            )
-        _index_split(root, tars)
-        written = True
-    return written
+    roots = [Path(path) / split for split in SPLITS]
+    with_manifest = [root for root in roots if (root / MANIFEST).is_file()]
+    tars_of = {root: sorted(root.glob("*.tar")) for root in roots if root not in with_manifest}
+    others = [root for root, tars in tars_of.items() if not tars]
+    for root in others if others == roots else filter(_is_empty, others):
+        raise DataError(
+            f"{root}: found no tar files, expected those of {root.name} there: move or link them, unpacked if they are "
+            "compressed"
+        )
+    written = [_mend_indices(root) for root in with_manifest]
+    written += [_index_split(root, tars) for root, tars in tars_of.items() if tars]
+    return any(written)
 
 
 def _mend_indices(root: Path) -> bool:
-    """Write a split's indices anew if the split cannot be read; DataError if that does not help. Returns whether."""
-    try:
-        read_shards(root)
-    except DataError:
-        tars = sorted(root.glob("*.tar"))
-        for tar in tracked(tars, f"indexing {root.name}", len(tars)):
-            with _named_in_errors(tar):
-                write_index(tar)
-        read_shards(root)
-        return True
-    return False
+    """Write the indices anew that differ from the manifest's tar files; returns whether any did."""
+    tars, written = listed_shards(root), []
+    for tar in tracked(tars, f"indexing {root.name}", len(tars)):
+        with _named_in_errors(tar):
+            written.append(write_index(tar))
+    read_shards(root)  # raises if the manifest does not fit all the same
+    return any(written)
 
 
-def _index_split(root: Path, tars: list[Path]) -> None:
+def _index_split(root: Path, tars: list[Path]) -> bool:
+    """Write indices and the manifest; returns True."""
     found = []
     for tar in tracked(tars, f"indexing {root.name}", len(tars)):
         with _named_in_errors(tar):
-            write_index(tar)  # one that lies there may be of an earlier state of the file
+            write_index(tar)
             found += read_classes(tar)
     if not found:
         raise DataError(f"{root}: its {len(tars)} tar file(s) hold no images: move or link those that do there")
@@ -96,6 +100,12 @@ def _index_split(root: Path, tars: list[Path]) -> None:
         write_manifest(root, classes, labels, tars, with_labels=True)
     except OSError as error:
         raise DataError(f"{root}: cannot be written ({error})") from error
+    return True
+
+
+def _is_empty(root: Path) -> bool:
+    """Whether a split's folder is there and holds neither shards nor classes."""
+    return root.is_dir() and not any(entry.is_dir() or entry.suffix == ".tar" for entry in root.iterdir())
 
 
 @contextmanager
