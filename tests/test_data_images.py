@@ -442,5 +442,6 @@ def test_validation_alone_says_which_order_of_numbers_it_takes(tmp_path):
     with pytest.warns(UserWarning, match="no training split says in which order .* taken: 0, 1, 2, 3, 4 and so on"):
         build_val_loader(config, rank=0, **arguments)
     (tmp_path / "train").symlink_to(tmp_path / "images")
-    with pytest.warns(UserWarning, match="the network's output 0 is class 0, its last one"):
+    with pytest.warns(UserWarning, match="the network's output 0 is class 0, its last one") as said:
         build_val_loader(config, rank=0, **arguments)
+    assert len(said) == 1
