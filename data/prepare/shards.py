@@ -66,10 +66,11 @@ def index_shards(path: str | Path) -> bool:
     with_manifest = [root for root in roots if (root / MANIFEST).is_file()]
     tars_of = {root: sorted(root.glob("*.tar")) for root in roots if root not in with_manifest}
     others = [root for root, tars in tars_of.items() if not tars]
-    for root in others if others == roots else filter(_is_empty, others):
+    bare = others if others == roots else [root for root in others if _is_empty(root)]
+    if bare:
         raise DataError(
-            f"{root}: found no tar files, expected those of {root.name} there: move or link them, unpacked if they are "
-            "compressed"
+            f"{bare[0]}: found no tar files, expected those of {bare[0].name} there: move or link them, unpacked if "
+            "they are compressed"
         )
     written = [_mend_indices(root) for root in with_manifest]
     written += [_index_split(root, tars) for root, tars in tars_of.items() if tars]
