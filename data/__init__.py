@@ -9,16 +9,7 @@ before it is asked for.
 """
 
 from data.batch import Batch, DataConfig, DataError, Loader, train_size
-from data.build import build_loaders, build_val_loader
+from data.build import build_loaders
 from data.prepare import prepare_data
 
-__all__ = [
-    "Batch",
-    "DataConfig",
-    "DataError",
-    "Loader",
-    "build_loaders",
-    "build_val_loader",
-    "prepare_data",
-    "train_size",
-]
+__all__ = ["Batch", "DataConfig", "DataError", "Loader", "build_loaders", "prepare_data", "train_size"]

@@ -1,15 +1,16 @@
-"""From a `DataConfig` to this rank's two loaders: the only place that chooses between them."""
+"""From a `DataConfig` to this rank's loaders: the only place that chooses between them."""
 
 import dataclasses
 import os
 import warnings
+from collections.abc import Sequence
 
 import torch
 
 from data import dali
 from data.batch import DECODING_ON_GPU, ON_DISK, DataConfig, DataError, Loader, Split
 from data.folder import FolderSource
-from data.images import ImageList, has_split, list_splits, list_validation, require_local
+from data.images import SPLITS, ImageList, has_split, list_splits, list_validation, require_local
 from data.loader import SplitLoader
 from data.sharding import Sharding, TrainSharding, ValSharding, batch_size_per_rank
 from data.synthetic import SyntheticSource, synthetic_splits
@@ -28,65 +29,36 @@ def build_loaders(
     device: torch.device,
     seed: int,
     local_world_size: int | None = None,
-) -> tuple[Loader, Loader]:
-    """This rank's training and validation loader; every rank calls it, with the same config and seed.
+    splits: Sequence[Split] = SPLITS,
+) -> list[Loader]:
+    """This rank's loaders, training and validation; every rank calls it, with the same config and seed.
 
-    local_world_size: ranks that share this machine's cores; all of them if not given.
+    local_world_size: ranks that share this machine's cores; all of them if not given. splits: which loaders, in this
+    order; for validation alone no training images need be there.
     Raises DataError if the data set, the batch size or the chosen loader does not work. Threads and worker processes
     start with the first iteration.
     """
     kind = _choose(config, warn=rank == 0)
-    train, val = synthetic_splits(config) if kind == "synthetic" else list_splits(config.path, config.exclude)
-    splits: dict[Split, ImageList] = {"train": train, "val": val}
-    loaders = _loaders(config, kind, splits, rank, world_size, device, seed, local_world_size or world_size)
-    return loaders[0], loaders[1]
-
-
-def build_val_loader(
-    config: DataConfig,
-    *,
-    rank: int,
-    world_size: int,
-    device: torch.device,
-    seed: int,
-    local_world_size: int | None = None,
-) -> Loader:
-    """The validation loader alone, as `build_loaders` gives it; no training images need be there."""
-    kind = _choose(config, warn=rank == 0)
-    val = synthetic_splits(config)[1] if kind == "synthetic" else list_validation(config.path, config.exclude)
-    as_numbers = sorted(val.classes, key=int) if all(map(str.isdecimal, val.classes)) else val.classes
-    if rank == 0 and as_numbers != sorted(val.classes) and not has_split(config.path, "train"):
-        warnings.warn(
-            f"{config.path}: the classes are numbers, and no training split says in which order the network knows "
-            f"them; taken: {', '.join(val.classes[:5])} and so on",
-            stacklevel=2,
-        )
-    return _loaders(config, kind, {"val": val}, rank, world_size, device, seed, local_world_size or world_size)[0]
-
-
-def _loaders(
-    config: DataConfig,
-    kind: str,
-    splits: dict[Split, ImageList],
-    rank: int,
-    world_size: int,
-    device: torch.device,
-    seed: int,
-    local_world_size: int,
-) -> list[SplitLoader]:
+    if kind == "synthetic":
+        listed = dict(zip(SPLITS, synthetic_splits(config), strict=True))
+    elif "train" in splits:
+        listed = dict(zip(SPLITS, list_splits(config.path, config.exclude), strict=True))
+    else:
+        listed = {"val": list_validation(config.path, config.exclude)}
     if kind == "folder":
-        require_local(*splits.values())
-    for note in _surprises(config, next(iter(splits.values()))) if rank == 0 else ():
-        warnings.warn(note, stacklevel=3)
-    threads = config.threads or default_threads(local_world_size)
+        require_local(*listed.values())
+    for note in _surprises(config, listed) if rank == 0 else ():
+        warnings.warn(note, stacklevel=2)
+    threads = config.threads or default_threads(local_world_size or world_size)
     ranks = {"batch_size": batch_size_per_rank(config.batch_size, world_size), "rank": rank, "world_size": world_size}
     loaders = []
-    for split, images in splits.items():
-        num_images = len(images.names)
+    for split in splits:
+        images = listed[split]
         if split == "train":
-            sharding = TrainSharding(num_images=num_images, **ranks, seed=seed, shard_sizes=images.shard_sizes)
+            order = {"seed": seed, "shard_sizes": images.shard_sizes}
+            sharding = TrainSharding(num_images=len(images.names), **ranks, **order)
         else:
-            sharding = ValSharding(num_images=num_images, **ranks)
+            sharding = ValSharding(num_images=len(images.names), **ranks)
         common = {"split": split, "sharding": sharding, "seed": seed, "device": device}
         if kind == "synthetic":
             source = SyntheticSource(config, images, **common)
@@ -124,15 +96,23 @@ def _choose(config: DataConfig, *, warn: bool) -> str:
     return "folder"
 
 
-def _surprises(config: DataConfig, images: ImageList) -> list[str]:
+def _surprises(config: DataConfig, listed: dict[Split, ImageList]) -> list[str]:
     """What a user might take for granted and is not so, in words."""
     notes = []
+    images = next(iter(listed.values()))
     numbers = [int(name) for name in images.classes if name.isdecimal()]
-    if len(numbers) == len(images.classes) and numbers != list(range(len(numbers))):
-        notes.append(
-            f"{config.path}: the classes are numbers, but not 0 to {len(numbers) - 1} in order; the network's output 0 "
-            f"is class {numbers[0]}, its last one ({len(numbers) - 1}) class {numbers[-1]}"
-        )
+    if len(numbers) == len(images.classes):
+        orders_differ = sorted(images.classes, key=int) != sorted(images.classes)
+        if orders_differ and "train" not in listed and not has_split(config.path, "train"):
+            notes.append(
+                f"{config.path}: the classes are numbers, and no training split says in which order the network knows "
+                f"them; taken: {', '.join(images.classes[:5])} and so on"
+            )
+        elif numbers != list(range(len(numbers))):
+            notes.append(
+                f"{config.path}: the classes are numbers, but not 0 to {len(numbers) - 1} in order; the network's "
+                f"output 0 is class {numbers[0]}, its last one ({len(numbers) - 1}) class {numbers[-1]}"
+            )
     if not config.mmap and images.places is not None:
         notes.append("data.mmap has no effect with shards, which are always read")
     return notes

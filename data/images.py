@@ -12,11 +12,11 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from data.batch import DataError
+from data.batch import DataError, Split
 from data.shards import MANIFEST, TarPlaces, read_shards
 
 EXCLUDE_FILE = "exclude.txt"
-SPLITS = ("train", "val")
+SPLITS: tuple[Split, ...] = ("train", "val")
 # What Pillow and DALI both decode; MPO is the JPEG of cameras that store several pictures in it.
 FORMATS = {"JPEG", "MPO", "PNG", "BMP", "PPM", "TIFF", "WEBP", "JPEG2000"}
 EXPECTED = "PATH/train/CLASS/*.jpg and PATH/val/CLASS/*.jpg, file lists PATH/train.txt and PATH/val.txt, or shards"

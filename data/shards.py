@@ -83,9 +83,9 @@ def read_shards(root: Path) -> tuple[list[str], np.ndarray, list[str], TarPlaces
 
     DataError if a shard or its index is missing, cut short, or not what the manifest says, or if it does not list one.
     """
-    manifest = _read_manifest(root)
+    manifest = read_manifest(root)
     _opened.cache_clear()  # other files may lie there by now
-    tars = _listed_shards(root, manifest)
+    tars = listed_shards(root, manifest)
     classes = [entry["name"] for entry in manifest["classes"]]
     names: list[str] = []
     labels: list[int] = []
@@ -113,12 +113,32 @@ def read_shards(root: Path) -> tuple[list[str], np.ndarray, list[str], TarPlaces
     return names, labels_N, classes, TarPlaces(shards=[*map(str, tars)], shard=shard, offset=offset, size=size)
 
 
-def listed_shards(root: Path) -> list[Path]:
-    """The tar files of ROOT's manifest, in its order. DataError as `read_shards` raises it over them."""
-    return _listed_shards(root, _read_manifest(root))
+def read_manifest(root: Path) -> dict[str, Any]:
+    """ROOT's manifest; DataError if it cannot be read or is not as `write_manifest` writes it."""
+    file = root / MANIFEST
+    again = f"make the shards again, or, if others made them, remove it and run launch/prepare.py index {root.parent}"
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file}: cannot be read ({error}): {again}") from error
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != MANIFEST_FORMAT:
+        raise DataError(f"{file}: found format {found!r}, allowed: {MANIFEST_FORMAT}")
+    for key, types in MANIFEST_ENTRIES.items():
+        entries = manifest.get(key)
+        if not isinstance(entries, list) or not all(_is_entry(entry, types) for entry in entries):
+            raise DataError(f"{file}: {key!r} is no list with {', '.join(types)} in each entry: {again}")
+    names = [entry["name"] for entry in manifest["classes"]]
+    if len(set(names)) < len(names):
+        raise DataError(f"{file}: two of the 'classes' have one name: {again}")
+    return manifest
 
 
-def _listed_shards(root: Path, manifest: dict[str, Any]) -> list[Path]:
+def listed_shards(root: Path, manifest: dict[str, Any]) -> list[Path]:
+    """The tar files of ROOT's manifest, in its order.
+
+    DataError if one is missing or of another length than the manifest says, or if there is one that it does not list.
+    """
     # Our own shards' classes have their names in the manifest alone: they would be mere numbers in another one.
     others_made_them = any("labels" in entry for entry in manifest["shards"])
     anew = f", or remove {MANIFEST} and run launch/prepare.py index {root.parent}" if others_made_them else ""
@@ -277,26 +297,6 @@ def _write_whole(file: Path, text: str) -> None:
     unfinished = file.with_name(f".{file.name}.part")
     unfinished.write_bytes(os.fsencode(text))  # a name in a tar file need not be UTF-8
     unfinished.replace(file)
-
-
-def _read_manifest(root: Path) -> dict[str, Any]:
-    file = root / MANIFEST
-    again = f"make the shards again, or, if others made them, remove it and run launch/prepare.py index {root.parent}"
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file}: cannot be read ({error}): {again}") from error
-    found = manifest.get("format") if isinstance(manifest, dict) else None
-    if found != MANIFEST_FORMAT:
-        raise DataError(f"{file}: found format {found!r}, allowed: {MANIFEST_FORMAT}")
-    for key, types in MANIFEST_ENTRIES.items():
-        entries = manifest.get(key)
-        if not isinstance(entries, list) or not all(_is_entry(entry, types) for entry in entries):
-            raise DataError(f"{file}: {key!r} is no list with {', '.join(types)} in each entry: {again}")
-    names = [entry["name"] for entry in manifest["classes"]]
-    if len(set(names)) < len(names):
-        raise DataError(f"{file}: two of the 'classes' have one name: {again}")
-    return manifest
 
 
 def _is_entry(entry: Any, types: dict[str, type]) -> bool:

@@ -13,7 +13,7 @@ import torch
 from PIL import ExifTags, Image
 
 from data.batch import DataConfig, DataError
-from data.build import build_loaders, build_val_loader
+from data.build import build_loaders
 from data.dali import import_failure
 from data.images import list_split, list_splits, list_validation, numbered_classes
 
@@ -422,14 +422,14 @@ def test_validation_alone_needs_no_training_images(photos, loader):
     _, expected = build(photos, loader)
     lines = ["val/ant/0.jpg", "train/ant/0.jpg", "val/ant/no.jpg"]
     config = DataConfig(path=str(photos), loader=loader, batch_size=4, image_size=32, resize_size=40, threads=2)
-    alone = {"rank": 0, "world_size": 1, "device": CPU, "seed": 3}
+    alone = {"rank": 0, "world_size": 1, "device": CPU, "seed": 3, "splits": ("val",)}
     shutil.rmtree(photos / "train")
-    val = build_val_loader(config, **alone)
+    [val] = build_loaders(config, **alone)
     assert equal(taken(val), taken(expected))
     val.close()
     expected.close()
     (photos / "exclude.txt").write_text("\n".join(lines))
-    val = build_val_loader(config, **alone)
+    [val] = build_loaders(config, **alone)
     assert (val.num_images, val.num_excluded, val.unmatched) == (9, 1, ("val/ant/no.jpg",))
 
 
@@ -438,10 +438,10 @@ def test_validation_alone_says_which_order_of_numbers_it_takes(tmp_path):
     write_split(tmp_path / "images", 1, tuple(classes))
     (tmp_path / "val.txt").write_text("\n".join(f"images/{name}/0.jpg {name}" for name in classes))
     config = DataConfig(path=str(tmp_path), loader="folder", batch_size=4)
-    arguments = {"world_size": 1, "device": CPU, "seed": 0}
+    arguments = {"rank": 0, "world_size": 1, "device": CPU, "seed": 0, "splits": ("val",)}
     with pytest.warns(UserWarning, match="no training split says in which order .* taken: 0, 1, 2, 3, 4 and so on"):
-        build_val_loader(config, rank=0, **arguments)
+        build_loaders(config, **arguments)
     (tmp_path / "train").symlink_to(tmp_path / "images")
     with pytest.warns(UserWarning, match="the network's output 0 is class 0, its last one") as said:
-        build_val_loader(config, rank=0, **arguments)
+        build_loaders(config, **arguments)
     assert len(said) == 1

@@ -17,8 +17,9 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cup import REDUCTION_TOLERANCE, Complexity, complexity, has_reached
-from data import DataConfig, Loader, build_loaders, build_val_loader, prepare_data, train_size
-from data.images import exclude_file
+from data import DataConfig, Loader, build_loaders, prepare_data, train_size
+from data.batch import Split
+from data.images import SPLITS, exclude_file
 from train.checkpoint import (
     StoredNetwork,
     load_checkpoint,
@@ -122,7 +123,7 @@ def evaluate_checkpoint(
     stored = world.together(lambda: load_network(path))
     architecture, model = stored.architecture, stored.model
     config = _evaluation_config(path, stored, {"path": data_path, "batch_size": batch_size})
-    val_loader = world.together(lambda: build_val_loader(config.data, **_loader_arguments(config, world)))
+    [val_loader] = world.together(lambda: _loaders(config, world, ("val",)))
     if val_loader.num_classes != architecture.num_classes:
         raise TrainError(
             f"{config.data.path} has {val_loader.num_classes} classes, the network {architecture.num_classes}"
@@ -179,7 +180,7 @@ def _with_model_name(config: RunConfig, begun: dict[str, Any] | None) -> RunConf
 
 def _build_trainer(config: RunConfig, world: World, ledger: Ledger) -> Trainer:
     """Everything at full width and at the beginning; DDP, sinks and checkpoints not yet."""
-    train_loader, val_loader = build_loaders(config.data, **_loader_arguments(config, world))
+    train_loader, val_loader = _loaders(config, world, SPLITS)
     torch.manual_seed(config.run.seed)  # the same initial weights on every rank
     on_gpu = world.device.type == "cuda"
     architecture = _architecture(config, train_loader.num_classes)
@@ -251,15 +252,16 @@ def _architecture(config: RunConfig, num_classes: int) -> Architecture:
     return Architecture(name=config.model.name, num_classes=num_classes, input_shape=(config.data.channels, side, side))
 
 
-def _loader_arguments(config: RunConfig, world: World) -> dict[str, Any]:
-    """For data's `build_loaders` and `build_val_loader`."""
-    return {
-        "rank": world.rank,
-        "world_size": world.size,
-        "local_world_size": world.local_size,
-        "device": world.device,
-        "seed": config.run.seed,
-    }
+def _loaders(config: RunConfig, world: World, splits: Sequence[Split]) -> list[Loader]:
+    return build_loaders(
+        config.data,
+        rank=world.rank,
+        world_size=world.size,
+        local_world_size=world.local_size,
+        device=world.device,
+        seed=config.run.seed,
+        splits=splits,
+    )
 
 
 def _left_out(config: RunConfig, trainer: Trainer) -> list[str]:

@@ -19,6 +19,7 @@ from data.shards import (
     MANIFEST,
     listed_shards,
     read_classes,
+    read_manifest,
     read_shards,
     write_index,
     write_manifest,
@@ -72,14 +73,16 @@ def index_shards(path: str | Path) -> bool:
             f"{bare[0]}: found no tar files, expected those of {bare[0].name} there: move or link them, unpacked if "
             "they are compressed"
         )
-    written = [_mend_indices(root) for root in with_manifest]
-    written += [_index_split(root, tars) for root, tars in tars_of.items() if tars]
-    return any(written)
+    mended = [_mend_indices(root) for root in with_manifest]
+    without_manifest = {root: tars for root, tars in tars_of.items() if tars}
+    for root, tars in without_manifest.items():
+        _index_split(root, tars)
+    return any(mended) or bool(without_manifest)
 
 
 def _mend_indices(root: Path) -> bool:
     """Write the indices anew that differ from the manifest's tar files; returns whether any did."""
-    tars, written = listed_shards(root), []
+    tars, written = listed_shards(root, read_manifest(root)), []
     for tar in tracked(tars, f"indexing {root.name}", len(tars)):
         with _named_in_errors(tar):
             written.append(write_index(tar))
@@ -87,8 +90,8 @@ def _mend_indices(root: Path) -> bool:
     return any(written)
 
 
-def _index_split(root: Path, tars: list[Path]) -> bool:
-    """Write indices and the manifest; returns True."""
+def _index_split(root: Path, tars: list[Path]) -> None:
+    """Write indices and the manifest."""
     found = []
     for tar in tracked(tars, f"indexing {root.name}", len(tars)):
         with _named_in_errors(tar):
@@ -101,7 +104,6 @@ def _index_split(root: Path, tars: list[Path]) -> bool:
         write_manifest(root, classes, labels, tars, with_labels=True)
     except OSError as error:
         raise DataError(f"{root}: cannot be written ({error})") from error
-    return True
 
 
 def _is_empty(root: Path) -> bool:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from data import Batch, DataConfig, DataError, Loader, build_val_loader
+from data import Batch, DataConfig, DataError, Loader, build_loaders
 from data.batch import NORMALISATION
 from launch.benches.measure import data_config, machine, require_image_folder, write_result
 from train.checkpoint import StoredNetwork, load_network
@@ -109,7 +109,9 @@ def _config(options: argparse.Namespace, stored: StoredNetwork | None) -> DataCo
 
 
 def _validation(config: DataConfig, kind: str, device: torch.device) -> Loader:
-    return build_val_loader(dataclasses.replace(config, loader=kind), rank=0, world_size=1, device=device, seed=0)
+    config = dataclasses.replace(config, loader=kind)
+    [val] = build_loaders(config, rank=0, world_size=1, device=device, seed=0, splits=("val",))
+    return val
 
 
 class _TorchvisionLoader:

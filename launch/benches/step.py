@@ -377,7 +377,7 @@ class _Loops:
         self.epochs[loop] += 1
         return self.epochs[loop]
 
-    def _loaders(self) -> tuple[Loader, Loader]:
+    def _loaders(self) -> list[Loader]:
         return build_loaders(self.config, rank=0, world_size=1, device=self.world.device, seed=0)
 
     def _trainer(self) -> Trainer:
