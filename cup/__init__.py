@@ -7,9 +7,8 @@ from cup.carry import carry_ema, carry_optimizer, check_optimizer
 from cup.complexity import Complexity, LayerCost, complexity, complexity_after, flops_after
 from cup.describe import describe
 from cup.errors import CupError
-from cup.groups import ChannelGroup, Place
-from cup.plan import PrunePlan
-from cup.planners import (
+from cup.planning.plan import PrunePlan
+from cup.planning.planners import (
     REDUCTION_TOLERANCE,
     GroupCut,
     PlanOptions,
@@ -19,9 +18,10 @@ from cup.planners import (
     plan_by_threshold,
     prunable_groups,
 )
-from cup.schedule import has_reached, is_cut_epoch, reduction_at, threshold_at
+from cup.planning.schedule import has_reached, is_cut_epoch, reduction_at, threshold_at
 from cup.surgery import ParameterChange, Resized, apply_plan, shrink_to
-from cup.trace import channel_groups
+from cup.tracing.groups import ChannelGroup, Place
+from cup.tracing.trace import channel_groups
 
 __all__ = [
     "REDUCTION_TOLERANCE",

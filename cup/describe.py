@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from cup.groups import ChannelGroup, Place
-from cup.trace import channel_groups
+from cup.tracing.groups import ChannelGroup, Place
+from cup.tracing.trace import channel_groups
 
 
 def describe(model: nn.Module, example_input: torch.Tensor | None = None) -> str:

@@ -16,7 +16,7 @@ if not __package__:
 
 from train.cli import command_again, exit_code_of  # noqa: E402
 from train.config import parse_config  # noqa: E402
-from train.ledger import Ledger  # noqa: E402
+from train.log.ledger import Ledger  # noqa: E402
 from train.run import run  # noqa: E402
 from train.world import open_world  # noqa: E402
 

@@ -4,7 +4,7 @@ import os
 import signal
 
 # The networks of the tests are too small for two threads, which wait for each other where several processes share the
-# cores: beside two other processes a run of tests/tiny.yaml took 9 s with two threads and 3 s with one.
+# cores: beside two other processes a run of tests/helpers/tiny.yaml took 9 s with two threads and 3 s with one.
 for _threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(_threads, "1")
 

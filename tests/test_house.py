@@ -34,5 +34,5 @@ def test_importing_the_rooms_imports_neither_dali_nor_tensorboard():
 
 def test_torch_never_unpickles():
     assert files_naming(("weights_only=False",)) == set()
-    assert files_naming(("torch.load(",)) == {"train/checkpoint.py"}
-    assert "weights_only=True" in (ROOT / "train/checkpoint.py").read_text()
+    assert files_naming(("torch.load(",)) == {"train/checkpoint/file.py"}
+    assert "weights_only=True" in (ROOT / "train/checkpoint/file.py").read_text()

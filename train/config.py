@@ -19,11 +19,11 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from data import DataConfig
 from data.batch import DECODING_ON_GPU, ON_DISK
-from train.engine import TrainConfig
 from train.errors import ConfigError
-from train.models import check_model_name
-from train.optim import OptimConfig
-from train.resize import CupConfig
+from train.loop.engine import TrainConfig
+from train.network.models import check_model_name
+from train.network.optim import OptimConfig
+from train.resizer import CupConfig
 
 # Settings of `data` that only some loaders, devices or other settings give an effect.
 RANDAUGMENT = ("randaugment_ops", "randaugment_magnitude")

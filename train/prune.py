@@ -11,9 +11,9 @@ import yaml
 
 import cup
 from cup import ChannelGroup, Complexity, PrunePlan
-from train.checkpoint import StoredNetwork, Weights, load_weights, read_weights_file
+from train.checkpoint.file import StoredNetwork, Weights, load_weights, read_weights_file
 from train.errors import ConfigError
-from train.models import Architecture, build_model, native_input_shape
+from train.network.models import Architecture, build_model, native_input_shape
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,7 @@ from cup import REDUCTION_TOLERANCE, Complexity, complexity, has_reached
 from data import DataConfig, Loader, build_loaders, prepare_data, train_size
 from data.batch import Split
 from data.images import SPLITS, exclude_file
-from train.checkpoint import (
+from train.checkpoint.file import (
     StoredNetwork,
     load_checkpoint,
     load_network,
@@ -30,23 +30,23 @@ from train.checkpoint import (
     stored_plans,
     stored_weights,
 )
-from train.compiling import BlockCompiler
+from train.checkpoint.saving import Saver, load_stored, lost_seconds, restore, restore_buffers
 from train.config import RunConfig, config_from_dict
-from train.engine import Evaluation, Progress, Stopped, Trainer, evaluate, fit
 from train.errors import ConfigError, TrainError
-from train.ledger import Ledger
-from train.mixing import build_mixing
-from train.models import Architecture, build_model
-from train.nonfinite import StepGuard
-from train.optim import build_optimizer
-from train.precision import Precision
-from train.resize import Resizer
+from train.log.ledger import Ledger
+from train.log.sinks import ConsoleSink, JsonLines, Sinks, TensorBoard
+from train.loop.engine import Evaluation, Progress, Stopped, Trainer, evaluate, fit
+from train.loop.mixing import build_mixing
+from train.loop.nonfinite import StepGuard
+from train.loop.watch import Watch
+from train.network.compiling import BlockCompiler
+from train.network.models import Architecture, build_model
+from train.network.optim import build_optimizer
+from train.network.precision import Precision
+from train.network.state import MEMORY_FORMAT, TrainState, state_digest
+from train.resizer import Resizer
 from train.rundir import RunDir, create_run_dir, find_run_dir, read_log
-from train.saving import Saver, load_stored, lost_seconds, restore, restore_buffers
 from train.signals import StopSignals
-from train.sinks import ConsoleSink, JsonLines, Sinks, TensorBoard
-from train.state import MEMORY_FORMAT, TrainState, state_digest
-from train.watch import Watch
 from train.world import World, torchrun_job
 
 OWN_SIGNAL_WITHIN_S = 5.0

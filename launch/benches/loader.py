@@ -34,9 +34,9 @@ from launch.benches.measure import (
     write_result,
 )
 from train.cli import positive_int
-from train.models import build_model
-from train.precision import Precision
-from train.state import MEMORY_FORMAT
+from train.network.models import build_model
+from train.network.precision import Precision
+from train.network.state import MEMORY_FORMAT
 from train.world import World, open_world
 
 IMAGES_PER_SHARD = 200

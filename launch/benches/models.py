@@ -15,11 +15,11 @@ import torchvision
 from torch import nn
 
 import cup
-from cup.layers import find_layer, weight_dim
-from cup.meta import meta_copy, meta_input
+from cup.tracing.layers import find_layer, weight_dim
+from cup.tracing.meta import meta_copy, meta_input
 from launch.benches.measure import machine, write_result
 from train.errors import TrainError
-from train.models import build_model, check_model_name, native_input_shape
+from train.network.models import build_model, check_model_name, native_input_shape
 
 TWIN_TOLERANCE = 1e-4
 """Largest difference of the outputs to the masked twin's, relative to the largest output."""

@@ -14,14 +14,14 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from torch import nn
 
 import cup
-from cup.features import Features
+from cup.criteria.features import Features
 from launch.benches.measure import machine, rounds_in_turn, summary, timed, with_spread, write_result
 from train.cli import positive_int
-from train.models import build_model, native_input_shape
-from train.optim import OptimConfig, build_optimizer
-from train.precision import Precision
-from train.resize import CupConfig, Resizer
-from train.state import MEMORY_FORMAT, TrainState, state_digest
+from train.network.models import build_model, native_input_shape
+from train.network.optim import OptimConfig, build_optimizer
+from train.network.precision import Precision
+from train.network.state import MEMORY_FORMAT, TrainState, state_digest
+from train.resizer import CupConfig, Resizer
 from train.world import World, open_world
 
 EVERYTHING = "resize, everything"

@@ -32,10 +32,10 @@ from launch.benches.step import (
     steps_at_once,
     tables,
 )
-from train.checkpoint import load_checkpoint, stored_architecture
+from train.checkpoint.file import load_checkpoint, stored_architecture
 from train.cli import non_negative_int, positive_int
-from train.engine import TrainConfig
 from train.errors import ConfigError, TrainError
+from train.loop.engine import TrainConfig
 from train.rundir import RunDir, read_log
 from train.world import open_world
 

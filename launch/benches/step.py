@@ -19,26 +19,26 @@ from torch.amp import GradScaler
 from torch.optim import SGD
 
 import cup
-from cup.groups import alive_after
-from cup.planners import round_up
+from cup.planning.planners import round_up
+from cup.tracing.groups import alive_after
 from data import DataConfig, Loader, build_loaders
 from launch.benches.measure import machine, rounds_in_turn, summary, timed, with_spread, write_result
 from train.cli import positive_int
-from train.compiling import BlockCompiler, repeated_blocks
-from train.engine import EpochSoFar, Progress, TrainConfig, Trainer, train_epoch, training_step
 from train.errors import ConfigError, TrainError
-from train.ledger import Ledger
-from train.mixing import build_mixing
-from train.models import build_model, native_input_shape
-from train.optim import OptimConfig, build_optimizer
-from train.precision import Precision
+from train.log.ledger import Ledger
+from train.log.sinks import ConsoleSink, Sinks
+from train.loop.engine import EpochSoFar, Progress, TrainConfig, Trainer, train_epoch, training_step
+from train.loop.mixing import build_mixing
+from train.loop.watch import Watch
+from train.network.compiling import BlockCompiler, repeated_blocks
+from train.network.models import build_model, native_input_shape
+from train.network.optim import OptimConfig, build_optimizer
+from train.network.precision import Precision
+from train.network.state import MEMORY_FORMAT, TrainState
+from train.network.widths import measured_widths
 from train.prune import read_counts
-from train.resize import CupConfig, Resizer
+from train.resizer import CupConfig, Resizer
 from train.rundir import RunDir, read_log
-from train.sinks import ConsoleSink, Sinks
-from train.state import MEMORY_FORMAT, TrainState
-from train.watch import Watch
-from train.widths import measured_widths
 from train.world import World, open_world
 
 RoundTo = int | str

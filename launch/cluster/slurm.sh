@@ -4,7 +4,7 @@
 #   sbatch --nodes=4 --gpus-per-node=8 launch/cluster/slurm.sh --config launch/configs/resnet50_imagenet.yaml
 #
 # Submit it from the repository's root; the data set and runs/ lie on a file system that all machines share. Not run by
-# us on a cluster: tests/test_launch_cluster.py checks its grammar, tests/two_hosts.sh the torchrun lines.
+# us on a cluster: tests/launch/test_cluster.py checks its grammar, tests/experiments/two_hosts.sh the torchrun lines.
 #
 #SBATCH --job-name=cupss
 #SBATCH --ntasks-per-node=1

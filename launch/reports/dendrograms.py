@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import cup
-from cup.cluster import clusters_at
+from cup.criteria.cluster import clusters_at
 from launch.dendrogram import draw_dendrograms
 from launch.reports.figures import Figure
 from launch.reports.read import Group, Run
-from train.checkpoint import CheckpointError, load_network
+from train.checkpoint.file import CheckpointError, load_network
 from train.errors import ConfigError
 from train.rundir import RunDir
 

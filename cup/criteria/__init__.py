@@ -1,0 +1,1 @@
+"""Which channel of a group goes first."""

@@ -1,0 +1,1 @@
+"""Which channels stay, as plain data, and when to cut."""

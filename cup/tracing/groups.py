@@ -1,0 +1,167 @@
+"""Channel groups: which places of a network share one channel axis, as plain data, and arithmetic on it.
+
+Every index of every weight's axis knows its channel, and that is all that surgery has to know.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from torch import nn
+
+from cup.errors import CupError
+from cup.tracing.layers import AxisName, axis_length, find_layer
+
+Masks = dict[tuple[str, AxisName], np.ndarray]
+"""(module, axis) -> bool over the axis, False where the channel at that index goes; axes that lose none are absent."""
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of a module in the forward pass, for counting what it costs at other widths.
+
+    input_shape, output_shape: of one sample with its batch dimension, (1, ...), at the widths of the trace.
+    reads, writes: int64, the trace's number of the channel at each index of the input's and the output's channel
+        axis; None where no channel can go.
+    """
+
+    module: str
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    reads: np.ndarray | None
+    writes: np.ndarray | None
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """What the trace saw of the network as a whole; its groups share one.
+
+    input_shape: one sample's shape, without the batch. alive: bool, one entry for each channel that the trace numbered.
+    """
+
+    input_shape: tuple[int, ...]
+    calls: tuple[Call, ...]
+    alive: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """One axis of one layer that carries (some of) a group's channels.
+
+    module: dotted name in the model, of a layer or of a free parameter (a layer scale).
+    axis: "out" (filters of a conv or linear layer, the entries of a norm) or "in" (what it reads).
+    channel_of_index: int64 (axis length,): the group's channel that sits at each index, -1 where another group's does.
+        Arange for a plain layer; each channel repeated for a linear layer behind a flatten; offset behind a concat.
+    """
+
+    module: str
+    axis: AxisName
+    channel_of_index: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelGroup:
+    """All the places that share one channel axis; they keep or lose a channel together.
+
+    name: dotted name of the first producer in network order.
+    width: channels. Where a grouped convolution or group norm binds several filters together, they are one channel.
+    producers: conv and linear layers that write these channels (axis "out").
+    followers: norms, grouped and depthwise convolutions, PReLUs, layer scales: entries of their own for each channel
+        (axis "out").
+    consumers: conv and linear layers that read these channels (axis "in").
+    inner: no residual addition touches the group; the paper prunes inner groups only.
+    frozen: why the group must keep its width, or "" where it may shrink.
+    numbers: int64 (width,), the trace's number of each channel.
+    network: what the trace saw of the whole network.
+    """
+
+    name: str
+    width: int
+    producers: tuple[Place, ...]
+    followers: tuple[Place, ...]
+    consumers: tuple[Place, ...]
+    inner: bool
+    frozen: str
+    numbers: np.ndarray
+    network: Network
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        return self.producers + self.followers + self.consumers
+
+
+def check_groups(model: nn.Module, groups: Sequence[ChannelGroup]) -> None:
+    """Raise CupError unless the groups describe the model as it is now, all their places included."""
+    for group in groups:
+        for place in group.places:
+            width = axis_length(find_layer(model, place.module), place.axis)
+            if width is None:
+                raise CupError(f"these groups are another network's: {place.module} is no layer with channels")
+            if width != len(place.channel_of_index):
+                raise CupError(
+                    f"these groups are out of date: {place.module} has {width} channels, they say "
+                    f"{len(place.channel_of_index)}; trace again, or take the groups that apply_plan returned"
+                )
+
+
+def keep_masks(kept: Iterable[tuple[ChannelGroup, Sequence[int]]]) -> Masks:
+    """The masks of all places of the given groups when only the given channels stay."""
+    masks: Masks = {}
+    for group, channels in kept:
+        add_masks(masks, group, channels)
+    return masks
+
+
+def add_masks(masks: Masks, group: ChannelGroup, channels: Sequence[int]) -> None:
+    """Take one more group into `masks`, in place; the arrays that were there stay as they are."""
+    stays = np.zeros(group.width, dtype=bool)
+    stays[list(channels)] = True
+    for place in group.places:
+        mine = np.where(place.channel_of_index >= 0, stays[place.channel_of_index], True)
+        key = (place.module, place.axis)
+        masks[key] = masks[key] & mine if key in masks else mine
+
+
+def narrow_groups(groups: Iterable[ChannelGroup], kept: Mapping[str, Sequence[int]]) -> list[ChannelGroup]:
+    """The groups as a new trace would find them after surgery, by arithmetic alone.
+
+    But for one thing: where a grouped convolution or group norm is down to one group, its filters stay bound together,
+    while a new trace would see an ordinary layer and let them go one by one.
+
+    kept: group name -> channels that stay; groups that it does not name keep their width.
+    """
+    groups = list(groups)
+    if not groups:
+        return []
+    masks = keep_masks((group, kept[group.name]) for group in groups if group.name in kept)
+    network = replace(groups[0].network, alive=alive_after(groups, kept))
+    return [_narrow_group(group, kept.get(group.name, range(group.width)), masks, network) for group in groups]
+
+
+def alive_after(groups: Sequence[ChannelGroup], kept: Mapping[str, Sequence[int]]) -> np.ndarray:
+    """bool, one entry for each channel that the trace numbered: whether it is there once only `kept` channels are."""
+    alive = groups[0].network.alive.copy()
+    for group in groups:
+        if group.name in kept:
+            alive[group.numbers] = False
+            alive[group.numbers[list(kept[group.name])]] = True
+    return alive
+
+
+def _narrow_group(group: ChannelGroup, channels: Sequence[int], masks: Masks, network: Network) -> ChannelGroup:
+    new_channel = np.full(group.width + 1, -1, dtype=np.int64)  # the last entry maps -1 to -1
+    new_channel[list(channels)] = np.arange(len(channels))
+
+    def narrow(place: Place) -> Place:
+        mask = masks.get((place.module, place.axis), slice(None))
+        return replace(place, channel_of_index=new_channel[place.channel_of_index[mask]])
+
+    return replace(
+        group,
+        width=len(channels),
+        producers=tuple(map(narrow, group.producers)),
+        followers=tuple(map(narrow, group.followers)),
+        consumers=tuple(map(narrow, group.consumers)),
+        numbers=group.numbers[list(channels)],
+        network=network,
+    )

@@ -1,0 +1,527 @@
+"""What each operation does to the channel axis: one rule for each kind of layer, function and method.
+
+A rule gets the operation and the labels, and returns where the channels are in the operation's output; None where
+none can be followed any more. What a rule is not sure of it freezes, with the reason.
+"""
+
+import math
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from cup.tracing.labels import Channels, Labels
+
+
+def shape_of(node: Any) -> tuple[int, ...] | None:
+    """Shape of the tensor at a graph node; None for what is no tensor."""
+    return node.meta.get("shape") if isinstance(node, fx.Node) else None
+
+
+@dataclass(frozen=True, eq=False)
+class Operation:
+    """One node of the graph, as the rules see it.
+
+    name: dotted name of the layer whose work it is, else of the function, for reasons.
+    layer: that layer, or None.
+    channels: what is known of the channel axis of every value so far.
+    model: the traced network, to look parameters up.
+    """
+
+    node: fx.Node
+    name: str
+    layer: nn.Module | None
+    channels: Mapping[fx.Node, Channels | None]
+    model: nn.Module
+
+    @property
+    def value(self) -> Channels | None:
+        """The channel axis of the first operand."""
+        return self.channels[self.node.args[0]]
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return shape_of(self.node.args[0])
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        return shape_of(self.node)
+
+    def argument(self, position: int, keyword: str, default: Any = None) -> Any:
+        return self.node.args[position] if len(self.node.args) > position else self.node.kwargs.get(keyword, default)
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether the node is a view or reshape to sizes that it names."""
+    return node.op != "call_module" and node.target in _SIZED
+
+
+def _spelt_out(node: fx.Node) -> tuple[Any, ...]:
+    """The sizes or dimensions that a view or permute was given: one list, or one argument each."""
+    rest = node.args[1:] or tuple(node.kwargs.values())
+    return tuple(rest[0]) if rest and isinstance(rest[0], list | tuple) else rest
+
+
+def _size_at(node: fx.Node, dim: int) -> Any:
+    """The size that a view asks for at a dimension; None where its sizes are not spelt out one by one."""
+    sizes = _spelt_out(node)
+    return sizes[dim] if len(sizes) == len(shape_of(node)) else None
+
+
+Rule = Callable[[Operation, Labels], Channels | None]
+
+
+def find_rule(operation: Operation) -> Rule | None:
+    """The rule for an operation, or None where it is not understood."""
+    node, layer = operation.node, operation.layer
+    if layer is None:
+        rule = _FUNCTIONS.get(node.target)
+        operands = [n for n in node.all_input_nodes if shape_of(n) is not None]
+        return rule if len(operands) == 1 or rule in _JOINING else None  # x.clamp(y): more than the rule looks at
+    computed = [name for name in ("weight", "bias") if hasattr(layer, name) and name not in layer._parameters]
+    if has_width(layer) and computed:
+        return None  # by a parametrization or a hook, on the fly
+    if node.op == "call_function":  # a subclass of a known layer, whose forward calls the function on its weights
+        return next(rule for kind, rule in _LAYERS.items() if isinstance(layer, kind))
+    # Exact types: a subclass may do anything in its forward.
+    return _LAYERS.get(type(layer)) or _MODULES.get(type(layer)) or _FOREIGN_MODULES.get(_qualified_name(layer))
+
+
+def has_width(module: nn.Module) -> bool:
+    """Whether surgery changes something about the module, be it only an attribute."""
+    return isinstance(module, tuple(_LAYERS))
+
+
+def reads_no_width(node: fx.Node) -> bool:
+    """Whether a node that gives no tensor cannot depend on the widths of the tensors it looks at.
+
+    Sizes are looked after by `freeze_what_is_counted`.
+    """
+    name = node.args[1] if node.target is getattr else node.target
+    return _sizes_read(node)[0] is not None or name in _WIDTHLESS
+
+
+def is_known(module: nn.Module) -> bool:
+    """Whether a module that is not torch's own has a rule as a whole."""
+    return _qualified_name(module) in _FOREIGN_MODULES
+
+
+def _qualified_name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__name__}"
+
+
+def freeze_what_is_counted(
+    nodes: Iterable[fx.Node], channels: Mapping[fx.Node, Channels | None], labels: Labels
+) -> None:
+    """Freeze what has its width read as a number: nobody knows what the number is for.
+
+    A view that asks for just this width is no such reader; it has been checked by its rule.
+    """
+    for node in nodes:
+        source, dims = _sizes_read(node)
+        known = channels.get(source)
+        if known is None or known.dim not in dims:
+            continue
+        for user in node.users:
+            result = channels.get(user)
+            is_its_size = result is not None and _is_view(user) and _size_at(user, result.dim) is node
+            if not (is_its_size and _spelt_out(user).count(node) == 1) and _sizes_read(user)[0] is None:
+                labels.freeze([known], f"{getattr(user.target, '__name__', user.target)} uses its width as a number")
+
+
+# --- layers with parameters ---
+
+
+def _conv(op: Operation, labels: Labels) -> Channels | None:
+    conv, value = op.layer, op.value
+    if value is not None and (value.dim != 1 or len(op.output_shape) != conv.weight.dim()):
+        labels.freeze([value], f"{op.name} works across another axis than the channels")
+        value = None
+    if conv.groups == 1:
+        return _produce(op, labels, value, conv.out_channels, dim=1)
+    if value is not None and not isinstance(conv, _TRANSPOSED):
+        # Whole groups go or stay: their input channels and output channels are one bundle.
+        bundles = labels.bundle(value.labels_C, conv.groups)
+        labels_C = np.repeat(bundles, conv.out_channels // conv.groups)
+        labels.followers.append((op.name, labels_C))
+        return Channels(1, labels_C)
+    reason = f"{op.name} is a grouped convolution whose input is not followed"
+    labels.freeze([value], reason)
+    labels_C = labels.fresh(conv.out_channels)
+    labels.producers.append((op.name, labels_C))
+    labels.frozen.append((labels_C, reason))
+    return None
+
+
+def _linear(op: Operation, labels: Labels) -> Channels | None:
+    value, last = op.value, len(op.output_shape) - 1
+    if value is not None and value.dim != last:
+        labels.freeze([value], f"{op.name} mixes another axis than the channels")
+        value = None
+    return _produce(op, labels, value, op.layer.out_features, dim=last)
+
+
+def _produce(op: Operation, labels: Labels, value: Channels | None, width: int, dim: int) -> Channels:
+    if value is not None:
+        labels.consumers.append((op.name, value.labels_C))
+    labels_C = labels.fresh(width)
+    labels.producers.append((op.name, labels_C))
+    return Channels(dim, labels_C)
+
+
+def _norm(op: Operation, labels: Labels) -> Channels | None:
+    """Batch and instance norm: one entry for each channel."""
+    value = op.value
+    if value is not None and value.dim != 1:
+        labels.freeze([value], f"{op.name} normalises another axis than the channels")
+        return None
+    if value is not None:
+        labels.followers.append((op.name, value.labels_C))
+    return value
+
+
+def _group_norm(op: Operation, labels: Labels) -> Channels | None:
+    """Whole groups go or stay, so that the statistics of the others do not change; one group is a layer norm."""
+    value = _norm(op, labels)
+    if value is not None and op.layer.num_groups > 1:
+        labels.bundle(value.labels_C, op.layer.num_groups)
+    return value
+
+
+def _layer_norm(op: Operation, labels: Labels) -> Channels | None:
+    """Over the channels alone; its statistics are then those of the channels that stay."""
+    value = op.value
+    if value is None:
+        return None
+    if len(op.layer.normalized_shape) > 1 or value.dim != len(op.input_shape) - 1:
+        labels.freeze([value], f"{op.name} normalises another axis than the channels")
+        return None
+    labels.followers.append((op.name, value.labels_C))
+    return value
+
+
+def _prelu(op: Operation, labels: Labels) -> Channels | None:
+    return op.value if op.layer.num_parameters == 1 else _norm(op, labels)
+
+
+# --- what keeps, moves or joins channels ---
+
+
+def _same(op: Operation, labels: Labels) -> Channels | None:
+    return op.value
+
+
+def _spatial(op: Operation, labels: Labels) -> Channels | None:
+    """Pooling, padding and resampling: every axis behind the channels may change."""
+    value = op.value
+    # One sample less a dimension is what pooling takes for one image without a batch.
+    kind = type(op.layer).__name__ if op.layer is not None else op.name
+    rank = next((2 + int(digit) for digit in "123" if f"{digit}d" in kind), 3)
+    if value is not None and (
+        value.dim != 1 or op.output_shape[1] != len(value.labels_C) or len(op.output_shape) < rank
+    ):
+        labels.freeze([value], f"{op.name} works across channels")
+        return None
+    return value
+
+
+def _reshape(op: Operation, labels: Labels) -> Channels | None:
+    """Flatten, view, reshape: the channel axis stays whole, or is flattened with what lies behind it."""
+    value, before, after = op.value, op.input_shape, op.output_shape
+    if value is None:
+        return None
+    dim, channels = next(_whole_axis(value, before, after), (None, None))
+    if channels is None:
+        labels.freeze([value], f"{op.name} from {before[1:]} to {after[1:]} is not followed")
+    elif _is_view(op.node) and not _size_follows(op, _size_at(op.node, dim), value):
+        labels.freeze([value], f"{op.name} to a fixed size {after[dim]}")
+        return None
+    return channels
+
+
+def _whole_axis(value: Channels, before: tuple[int, ...], after: tuple[int, ...]) -> Iterator[tuple[int, Channels]]:
+    """(dimension, channels) for each way to find the channel axis again after a change of shape, best first."""
+    in_front, width, behind = math.prod(before[: value.dim]), before[value.dim], math.prod(before[value.dim + 1 :])
+    here = [dim for dim in range(len(after)) if math.prod(after[:dim]) == in_front]
+    yield from ((dim, Channels(dim, value.labels_C)) for dim in here if after[dim] == width)
+    blocks_C = np.repeat(value.labels_C, behind)
+    yield from ((dim, Channels(dim, blocks_C)) for dim in here if after[dim] == width * behind)
+
+
+def _size_follows(op: Operation, size: Any, value: Channels) -> bool:
+    """Whether the size asked for shrinks with the channels: -1, or read from a tensor that has the same channels."""
+    if not isinstance(size, fx.Node):
+        return size == -1
+    source, dims = _sizes_read(size)
+    known = op.channels.get(source)
+    return known is not None and dims == [known.dim] and np.array_equal(known.labels_C, value.labels_C)
+
+
+def _sizes_read(node: fx.Node) -> tuple[fx.Node | None, list[int]]:
+    """The tensor whose sizes this node holds, and of which dimensions, in order; (None, []) for any other node."""
+    source = node.args[0] if node.args else None
+    shape = shape_of(source)
+    if shape is not None and node.op == "call_method" and node.target == "size" and not node.kwargs:
+        every = list(range(len(shape)))
+        return source, [every[node.args[1]]] if len(node.args) > 1 else every
+    if shape is not None and node.target is getattr and node.args[1] == "shape":
+        return source, list(range(len(shape)))
+    if node.target is operator.getitem and isinstance(source, fx.Node) and shape is None:
+        tensor, dims = _sizes_read(source)
+        if tensor is not None and isinstance(node.args[1], int):
+            return tensor, [dims[node.args[1]]]
+        if tensor is not None and isinstance(node.args[1], slice) and _is_constant(node.args[1]):
+            return tensor, dims[node.args[1]]
+    return None, []
+
+
+def _squeeze(op: Operation, labels: Labels) -> Channels | None:
+    """Only of axes that are named and are not the channels': those would go as well once one channel is left."""
+    dims = op.argument(1, "dim")
+    dims = (dims,) if isinstance(dims, int) else dims
+    if op.value is not None and (dims is None or op.value.dim in [dim % len(op.input_shape) for dim in dims]):
+        labels.freeze([op.value], f"{op.name} may drop the channel axis")
+        return None
+    return _reshape(op, labels)
+
+
+def _permute(op: Operation, labels: Labels) -> Channels | None:
+    value, order = op.value, _spelt_out(op.node)
+    if value is None or not all(isinstance(dim, int) for dim in order):
+        labels.freeze([value], f"{op.name} is not followed")
+        return None
+    return Channels([dim % len(order) for dim in order].index(value.dim), value.labels_C)
+
+
+def _transpose(op: Operation, labels: Labels) -> Channels | None:
+    value, dims = op.value, (op.argument(1, "dim0"), op.argument(2, "dim1"))
+    if value is None or not all(isinstance(dim, int) for dim in dims):
+        labels.freeze([value], f"{op.name} is not followed")
+        return None
+    one, other = (dim % len(op.input_shape) for dim in dims)
+    return Channels({one: other, other: one}.get(value.dim, value.dim), value.labels_C)
+
+
+def _reduce(op: Operation, labels: Labels) -> Channels | None:
+    """Mean, sum or maximum over other dimensions than the channels."""
+    value, rank = op.value, len(op.input_shape)
+    dims = op.argument(1, "dim", op.node.kwargs.get("axis"))
+    if value is None:
+        return None
+    dims = {dim % rank for dim in ([dims] if isinstance(dims, int) else dims or range(rank))}
+    if value.dim in dims:
+        labels.freeze([value], f"{op.name} works across channels")
+        return None
+    kept = len(op.output_shape) == rank
+    return value if kept else Channels(value.dim - sum(dim < value.dim for dim in dims), value.labels_C)
+
+
+def _add(op: Operation, labels: Labels) -> Channels | None:
+    """Addition and subtraction: of two tensors it is a residual, of a parameter or a number it is not."""
+    value = _elementwise(op, labels)
+    operands = [n for n in op.node.args[:2] if shape_of(n) is not None]
+    if len(operands) > 1 and not any(map(_parameter_read, operands)):
+        labels.residual.extend(op.channels[n].labels_C for n in operands if op.channels[n] is not None)
+    return value
+
+
+def _elementwise(op: Operation, labels: Labels) -> Channels | None:
+    """Binary operations: the operands' channels become the same channels."""
+    operands = [n for n in op.node.args[:2] if shape_of(n) is not None]
+    values = [op.channels[n] for n in operands]
+    if len(operands) == 1:
+        return values[0]
+    first, second = values
+    for value, other in ((first, operands[1]), (second, operands[0])):
+        if value is not None and _parameter_read(other) is not None:
+            return _with_parameter(op, labels, value, other)
+    same_axis = (
+        first is not None
+        and second is not None
+        and first.dim == second.dim
+        and len(shape_of(operands[0])) == len(shape_of(operands[1]))
+        and len(first.labels_C) == len(second.labels_C)
+    )
+    if not same_axis:
+        labels.freeze(values, f"{op.name} combines it with values that are not followed")
+        return None
+    labels.ties.append((first.labels_C, second.labels_C))
+    return first
+
+
+def _with_parameter(op: Operation, labels: Labels, value: Channels, operand: fx.Node) -> Channels | None:
+    """A free parameter with an entry for each channel (a layer scale) goes along; a single number changes nothing."""
+    name = _parameter_read(operand).target
+    tensor, shape = operator.attrgetter(name)(op.model), shape_of(operand)
+    if tensor.numel() == 1:
+        return value
+    dim = value.dim - (len(op.output_shape) - len(shape))  # shapes are aligned at their ends
+    one_axis = dim >= 0 and shape[dim] == max(tensor.shape) == tensor.numel() == len(value.labels_C)
+    shrinks = one_axis and (operand.op == "get_attr" or _size_at(operand, dim) == -1)
+    if not shrinks or not isinstance(tensor, nn.Parameter) or not _read_once(op, operand, tensor):
+        labels.freeze([value], f"{op.name} combines it with {name}, which is not followed")
+        return None
+    labels.followers.append((name, value.labels_C))
+    return value
+
+
+def _parameter_read(node: fx.Node) -> fx.Node | None:
+    """The node that reads a free parameter, or buffer: this one, or the one that it views as (1, -1, 1, 1) or so."""
+    if _is_view(node):
+        return node.args[0] if node.args[0].op == "get_attr" else None
+    return node if node.op == "get_attr" else None
+
+
+def _read_once(op: Operation, operand: fx.Node, tensor: torch.Tensor) -> bool:
+    """Whether nothing but this operation sees the parameter, under this name or another."""
+    read = _parameter_read(operand)
+    names = [name for name, other in op.model.named_parameters(remove_duplicate=False) if other is tensor]
+    readers = {user for n in op.node.graph.nodes if n.op == "get_attr" and n.target == read.target for user in n.users}
+    return len(names) == 1 and len(readers) == len(operand.users) == 1
+
+
+def _cat(op: Operation, labels: Labels) -> Channels | None:
+    if isinstance(op.node.args[0], fx.Node):
+        return None  # the parts of a value that is not followed
+    values = [op.channels[n] for n in op.node.args[0]]
+    dim = op.argument(1, "dim", 0) % len(op.output_shape)
+    if any(value is None or value.dim != dim for value in values):
+        labels.freeze(values, f"{op.name} joins it with values that are not followed")
+        return None
+    return Channels(dim, np.concatenate([value.labels_C for value in values]))
+
+
+def _getitem(op: Operation, labels: Labels) -> Channels | None:
+    """Slices and single indices of other axes, and new axes of length one: x[:, :, ::2], x[:, :, 0], x[..., None]."""
+    value, index = op.value, op.node.args[1]
+    if value is None:
+        return None
+    axis, dim = 0, value.dim  # the axis of the input that an entry speaks of, and where the channels come to lie
+    for entry in index if isinstance(index, tuple) else (index,):
+        if entry is None:
+            dim += axis <= value.dim
+            continue
+        if not (entry == slice(None) if axis == value.dim else _is_constant(entry)):
+            labels.freeze([value], f"{op.name} is not followed")
+            return None
+        dim -= isinstance(entry, int) and axis < value.dim
+        axis += 1
+    return Channels(dim, value.labels_C)
+
+
+def _is_constant(entry: Any) -> bool:
+    parts = (entry.start, entry.stop, entry.step) if isinstance(entry, slice) else (entry,)
+    return all(part is None or isinstance(part, int) for part in parts)
+
+
+def _pad(op: Operation, labels: Labels) -> Channels | None:
+    """F.pad: zero channels (CIFAR ResNets' shortcuts) are channels nobody produces, so they cannot go."""
+    value, pad = op.value, op.argument(1, "pad")
+    if value is None or not all(isinstance(width, int) for width in pad):
+        labels.freeze([value], f"{op.name} is not followed")
+        return None
+    from_last = len(op.output_shape) - 1 - value.dim
+    before, after = pad[2 * from_last : 2 * from_last + 2] or (0, 0)
+    if before == after == 0:
+        return value
+    if before < 0 or after < 0 or op.argument(2, "mode", "constant") != "constant":
+        labels.freeze([value], f"{op.name} crops channels or repeats them")
+        return None
+    zeros_C = labels.fresh(before + after)
+    labels.frozen.append((zeros_C, "a shortcut pads it with zero channels"))
+    return Channels(value.dim, np.concatenate([zeros_C[:before], value.labels_C, zeros_C[before:]]))
+
+
+# --- which rule for what ---
+
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+
+_LAYERS: dict[type[nn.Module], Rule] = {
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED), _conv),
+    **dict.fromkeys((*_BATCH_NORMS, *_INSTANCE_NORMS), _norm),
+    nn.Linear: _linear,
+    nn.GroupNorm: _group_norm,
+    nn.LayerNorm: _layer_norm,
+    nn.PReLU: _prelu,
+}
+
+LAYER_FUNCTIONS: dict[Any, tuple[type[nn.Module], ...]] = {
+    F.conv1d: (nn.Conv1d,),
+    F.conv2d: (nn.Conv2d,),
+    F.conv3d: (nn.Conv3d,),
+    F.linear: (nn.Linear,),
+    F.batch_norm: _BATCH_NORMS,
+    F.group_norm: (nn.GroupNorm,),
+    F.layer_norm: (nn.LayerNorm,),
+    F.prelu: (nn.PReLU,),
+}
+"""Functions that do a layer's work, with the layers whose own weights they may be given (by a subclass's forward)."""
+
+_SAME_MODULES = (
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.Softsign),
+    *(nn.Sigmoid, nn.LogSigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Threshold, nn.Identity),
+    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout),
+)
+_SPATIAL_MODULES = (
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.LPPool2d, nn.Upsample),
+    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d),
+    *(nn.ZeroPad1d, nn.ZeroPad2d, nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReplicationPad1d, nn.ReplicationPad2d),
+    *(nn.ConstantPad1d, nn.ConstantPad2d, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d),
+)
+_MODULES: dict[type[nn.Module], Rule] = {
+    **dict.fromkeys(_SAME_MODULES, _same),
+    **dict.fromkeys(_SPATIAL_MODULES, _spatial),
+    nn.Flatten: _reshape,
+}
+
+# By name, so that nothing here imports them. The walk does not look inside.
+_FOREIGN_MODULES: dict[str, Rule] = {
+    "torchvision.ops.stochastic_depth.StochasticDepth": _same,
+    "timm.layers.drop.DropPath": _same,
+}
+
+_WIDTHLESS = (
+    *("dim", "ndim", "ndimension", "dtype", "device", "layout", "requires_grad", "is_cuda", "training"),
+    *("is_floating_point", "is_complex", torch.is_floating_point, torch.is_complex, torch._assert),
+)
+_JOINING = (_add, _elementwise, _cat)
+_SIZED = (torch.reshape, "view", "reshape")
+_FUNCTIONS: dict[Any, Rule] = {
+    **dict.fromkeys(
+        (
+            *(F.relu, F.relu6, F.leaky_relu, F.elu, F.selu, F.celu, F.gelu, F.silu, F.mish, F.softplus, F.logsigmoid),
+            *(F.hardswish, F.hardsigmoid, F.hardtanh, F.sigmoid, F.tanh, F.dropout, F.dropout1d, F.dropout2d),
+            *(torch.relu, torch.sigmoid, torch.tanh, torch.exp, torch.abs, torch.sqrt, torch.clamp, operator.neg),
+            *("relu", "relu_", "sigmoid", "sigmoid_", "tanh", "exp", "abs", "sqrt", "clamp", "clamp_", "neg"),
+            *("contiguous", "clone", "float", "half", "bfloat16", "detach", "type_as"),
+        ),
+        _same,
+    ),
+    **dict.fromkeys(
+        (
+            *(F.max_pool1d, F.max_pool2d, F.max_pool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.lp_pool2d),
+            *(F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_max_pool1d, F.adaptive_max_pool2d),
+            *(F.interpolate, F.upsample),
+        ),
+        _spatial,
+    ),
+    **dict.fromkeys((torch.flatten, "flatten", torch.unsqueeze, "unsqueeze", *_SIZED), _reshape),
+    **dict.fromkeys((torch.squeeze, "squeeze"), _squeeze),
+    **dict.fromkeys((torch.permute, "permute"), _permute),
+    **dict.fromkeys((torch.transpose, "transpose", torch.swapaxes, "swapaxes"), _transpose),
+    **dict.fromkeys((torch.mean, "mean", torch.sum, "sum", torch.amax, "amax", torch.amin, "amin"), _reduce),
+    **dict.fromkeys((operator.add, operator.iadd, torch.add, "add", "add_"), _add),
+    **dict.fromkeys((operator.sub, operator.isub, torch.sub, "sub", "sub_"), _add),
+    **dict.fromkeys((operator.mul, operator.imul, torch.mul, "mul", "mul_"), _elementwise),
+    **dict.fromkeys((operator.truediv, torch.div, "div", "div_"), _elementwise),
+    **dict.fromkeys((torch.cat, torch.concat), _cat),
+    operator.getitem: _getitem,
+    F.pad: _pad,
+}

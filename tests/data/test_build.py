@@ -1,0 +1,125 @@
+"""Which loader is chosen, with how many threads, and what it says when it cannot be had."""
+
+import warnings
+
+import pytest
+import torch
+from made_images import build, synthetic, taken, write_split
+
+from data import dali
+from data.batch import DataError
+from data.build import default_threads
+from data.images import list_split, list_splits
+from data.prepare import prepare_shards
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """14 training and 10 validation images of two classes."""
+    write_split(tmp_path / "train", 7)
+    write_split(tmp_path / "val", 5, seed=500)
+    return tmp_path
+
+
+@pytest.fixture
+def no_dali(monkeypatch):
+    monkeypatch.setattr(dali, "import_failure", lambda: ImportError("No module named 'nvidia'"))
+
+
+def test_auto_without_dali_takes_the_folder_loader_with_one_warning(image_folder, no_dali):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train, _ = build(image_folder, "auto", batch_size=4, world_size=2)
+        build(image_folder, "auto", batch_size=4, rank=1, world_size=2)
+    # On one core torch has a word to say about the two workers, too.
+    ours = [str(warning.message) for warning in caught if "DataLoader will create" not in str(warning.message)]
+    assert [message[:37] for message in ours] == ["loader 'auto': DALI cannot be importe"]
+    assert train.state_dict()["loader"] == "folder"
+
+
+@pytest.mark.skipif(dali.import_failure() is not None, reason="DALI does not import")
+def test_auto_takes_dali(image_folder):
+    assert build(image_folder, "auto")[0].state_dict()["loader"] == "dali"
+
+
+def test_dali_asked_for_and_missing_says_how_to_install_it(image_folder, no_dali):
+    with pytest.raises(DataError, match=r"No module named 'nvidia'.*pip install nvidia-dali-cuda130"):
+        build(image_folder, "dali")
+
+
+def test_batch_that_ranks_cannot_share(image_folder):
+    with pytest.raises(DataError, match="batch_size: found 4, allowed: a multiple"):
+        build(image_folder, "folder", world_size=3)
+
+
+def test_training_set_smaller_than_a_batch(image_folder):
+    with pytest.raises(DataError, match="14 images, fewer than one batch of 16"):
+        build(image_folder, "folder", batch_size=16)
+
+
+@pytest.mark.parametrize(("cores", "ranks", "threads"), [(1, 1, 1), (2, 4, 1), (16, 4, 4), (96, 8, 8), (64, 1, 8)])
+def test_threads_share_the_cores_of_the_process(monkeypatch, cores, ranks, threads):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(cores), raising=False)
+    assert default_threads(ranks) == threads
+
+
+def test_folder_batches_do_not_depend_on_the_workers_nor_touch_the_global_generator(image_folder):
+    before = torch.get_rng_state()
+    epochs = []
+    for workers in (1, 2):
+        train, _ = build(image_folder, "folder", threads=workers)
+        epochs.append(taken(train) + taken(train))
+        train.close()
+    for (one, _, _), (other, _, _) in zip(*epochs, strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_synthetic_images_depend_on_seed_split_and_index_only():
+    train, val = synthetic(synthetic_images=128, channels=1)
+    assert (len(train), len(val), val.num_images, train.num_classes) == (4, 1, 32, 10)
+    images, labels, valid = next(iter(val))
+    again, other_seed = (
+        synthetic(synthetic_images=128, channels=1)[1],
+        synthetic(1, synthetic_images=128, channels=1)[1],
+    )
+    assert torch.equal(images, next(iter(again))[0])
+    assert not torch.equal(images, next(iter(other_seed))[0])
+    assert images.shape == (32, 1, 16, 16) and labels.bincount(minlength=10).min() == 3 and valid.all()
+    assert len({image.numpy().tobytes() for image in images}) == 32
+
+
+def test_synthetic_classes_can_be_learned():
+    """The nearest class mean of the training images tells the class of nearly all validation images."""
+    train, val = synthetic(synthetic_images=1024)
+    batches = taken(train)
+    images, labels = (torch.cat([batch[k] for batch in batches]) for k in (0, 1))
+    means = torch.stack([images[labels == label].mean(dim=0) for label in range(10)]).flatten(1)
+    right = [(torch.cdist(batch[0].flatten(1), means).argmin(dim=1) == batch[1]).float().mean() for batch in taken(val)]
+    assert torch.stack(right).mean() > 0.98
+
+
+def test_class_numbers_that_are_no_outputs_and_options_without_effect_are_said_once(tmp_path):
+    """ImageNet's lists count from 1; the network's outputs from 0."""
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.txt").write_bytes(b"\xef\xbb\xbf" + b"".join(b"a.jpg %d\n" % n for n in (1, 2, 4)))
+    with pytest.warns(UserWarning, match=r"not 0 to 2 in order; .* output 0 is class 1, its last one \(2\) class 4"):
+        build(tmp_path, "folder", batch_size=2, world_size=2, threads=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build(tmp_path, "folder", batch_size=2, rank=1, world_size=2, threads=1)
+    assert list_split(tmp_path, "train").names == ["a.jpg"] * 3  # the mark at the file's beginning is no name
+
+
+def test_shards_say_that_mmap_does_not_apply(image_folder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("shards") / "set"
+    prepare_shards(image_folder, path)
+    with pytest.warns(UserWarning, match="mmap has no effect with shards"):
+        build(path, "folder", mmap=False)
+
+
+def test_a_class_whose_images_are_all_excluded_is_named(image_folder):
+    lines = [f"val/bee/{number}.jpg\n" for number in range(5)]
+    (image_folder / "exclude.txt").write_text("".join(lines))
+    with pytest.raises(DataError, match=r"val: the exclude list leaves out every image of class 'bee': keep one, or"):
+        list_splits(image_folder)

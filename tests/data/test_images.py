@@ -1,0 +1,394 @@
+"""The listing of image folders, and what every disk loader owes to it."""
+
+import ctypes
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from made_images import CPU, build, disk_loaders, equal, made_photo, needs_dali, taken, write_split
+from PIL import ExifTags, Image
+
+from data.batch import DataConfig, DataError
+from data.build import build_loaders
+from data.images import list_split, list_splits, list_validation, numbered_classes
+
+
+def test_listing_is_sorted_by_class_and_name_and_takes_images_only(tmp_path):
+    for name in ["b/2.JPG", "b/10.jpeg", "a/x.png", "a/notes.txt", "a/.hidden.jpg", ".cache/y.jpg"]:
+        (tmp_path / "train" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "train" / name).touch()
+    images = list_split(tmp_path, "train")
+    assert images.names == ["a/x.png", "b/10.jpeg", "b/2.JPG"]
+    assert images.labels.tolist() == [0, 1, 1] and images.labels.dtype == np.int64
+    assert images.classes == ["a", "b"]
+
+
+def test_missing_folder_says_what_is_expected(tmp_path):
+    with pytest.raises(DataError, match=r"nowhere: there is no such folder; expected PATH/train/CLASS"):
+        list_splits(tmp_path / "nowhere")
+    (tmp_path / "train").mkdir()
+    with pytest.raises(DataError, match="train: found no class folders"):
+        list_splits(tmp_path)
+
+
+def test_empty_class_is_named(photos):
+    (photos / "train" / "cat").mkdir()
+    with pytest.raises(DataError, match="train/cat: found no images"):
+        list_splits(photos)
+
+
+def test_differing_classes_are_named(photos):
+    for name in ("cat", "dog", "eel", "fox"):
+        write_split(photos / "train", 1, (name,))
+    with pytest.raises(DataError, match="train/ has 6 classes, val/ 2, and they differ in cat, dog, eel and 1 more"):
+        list_splits(photos)
+
+
+@disk_loaders
+def test_training_takes_each_image_once_with_its_own_label(tmp_path, loader):
+    """Every file has one grey level, so that its pixels tell which file it was."""
+    for number in range(12):
+        folder = tmp_path / "train" / f"class {number % 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (40, 40), 20 * number).save(folder / f"{number}.png")
+    write_split(tmp_path / "val", 1, ("class 0", "class 1", "class 2"))
+    train, _ = build(tmp_path, loader, channels=1)
+    for _ in range(2):
+        batches = taken(train)
+        levels = torch.cat([images.mean(dim=(1, 2, 3)) * 0.226 + 0.449 for images, _, _ in batches]) * 255 / 20
+        labels = torch.cat([labels for _, labels, _ in batches])
+        numbers = levels.round().long()
+        assert sorted(numbers.tolist()) == list(range(12))
+        assert torch.equal(numbers % 3, labels)
+    train.close()
+
+
+@disk_loaders
+def test_contract_of_a_batch(photos, loader):
+    train, val = build(photos, loader)
+    assert (len(train), len(val)) == (3, 3)
+    assert (train.num_images, val.num_images, train.num_classes) == (14, 10, 2)
+    for split in (train, val):
+        for batch in split:
+            assert batch.images.shape == (4, 3, 32, 32) and batch.images.dtype == torch.float32
+            assert batch.labels.shape == (4,) and batch.labels.dtype == torch.int64
+            assert batch.valid.shape == (4,) and batch.valid.dtype == torch.bool
+            assert batch.images.abs().max() < 2.7
+        split.close()
+
+
+@disk_loaders
+def test_validation_counts_every_image_once_over_the_ranks(photos, loader):
+    """10 images, 3 ranks of 2: rank 2's last step is padding only."""
+    labels, masks = [], []
+    for rank in range(3):
+        _, val = build(photos, loader, batch_size=6, rank=rank, world_size=3)
+        batches = taken(val)
+        assert len(batches) == 2
+        labels += [label for _, labels_B, valid_B in batches for label in labels_B[valid_B].tolist()]
+        masks.append([valid_B.tolist() for _, _, valid_B in batches])
+        val.close()
+    assert sorted(labels) == [0] * 5 + [1] * 5
+    assert masks == [[[True] * 2, [True] * 2], [[True] * 2, [True] * 2], [[True] * 2, [False] * 2]]
+
+
+@disk_loaders
+def test_next_epoch_has_another_order_and_another_seed_too(photos, loader):
+    train, _ = build(photos, loader, batch_size=14)
+    first, second = taken(train), taken(train)
+    train.set_epoch(0)
+    again = taken(train)
+    train.close()
+    other, _ = build(photos, loader, batch_size=14, seed=4)
+    other_seed = taken(other)
+    other.close()
+    assert torch.equal(first[0][1], again[0][1])
+    assert not equal(first, second)
+    assert not torch.equal(first[0][1], second[0][1])
+    assert not torch.equal(first[0][1], other_seed[0][1])
+
+
+@disk_loaders
+def test_an_image_is_cropped_anew_every_epoch(tmp_path, loader):
+    for split in ("train", "val"):
+        write_split(tmp_path / split, 1, ("ant",))
+    train, _ = build(tmp_path, loader, batch_size=1, flip=0.0)
+    [(first, _, _)], [(second, _, _)] = taken(train), taken(train)
+    train.close()
+    assert not torch.equal(first, second)
+
+
+@disk_loaders
+def test_ranks_crop_equal_images_differently(tmp_path, loader):
+    for split in ("train", "val"):
+        write_split(tmp_path / split, 1, ("ant",))
+        (tmp_path / split / "ant" / "copy.jpg").write_bytes((tmp_path / split / "ant" / "0.jpg").read_bytes())
+    cropped = []
+    for rank in (0, 1):
+        train, _ = build(tmp_path, loader, batch_size=2, rank=rank, world_size=2, flip=0.0)
+        [(images, _, _)] = taken(train)
+        cropped.append(images)
+        train.close()
+    assert not torch.equal(*cropped)
+
+
+@disk_loaders
+def test_a_loader_that_goes_elsewhere_after_a_state_begins_there_as_a_fresh_one(photos, loader):
+    fresh, _ = build(photos, loader)
+    expected = taken(fresh)
+    state = fresh.state_dict()
+    fresh.close()
+    elsewhere, _ = build(photos, loader)
+    elsewhere.load_state_dict(state)
+    elsewhere.go_to(0, 0)
+    assert equal(taken(elsewhere), expected)
+    elsewhere.close()
+
+
+@disk_loaders
+@pytest.mark.parametrize("steps_taken", [0, 2, 3], ids=["at the start", "within an epoch", "at an epoch's last step"])
+def test_resumed_training_equals_undisturbed(photos, loader, tmp_path_factory, steps_taken):
+    undisturbed, _ = build(photos, loader)
+    taken(undisturbed)
+    undisturbed.set_epoch(1)
+    expected = taken(undisturbed) + taken(undisturbed)
+    undisturbed.close()
+
+    stopped, _ = build(photos, loader)
+    taken(stopped)
+    stopped.set_epoch(1)
+    if steps_taken:
+        taken(stopped, steps_taken)
+    file = tmp_path_factory.mktemp("state") / "state.pt"
+    torch.save(stopped.state_dict(), file)
+    stopped.close()
+
+    resumed, _ = build(photos, loader)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    resumed.set_epoch(1)
+    rest = taken(resumed)
+    assert len(rest) == 3 - steps_taken
+    resumed.set_epoch(2)
+    assert equal(rest + taken(resumed), expected[steps_taken:])
+    resumed.close()
+
+
+@disk_loaders
+def test_resumed_validation_equals_undisturbed(photos, loader):
+    _, val = build(photos, loader)
+    expected = taken(val)
+    taken(val, 1)
+    state = val.state_dict()
+    val.close()
+    _, resumed = build(photos, loader)
+    resumed.load_state_dict(state)
+    assert equal(taken(resumed), expected[1:])
+    assert equal(taken(resumed), expected)
+    resumed.close()
+
+
+@disk_loaders
+def test_state_of_another_run_says_what_differs(photos, loader):
+    train, val = build(photos, loader)
+    state = train.state_dict()
+    for change, found in [
+        ({"seed": 4}, "seed: stored 3, now 4"),
+        ({"flip": 0.0}, r"flip: stored 0\.5, now 0\.0"),
+        ({"crop_scale": (0.5, 1.0)}, "crop_scale"),
+        ({"world_size": 2}, "world_size: stored 1, now 2"),
+    ]:
+        other, _ = build(photos, loader, **change)
+        with pytest.raises(DataError, match=found):
+            other.load_state_dict(state)
+    with pytest.raises(DataError, match="split: stored 'train', now 'val'"):
+        val.load_state_dict(state)
+    (photos / "train" / "ant" / "0.jpg").rename(photos / "train" / "ant" / "zero.jpg")
+    renamed, _ = build(photos, loader)
+    with pytest.raises(DataError, match="file_names"):
+        renamed.load_state_dict(state)
+
+
+def with_size_in_header(jpeg: bytes, width: int, height: int) -> bytes:
+    """The same file with a frame header that claims another size."""
+    frame = jpeg.index(b"\xff\xc0")
+    return jpeg[: frame + 5] + struct.pack(">HH", height, width) + jpeg[frame + 9 :]
+
+
+@disk_loaders
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("content", ["empty", "junk", "cut", "cut at its end", "huge"])
+def test_unreadable_file_is_named(photos, loader, split, content):
+    """In training, too, where DALI decodes a part of an image only and may never reach its end."""
+    victim = photos / split / "bee" / "3.jpg"
+    whole = victim.read_bytes()
+    contents = {
+        "empty": b"",
+        "junk": b"no image",
+        "cut": whole[:-200],
+        "cut at its end": whole[:-20],
+        "huge": with_size_in_header(whole, 14000, 14000),
+    }
+    victim.write_bytes(contents[content])
+    train, val = build(photos, loader)
+    with pytest.raises(DataError, match=rf"cannot read .*{split}/bee/3\.jpg .*replace or remove") as failure:
+        taken(train if split == "train" else val)
+    assert "\n" not in str(failure.value) and "ant" not in str(failure.value)
+    train.close()
+    val.close()
+
+
+@disk_loaders
+def test_names_with_spaces_and_beyond_ascii(tmp_path, loader):
+    for split in ("train", "val"):
+        for class_name in ("Gürteltier & Co", "雪 豹"):
+            (tmp_path / split / class_name).mkdir(parents=True)
+            made_photo(1).save(tmp_path / split / class_name / "ein Bild ½.JPEG", format="jpeg")
+    train, val = build(tmp_path, loader, batch_size=2)
+    for split in (train, val):
+        [(images, labels, _)] = taken(split)
+        assert images.shape == (2, 3, 32, 32) and sorted(labels.tolist()) == [0, 1]
+        split.close()
+
+
+@disk_loaders
+def test_flip_and_crop_follow_the_options(tmp_path, loader):
+    """A left-to-right ramp, whole image: flip = 1 mirrors it, flip = 0 does not."""
+    ramp = Image.fromarray(np.tile(np.linspace(0, 255, 64).astype(np.uint8), (64, 1)))
+    for split in ("train", "val"):
+        (tmp_path / split / "ramp").mkdir(parents=True)
+        ramp.save(tmp_path / split / "ramp" / "0.png")
+    options = {"batch_size": 1, "crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "resize_size": 32}
+    for flip, mirrored in [(0.0, False), (1.0, True)]:
+        train, val = build(tmp_path, loader, flip=flip, **options)
+        [(trained, _, _)], [(validated, _, _)] = taken(train), taken(val)
+        expected = validated.flip(-1) if mirrored else validated
+        assert (trained - expected).abs().max() < 0.05
+        train.close()
+        val.close()
+
+
+@needs_dali
+@pytest.mark.parametrize("channels", [3, 1])
+def test_dali_and_folder_agree_on_validation(photos, channels):
+    """Same labels and masks; pixels apart by less than half of one of 255 levels on average."""
+    ramp = np.add.outer(np.arange(200), np.arange(301))
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6  # both leave it as it is stored
+    Image.fromarray((ramp / 2).astype(np.uint8)).convert("RGB").save(
+        photos / "val" / "ant" / "gradient.jpg", quality=95, exif=turned
+    )
+    _, dali = build(photos, "dali", channels=channels, image_size=56, resize_size=65)
+    _, folder = build(photos, "folder", channels=channels, image_size=56, resize_size=65)
+    dali_batches, folder_batches = taken(dali), taken(folder)
+    dali.close()
+    folder.close()
+    for (images, labels, valid), (images_2, labels_2, valid_2) in zip(dali_batches, folder_batches, strict=True):
+        assert torch.equal(labels, labels_2) and torch.equal(valid, valid_2)
+        levels_apart = (images - images_2).abs().mean(dim=(1, 2, 3)) * 0.226 * 255
+        assert levels_apart.max() < 0.5
+
+
+@needs_dali
+def test_dali_and_folder_augment_alike(photos):
+    """Over many random crops the mean pixel and its spread are the same for both."""
+    statistics = []
+    for loader in ("dali", "folder"):
+        train, _ = build(photos, loader, batch_size=14, image_size=16, resize_size=16)
+        images = torch.cat([images for _ in range(40) for images, _, _ in taken(train)])
+        statistics.append((images.mean().item(), images.std().item()))
+        train.close()
+    assert statistics[0] == pytest.approx(statistics[1], abs=0.03)
+
+
+FREED_IN_ARENAS = """
+import ctypes, sys
+import torch
+from data import DataConfig, build_loaders
+
+class Mallinfo2(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in (
+        "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"
+    )]
+
+mallinfo2 = ctypes.CDLL(None).mallinfo2
+mallinfo2.restype = Mallinfo2
+config = DataConfig(path=sys.argv[1], loader="dali", batch_size=32, image_size=224, threads=2)
+train, _ = build_loaders(config, rank=0, world_size=1, device=torch.device("cpu"), seed=3)
+before = mallinfo2().fordblks
+for epoch in range(5):
+    train.set_epoch(epoch)
+    assert len([0 for _ in train]) == 1
+print(mallinfo2().fordblks - before)
+"""
+
+
+@needs_dali
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="no glibc from 2.33 on")
+def test_dali_leaves_no_large_buffers_to_the_arenas_of_malloc(tmp_path):
+    """What lies freed there grows over the epochs: a batch has 18 MiB. In a process without a DALI of before."""
+    write_split(tmp_path / "train", 16)
+    write_split(tmp_path / "val", 1)
+    command = [sys.executable, "-c", FREED_IN_ARENAS, str(tmp_path)]
+    result = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
+    assert int(result.stdout) < 9 << 20
+
+
+def test_an_exclude_list_that_leaves_no_class_is_one_line(photos):
+    lines = [f"{split}/{name}/\n" for split in ("train", "val") for name in ("ant", "bee")]
+    (photos / "exclude.txt").write_text("".join(lines))
+    with pytest.raises(DataError, match="leaves out every class"):
+        list_splits(photos)
+
+
+def test_a_label_means_the_same_class_in_splits_that_number_theirs_differently(tmp_path):
+    """Numbers are sorted as such in a file list, as text where they are folders."""
+    classes = [str(number) for number in range(12)]
+    write_split(tmp_path / "images", 1, tuple(classes))
+    write_split(tmp_path / "val", 2, tuple(classes))
+    lines = [f"images/{name}/0.jpg {name}" for name in classes]
+    (tmp_path / "train.txt").write_text("\n".join(lines))
+    for val in (list_splits(tmp_path)[1], list_validation(tmp_path)):
+        assert list_splits(tmp_path)[0].classes == val.classes == classes
+        assert [val.classes[label] for label in val.labels] == [name.split("/")[0] for name in val.names]
+
+
+def test_numbers_that_are_written_differently_are_classes_in_the_same_order_in_every_process():
+    names = ["0" * zeros + "1" for zeros in range(9)]
+    classes, labels = numbered_classes([*names, "0"])
+    assert classes == ["0", *reversed(names)]
+    assert [classes[label] for label in labels] == [*names, "0"]
+
+
+@disk_loaders
+def test_validation_alone_needs_no_training_images(photos, loader):
+    _, expected = build(photos, loader)
+    lines = ["val/ant/0.jpg", "train/ant/0.jpg", "val/ant/no.jpg"]
+    config = DataConfig(path=str(photos), loader=loader, batch_size=4, image_size=32, resize_size=40, threads=2)
+    alone = {"rank": 0, "world_size": 1, "device": CPU, "seed": 3, "splits": ("val",)}
+    shutil.rmtree(photos / "train")
+    [val] = build_loaders(config, **alone)
+    assert equal(taken(val), taken(expected))
+    val.close()
+    expected.close()
+    (photos / "exclude.txt").write_text("\n".join(lines))
+    [val] = build_loaders(config, **alone)
+    assert (val.num_images, val.num_excluded, val.unmatched) == (9, 1, ("val/ant/no.jpg",))
+
+
+def test_validation_alone_says_which_order_of_numbers_it_takes(tmp_path):
+    classes = [str(number) for number in range(12)]
+    write_split(tmp_path / "images", 1, tuple(classes))
+    (tmp_path / "val.txt").write_text("\n".join(f"images/{name}/0.jpg {name}" for name in classes))
+    config = DataConfig(path=str(tmp_path), loader="folder", batch_size=4)
+    arguments = {"rank": 0, "world_size": 1, "device": CPU, "seed": 0, "splits": ("val",)}
+    with pytest.warns(UserWarning, match="no training split says in which order .* taken: 0, 1, 2, 3, 4 and so on"):
+        build_loaders(config, **arguments)
+    (tmp_path / "train").symlink_to(tmp_path / "images")
+    with pytest.warns(UserWarning, match="the network's output 0 is class 0, its last one") as said:
+        build_loaders(config, **arguments)
+    assert len(said) == 1

@@ -1,0 +1,80 @@
+"""launch/train.py with a fault on rank 1, chosen by the variable FAULT; for tests/run/test_ranks.py."""
+
+import dataclasses
+import os
+import runpy
+import signal
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[0] = str(ROOT)
+
+import torch  # noqa: E402
+
+from cup import PrunePlan  # noqa: E402
+from train import run  # noqa: E402
+from train.loop import engine  # noqa: E402
+from train.resizer import Resizer  # noqa: E402
+from train.world import World  # noqa: E402
+
+
+def doctored(decision: dict[str, str] | None, forge_digest: bool) -> dict[str, str] | None:
+    """The decision with one more channel gone from its first group."""
+    if not isinstance(decision, dict) or "plan" not in decision:
+        return decision
+    plan = PrunePlan.from_json(decision["plan"])
+    name = next(iter(plan.kept))
+    plan = dataclasses.replace(plan, kept={**plan.kept, name: plan.kept[name][:-1]})
+    return {"plan": plan.to_json(), "digest": plan.digest() if forge_digest else decision["digest"]}
+
+
+def install(fault: str) -> None:
+    honest_broadcast, honest_apply = World.broadcast, Resizer._apply
+    if fault in ("plan", "plan and digest"):
+        World.broadcast = lambda self, value: doctored(honest_broadcast(self, value), fault == "plan and digest")
+    elif fault == "one bit of momentum":
+
+        def apply(self, state, plan):
+            honest_apply(self, state, plan)
+            momentum = next(iter(state.optimizer.state.values()))["momentum_buffer"]
+            momentum.view(-1)[0] = momentum.view(-1)[0].nextafter(momentum.view(-1)[0] + 1)
+
+        Resizer._apply = apply
+    elif fault == "other weights":
+        honest_build = run.build_model
+
+        def build(name, num_classes):
+            torch.manual_seed(1)
+            return honest_build(name, num_classes)
+
+        run.build_model = build
+    elif fault in ("killed", "asked to stop", "not finite", "stuck"):
+        honest_step, taken = engine.training_step, []
+
+        def step(state, images, *arguments):
+            taken.append(1)
+            if len(taken) == int(os.environ["AT_STEP"]) and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+                if fault == "not finite":
+                    images = images * float("nan")
+                elif fault == "stuck":
+                    time.sleep(6)
+                else:
+                    os.kill(os.getpid(), signal.SIGKILL if fault == "killed" else signal.SIGTERM)
+            return honest_step(state, images, *arguments)
+
+        engine.training_step = step
+    elif fault == "out of memory":
+
+        def fail(self, state, plan):
+            raise MemoryError("no memory left on this rank")
+
+        Resizer._apply = fail
+
+
+if os.environ["RANK"] == "1":
+    install(os.environ["FAULT"])
+sys.argv[0] = str(ROOT / "launch" / "train.py")
+sys.path.insert(0, str(ROOT / "launch"))
+runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,0 +1,1 @@
+"""The training loop and what looks at every step of it."""
