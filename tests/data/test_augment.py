@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from made_images import build, disk_loaders, equal, needs_dali, photos, synthetic, taken
+from made_images import build, disk_loaders, equal, needs_dali, synthetic, taken
 from PIL import Image
 from torchvision.transforms import v2
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_images import build, disk_loaders, made_photo, photos, taken, write_split
+from made_images import build, disk_loaders, made_photo, taken, write_split
 from PIL import Image
 
 from data import images

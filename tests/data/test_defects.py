@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
-from made_images import build, made_photo, needs_dali, photos, taken, write_split
+from made_images import build, made_photo, needs_dali, taken, write_split
 from PIL import Image
 
 from data import dali

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from made_images import CPU, build, disk_loaders, equal, made_photo, needs_dali, photos, taken, write_split
+from made_images import CPU, build, disk_loaders, equal, made_photo, needs_dali, taken, write_split
 from PIL import ExifTags, Image
 
 from data.batch import DataConfig, DataError

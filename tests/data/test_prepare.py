@@ -16,7 +16,7 @@ from threading import Thread
 import numpy as np
 import pytest
 import scipy.io
-from made_images import made_photo, photos
+from made_images import made_photo
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100, MNIST, Imagenette, imagenet
 

@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 import pytest
-from made_images import build, disk_loaders, equal, made_photo, needs_dali, photos, taken, write_split
+from made_images import build, disk_loaders, equal, made_photo, needs_dali, taken, write_split
 
 from data import shards as shards_module
 from data.batch import DataError
