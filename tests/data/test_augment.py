@@ -11,8 +11,6 @@ from data import dali, folder
 from data.batch import NORMALISATION, DataConfig, train_size
 from data.prepare import prepare_shards
 
-__all__ = ["photos"]  # the fixture
-
 STILL = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "flip": 0.0}
 EVERYTHING = {
     **{"image_size": 48, "resize_size": 48, "start_size": 24, "grow_epochs": 3, "size_step": 8},

@@ -19,8 +19,6 @@ from data.images import list_splits
 from data.prepare import check_data, prepare_shards
 from launch import prepare
 
-__all__ = ["photos"]  # the fixture
-
 
 def jpeg_that_claims(photo: bytes, width: int, height: int) -> bytes:
     """The photograph with other numbers in its frame header."""

@@ -19,8 +19,6 @@ from data.plain import is_plainly_whole
 from data.prepare import check_data, prepare_shards
 from data.sharding import TrainSharding
 
-__all__ = ["photos"]  # the fixture
-
 
 def encoded(image: Image.Image, format_name: str, **options) -> bytes:
     file = io.BytesIO()

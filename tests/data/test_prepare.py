@@ -25,8 +25,6 @@ from data.images import list_splits
 from data.prepare import atomic, downloads, prepare_imagenet
 from launch import prepare
 
-__all__ = ["photos"]  # the fixture
-
 
 def md5_of(file: Path) -> str:
     return hashlib.md5(file.read_bytes()).hexdigest()

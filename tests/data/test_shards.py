@@ -21,8 +21,6 @@ from data.sharding import SHARDS_AT_A_TIME, TrainSharding
 from data.shards import read_index
 from launch.prepare import main as prepare_main
 
-__all__ = ["photos"]  # the fixture
-
 
 @pytest.fixture
 def shards(photos, tmp_path_factory):
