@@ -12,7 +12,8 @@ import docstring_parser
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)  # in place of docs/, so that it also works without an installation
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)  # in place of docs/, so that it also works without an installation
 
 from train.config import RunConfig  # noqa: E402
 
@@ -29,8 +30,8 @@ A setting is named `SECTION.NAME`. Its value comes from, the last one winning:
 3. the command line, `--SECTION.NAME VALUE`.
 
 `launch/train.py --print_config` prints the result, and the run directory keeps it as `config.yaml`. An unknown name, a
-wrong type or a value out of range is an error of one line, with exit code 2, that names the setting, the value found and
-what is allowed. If other settings make a setting ineffective, a note says so.
+wrong type or a value out of range is an error of one line, which names the setting, the value found and what is
+allowed; the exit code is 2. If other settings make a setting ineffective, a note says so.
 """
 
 
