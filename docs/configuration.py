@@ -43,8 +43,9 @@ def configuration_page() -> str:
 
 def _section(name: str, owner: type) -> str:
     """A heading and a table for the settings of one dataclass, and after them its sub-sections."""
-    docs = docstring_parser.parse_from_object(owner)
-    meanings = {entry.args[1]: entry.description for entry in docs.params}
+    # Only a class's own fields are found in its source, so those that it inherits are asked for where they stand.
+    docs = [docstring_parser.parse_from_object(kind) for kind in reversed(owner.__mro__) if kind is not object]
+    meanings = {entry.args[1]: entry.description for part in docs for entry in part.params}
     types = get_type_hints(owner)
     rows, sub_sections = [], []
     for field in dataclasses.fields(owner):
@@ -55,7 +56,7 @@ def _section(name: str, owner: type) -> str:
         setting = f"{name}.{field.name.removesuffix('_')}"
         rows.append(_row(f"`{setting}`", in_words(types[field.name]), f"`{_in_yaml(field)}`", meaning))
     table = ["| setting | type | default | meaning |", "|---|---|---|---|", *rows]
-    return "\n".join([f"## {name}", "", docs.short_description, "", *table, "", *sub_sections])
+    return "\n".join([f"## {name}", "", docs[-1].short_description, "", *table, "", *sub_sections])
 
 
 def _row(setting: str, kind: str, default: str, meaning: str) -> str:
