@@ -14,6 +14,7 @@ import cup
 from launch import bench, evaluate, export, prepare, prune, report
 from train.config import parse_config
 from train.errors import ConfigError
+from train.renamed import NEW_NAMES
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", *DOCS, *sorted((ROOT / "cup").glob("*.md"))]
@@ -63,6 +64,8 @@ def test_the_files_that_it_names_exist(name: str):
 @each_page
 def test_the_settings_that_it_names_exist(name: str):
     known = set(re.findall(r"^\| `([\w.]+)` \|", TEXT["docs/configuration.md"], re.MULTILINE))
+    if name == "docs/methods.md":  # it says what became of the older ones
+        known |= set(NEW_NAMES)
     sections = "|".join({setting.split(".")[0] for setting in known})
     named = re.findall(rf"`(?:--)?((?:{sections})\.\w[\w.]*\*?)(?: [^`]+|: [^`]+)?`", TEXT[name])
     files = (".py", ".md", ".txt")
@@ -72,6 +75,13 @@ def test_the_settings_that_it_names_exist(name: str):
         if not setting.endswith(files) and not any(re.fullmatch(setting.replace("*", r"\w*"), one) for one in known)
     ]
     assert unknown == []
+
+
+def test_every_older_name_of_a_setting_is_explained():
+    page = TEXT["docs/methods.md"]
+    same = {old for old, new in NEW_NAMES.items() if new == old.replace("cup.", "prune.")}
+    assert [old for old in NEW_NAMES if old not in same and f"`{old}" not in page] == []
+    assert [new for old, new in NEW_NAMES.items() if old not in same and f"`{new}" not in page] == []
 
 
 def test_the_page_of_settings_is_current():
@@ -136,10 +146,16 @@ def test_the_example_on_the_front_page_runs(capsys: pytest.CaptureFixture):
     assert "layer1.0.conv1" in capsys.readouterr().out
 
 
-def test_the_example_of_pruning_in_a_training_loop_runs(capsys: pytest.CaptureFixture):
-    names = run_example(only_example(LIBRARY))
-    dense = cup.complexity(names["torchvision"].models.resnet18(num_classes=10), names["images"]).flops
-    assert dense / int(capsys.readouterr().out) == pytest.approx(1.25**2, rel=0.02)
+def test_the_examples_of_pruning_in_a_training_loop_and_of_a_criterion_run(capsys: pytest.CaptureFixture):
+    loop, criterion = code_blocks(LIBRARY, "python")
+    names = run_example(loop)
+    dense = names["cup"].complexity(names["torchvision"].models.resnet18(num_classes=10), names["images"]).flops
+    after_the_loop = int(capsys.readouterr().out)
+    assert dense / after_the_loop == pytest.approx(1.25**2, rel=0.02)
+    exec(criterion, names)
+    now = cup.complexity(names["model"], names["images"])
+    after_the_plan = cup.flops_after(names["model"], names["groups"], names["plan"], now)
+    assert after_the_loop / after_the_plan == pytest.approx(1.5, rel=0.02)
 
 
 def test_every_public_name_of_the_library_is_explained():
