@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from cup.errors import CupError
-from cup.planning.plan import PrunePlan
+from cup.plan import PrunePlan
 from cup.tracing.groups import ChannelGroup, check_groups, keep_masks, narrow_groups
 from cup.tracing.layers import AxisName, find_layer, set_widths, weight_dim
 from cup.tracing.trace import channel_groups

@@ -12,13 +12,18 @@ README = (ROOT / "README.md").read_text()
 LIBRARY = (ROOT / "cup" / "README.md").read_text()
 
 
-def test_the_example_of_pruning_in_a_training_loop_runs(capsys: pytest.CaptureFixture):
-    (example,) = re.findall(r"```python\n(.*?)```", LIBRARY, re.DOTALL)
+def test_the_examples_of_pruning_in_a_training_loop_and_of_a_criterion_run(capsys: pytest.CaptureFixture):
+    loop, criterion = re.findall(r"```python\n(.*?)```", LIBRARY, re.DOTALL)
     torch.manual_seed(0)
     names: dict = {}
-    exec(example, names)
+    exec(loop, names)
     dense = names["cup"].complexity(names["torchvision"].models.resnet18(num_classes=10), names["images"]).flops
-    assert dense / int(capsys.readouterr().out) == pytest.approx(1.25**2, rel=0.02)
+    after_the_loop = int(capsys.readouterr().out)
+    assert dense / after_the_loop == pytest.approx(1.25**2, rel=0.02)
+    exec(criterion, names)
+    now = cup.complexity(names["model"], names["images"])
+    after_the_plan = cup.flops_after(names["model"], names["groups"], names["plan"], now)
+    assert after_the_loop / after_the_plan == pytest.approx(1.5, rel=0.02)
 
 
 def test_every_public_name_of_the_library_is_explained():

@@ -198,14 +198,15 @@ class Resizer:
         t = cup.threshold_at(epoch, config.slope, config.offset)
         if t <= 0:
             return None
-        plan = cup.plan_by_threshold(model, self.groups, t, **self._plan_options)
+        plan = cup.plan_by_threshold(model, self.groups, t, PlanOptions(**self._plan_options))
         if target is None:
             return plan
         reduction = self.dense.flops / cup.flops_after(model, self.groups, plan, self.now)
         return self._plan_to(target, model) if reduction > target * (1 + cup.REDUCTION_TOLERANCE) else plan
 
     def _plan_to(self, reduction: float, model: torch.nn.Module) -> PrunePlan:
-        return cup.plan_by_reduction(model, self.groups, reduction, dense_flops=self.dense.flops, **self._plan_options)
+        options = PlanOptions(**self._plan_options)
+        return cup.plan_by_reduction(model, self.groups, reduction, options, dense_flops=self.dense.flops)
 
     @property
     def _plan_options(self) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from torch import nn
 
 import cup
-from cup.criteria.features import Features
+from cup.criteria import Weights
+from cup.criteria.features import GroupFeatures
 from launch.benches.measure import machine, rounds_in_turn, summary, timed, with_spread, write_result
 from train.cli import positive_int
 from train.network.models import build_model, native_input_shape
@@ -135,12 +136,12 @@ class _Bench:
         return self._timed(lambda: self._prune_by_oracle(model))
 
     def _plan_like_reference(self) -> None:
-        features = Features(self.model, cup.prunable_groups(self.groups))
+        weights = Weights(self.model)
         for group in cup.prunable_groups(self.groups):
-            rows = features.rows(group)
-            labels = fcluster(linkage(rows, "ward"), self.plan.threshold, "distance")
+            rows = GroupFeatures(weights, group).rows()
+            clusters = fcluster(linkage(rows, "ward"), self.plan.threshold, "distance")
             norms = np.linalg.norm(rows, axis=1)
-            [max(np.flatnonzero(labels == label), key=lambda i: norms[i]) for label in np.unique(labels)]
+            [max(np.flatnonzero(clusters == number), key=lambda i: norms[i]) for number in np.unique(clusters)]
 
     def _oracle_graph(self, model: nn.Module) -> Any:
         return self.oracle.DependencyGraph().build_dependency(model, example_inputs=self.images)

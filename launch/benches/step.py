@@ -19,7 +19,7 @@ from torch.amp import GradScaler
 from torch.optim import SGD
 
 import cup
-from cup.planning.planners import round_up
+from cup.planning import round_up
 from cup.tracing.groups import alive_after
 from data import DataConfig, Loader, build_loaders
 from launch.benches.measure import machine, rounds_in_turn, summary, timed, with_spread, write_result
@@ -474,7 +474,7 @@ def _networks(options: argparse.Namespace, bench: StepBench) -> dict[str, dict[s
     for found, table in tables(options.round_to, bench, names or inner).items():
         paths = {name: bench.rounded(widths, table) for name, widths in asked.items()}
         if options.reduction:
-            plan = cup.plan_by_reduction(bench.model, bench.groups, options.reduction, round_to=table)
+            plan = cup.plan_by_reduction(bench.model, bench.groups, options.reduction, cup.PlanOptions(round_to=table))
             if plan.note:
                 print(f"--reduction {options.reduction:g}, round_to {found}: {plan.note}")
             paths = {f"planned to FR {options.reduction:g}": bench.rounded(plan.new_widths, 1)}

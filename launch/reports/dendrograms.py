@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import cup
-from cup.criteria.cluster import clusters_at
 from launch.dendrogram import draw_dendrograms
 from launch.reports.figures import Figure
 from launch.reports.read import Group, Run
@@ -45,7 +44,7 @@ def _draw(run: Run, checkpoint: Path, layers: list[str], directory: Path) -> lis
     t = run.resizes[-1]["threshold"] if run.resizes else None
     chosen = [prunable[name] for name in layers]
     cuts = cup.cut_groups(
-        network.model, chosen, lambda group, tree: group.width if t is None else clusters_at(tree, t), options
+        network.model, chosen, lambda group, ranking: group.width if t is None else ranking.width_at(t), options
     )
     caption = "Ward's tree of the layer's filters, as trained to the end"
     if t is not None:
