@@ -87,6 +87,27 @@ def test_l1_ranks_by_the_sums_of_absolute_weights_that_are_left(name, scope):
         assert [sums[channel] for channel in cut.ranking.order_C] == pytest.approx(sorted(sums))
 
 
+class SharedInPart(nn.Module):
+    """What c writes belongs to a's channels and to b's."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 5, 1), nn.Conv2d(3, 9, 1)
+
+    def forward(self, images):
+        return torch.cat([self.a(images), self.b(images)], dim=1) + self.c(images)
+
+
+def test_l1_counts_of_a_layer_only_the_filters_that_write_the_group():
+    """No planner cuts such a group, but a criterion may be asked."""
+    model = SharedInPart()
+    groups = cup.channel_groups(model, torch.zeros(1, 3, 8, 8))
+    (group,) = (group for group in groups if group.name == "a")
+    assert [-1 in place.channel_of_index for place in group.producers] == [False, True]
+    ranking = cup.CRITERIA["l1"].rank(group, cup.View(model, groups), {})
+    assert ranking.heights == pytest.approx(sorted(slow_sums(model, group, {}))[:-1])
+
+
 def test_l1_of_equal_filters_the_lowest_id_stays():
     model, images = make_network("lenet")
     with torch.no_grad():
