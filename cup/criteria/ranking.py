@@ -31,7 +31,7 @@ class Ranking:
 
     def __post_init__(self) -> None:
         order_C, heights, count = self.order_C, self.heights, len(self.order_C)
-        if order_C.dtype.kind != "i" or not np.array_equal(np.sort(order_C), np.arange(count)):
+        if order_C.dtype.kind not in "iu" or not np.array_equal(np.sort(order_C), np.arange(count)):
             raise CupError(f"a ranking's order: found {_shown(order_C)}, allowed: each id from 0 to {count - 1} once")
         fits = heights.shape == (count - 1,) and np.isfinite(heights).all()
         if not fits or (np.diff(heights, prepend=0.0) < 0).any():

@@ -38,7 +38,8 @@ def cut_groups(
 
 def cut_view(view: View, width: ChooseWidth, options: PlanOptions) -> list[GroupCut]:
     """`cut_groups` for groups that are known to fit the model; the view remembers what it read for the next call."""
-    criterion, masks = options.ranker, Masks()
+    criterion = options.ranker
+    masks: Masks = {}
     cuts: list[GroupCut] = []
     for group in some_prunable(view.groups, options):
         ranking = criterion.rank(group, view, masks)

@@ -69,7 +69,9 @@ def round_up(width: int, allowed: Sequence[int]) -> int:
 
 
 def _is_criterion(found: Any) -> bool:
-    return found in CRITERIA if isinstance(found, str) else isinstance(found, Criterion)
+    if isinstance(found, str):
+        return found in CRITERIA
+    return isinstance(found, Criterion) and not isinstance(found, type)
 
 
 def _can_round_to(found: Any) -> bool:

@@ -348,6 +348,7 @@ MISTAKES = {
     "count above the width": (lambda m, g: cup.plan_by_counts(m, g, {"conv1": 21}), "1 to 20"),
     "unknown criterion": (lambda m, g: cup.PlanOptions(criterion="l3"), "cup, l1"),
     "a criterion that cannot rank": (lambda m, g: cup.PlanOptions(criterion=len), "rank"),
+    "a criterion's class": (lambda m, g: cup.PlanOptions(criterion=type(cup.CRITERIA["l1"])), "an object"),
     "unknown features": (lambda m, g: cup.PlanOptions(features="all"), "features"),
     "unknown scope": (lambda m, g: cup.PlanOptions(scope="some"), "scope"),
     "round_to of zero": (lambda m, g: cup.PlanOptions(round_to=0), "round_to"),
