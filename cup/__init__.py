@@ -23,7 +23,7 @@ from cup.planning import (
     reduction_at,
     threshold_at,
 )
-from cup.surgery import ParameterChange, Resized, apply_plan, shrink_to
+from cup.surgery import ParameterChange, Resized, apply_plan, shrink_to, zero_filters
 from cup.tracing.groups import ChannelGroup, Place
 from cup.tracing.trace import channel_groups
 
@@ -62,4 +62,5 @@ __all__ = [
     "reduction_at",
     "shrink_to",
     "threshold_at",
+    "zero_filters",
 ]

@@ -15,7 +15,7 @@ if not __package__:
 import cup
 from cup import ChannelGroup, GroupCut, PlanOptions, PrunePlan
 from launch.dendrogram import draw_dendrograms
-from train.checkpoint.file import StoredNetwork, load_network, save_network
+from train.checkpoint.network import StoredNetwork, load_network, save_network
 from train.cli import Parser, exit_code_of, positive_int
 from train.errors import ConfigError, TrainError
 from train.prune import Cut, cut_network, network_from_weights, read_counts

@@ -52,6 +52,11 @@ class View:
         """Cost of the model at full width."""
         return self.now if self._dense is None else self._dense
 
+    @property
+    def reduction(self) -> float:
+        """FR: FLOPs at full width over FLOPs now, in the paper's counting."""
+        return self.dense.flops / self.now.flops
+
     @cached_property
     def weights(self) -> Weights:
         """The model's weights as read-only arrays; each layer is read once."""

@@ -14,7 +14,8 @@ from scipy.cluster.hierarchy import leaves_list
 import cup
 from launch import evaluate, prune
 from launch.dendrogram import cut_height, leaf_order
-from train.checkpoint.file import load_checkpoint, load_network
+from train.checkpoint.file import load_checkpoint
+from train.checkpoint.network import load_network
 from train.network.models import build_model
 
 
@@ -33,7 +34,7 @@ def error_of(arguments: list[str], capfd: pytest.CaptureFixture, exit_code: int 
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint of a dense run with a moving average of the weights."""
     root = tmp_path_factory.mktemp("dense")
-    train(root, cup__enabled="false", train__epochs=2, train__ema_decay=0.9)
+    train(root, prune__method="none", train__epochs=2, train__ema_decay=0.9)
     return root / "tiny/last.pt"
 
 
