@@ -5,28 +5,34 @@ Tensors and plain data in, plain data out: nothing here knows of ranks, files, l
 
 from cup.carry import carry_ema, carry_optimizer, check_optimizer
 from cup.complexity import Complexity, LayerCost, complexity, complexity_after, flops_after
+from cup.criteria import CRITERIA, Criterion, Ranking, View
 from cup.describe import describe
 from cup.errors import CupError
-from cup.planning.plan import PrunePlan
-from cup.planning.planners import (
+from cup.plan import PrunePlan
+from cup.planning import (
     REDUCTION_TOLERANCE,
     GroupCut,
     PlanOptions,
     cut_groups,
+    has_reached,
+    is_cut_epoch,
     plan_by_counts,
     plan_by_reduction,
     plan_by_threshold,
     prunable_groups,
+    reduction_at,
+    threshold_at,
 )
-from cup.planning.schedule import has_reached, is_cut_epoch, reduction_at, threshold_at
-from cup.surgery import ParameterChange, Resized, apply_plan, shrink_to
+from cup.surgery import ParameterChange, Resized, apply_plan, shrink_to, zero_filters
 from cup.tracing.groups import ChannelGroup, Place
 from cup.tracing.trace import channel_groups
 
 __all__ = [
+    "CRITERIA",
     "REDUCTION_TOLERANCE",
     "ChannelGroup",
     "Complexity",
+    "Criterion",
     "CupError",
     "GroupCut",
     "LayerCost",
@@ -34,7 +40,9 @@ __all__ = [
     "Place",
     "PlanOptions",
     "PrunePlan",
+    "Ranking",
     "Resized",
+    "View",
     "apply_plan",
     "carry_ema",
     "carry_optimizer",
@@ -54,4 +62,5 @@ __all__ = [
     "reduction_at",
     "shrink_to",
     "threshold_at",
+    "zero_filters",
 ]

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cup.errors import CupError
-from cup.planning.plan import PrunePlan
+from cup.plan import PrunePlan
 from cup.tracing.groups import Call, ChannelGroup, alive_after, keep_masks
 from cup.tracing.layers import CONVS, TRANSPOSED_CONVS, find_layer, weight_of
 from cup.tracing.meta import does_not_take, meta_copy, meta_input

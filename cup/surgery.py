@@ -3,11 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
 from cup.errors import CupError
-from cup.planning.plan import PrunePlan
+from cup.plan import PrunePlan
 from cup.tracing.groups import ChannelGroup, check_groups, keep_masks, narrow_groups
 from cup.tracing.layers import AxisName, find_layer, set_widths, weight_dim
 from cup.tracing.trace import channel_groups
@@ -82,6 +83,28 @@ def shrink_to(model: nn.Module, widths: Mapping[str, int], example_input: torch.
             raise CupError(f"width of {name}: found {width}, allowed: 1 to {known[name]}")
     kept = {name: tuple(range(width)) for name, width in widths.items()}
     return apply_plan(model, PrunePlan(kept, {name: known[name] for name in widths}), groups)
+
+
+def zero_filters(model: nn.Module, plan: PrunePlan, groups: Sequence[ChannelGroup]) -> None:
+    """Set the filters that write the channels which `plan` does not keep to zero, in place.
+
+    All shapes stay, and so do biases and batch norm: without them a ReLU would keep the filters from growing back (SFP,
+    arXiv 1808.06866, and its released code).
+    groups: the model's. Raises CupError, with the model left as it was, for a plan of another network.
+    """
+    check_groups(model, groups)
+    _check_plan(plan, groups)
+    for group in groups:
+        if group.name not in plan.removed:
+            continue
+        goes_C = np.ones(group.width, dtype=bool)
+        goes_C[list(plan.kept[group.name])] = False
+        for place in group.producers:
+            mine = place.channel_of_index >= 0
+            rows = torch.from_numpy((mine & goes_C[place.channel_of_index]).nonzero()[0])
+            layer = find_layer(model, place.module)
+            with torch.no_grad():
+                layer.weight.index_fill_(weight_dim(layer, "out"), rows.to(layer.weight.device), 0)
 
 
 def select(tensor: torch.Tensor, axes: Mapping[int, torch.Tensor]) -> torch.Tensor:

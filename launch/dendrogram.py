@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 
 from cup import GroupCut
+from cup.criteria.ward import clusters_of
 from train.errors import TrainError
 
 MOST_LABELS = 64
@@ -25,7 +26,7 @@ CLUSTERS = tuple(f"C{number}" for number in range(10) if number != 7)  # matplot
 
 
 def draw_dendrograms(cuts: Sequence[GroupCut], threshold: float | None, directory: Path) -> list[Path]:
-    """Write DIRECTORY/GROUP.png for each cut and return the paths.
+    """Write DIRECTORY/GROUP.png for each cut, whose ranking must have a tree, and return the paths.
 
     threshold: the height that made the plan; None where counts did. Raises TrainError where nothing can be written.
     """
@@ -55,7 +56,7 @@ def leaf_order(tree: np.ndarray) -> np.ndarray:
 
 def cut_height(cut: GroupCut, threshold: float | None) -> float:
     """Where the cut crosses the tree: at the threshold, or between two merges where the width was given or rounded."""
-    heights, made = cut.tree[:, 2], len(cut.labels_C) - len(cut.kept)
+    heights, made = cut.ranking.heights, cut.group.width - len(cut.kept)
     below = heights[made - 1] if made else 0.0
     above = heights[made] if made < len(heights) else 1.05 * below
     if threshold is not None and below <= threshold and (threshold < above or made == len(heights)):
@@ -64,14 +65,14 @@ def cut_height(cut: GroupCut, threshold: float | None) -> float:
 
 
 def _draw(cut: GroupCut, threshold: float | None, path: Path) -> None:
-    count, kept = len(cut.labels_C), len(cut.kept)
+    count, kept = cut.group.width, len(cut.kept)
     wide = count > MOST_LABELS
     is_cut = kept < count or threshold is not None
     fig, axis = plt.subplots(figsize=(min(26, max(8, 0.15 * count)), 6 if wide else 4.5), layout="constrained")
-    order = leaf_order(cut.tree)
-    colors = _cluster_colors(cut.labels_C[order])
+    order = leaf_order(cut.ranking.tree)
+    colors = _channel_colors(clusters_of(cut.ranking.tree, kept), order)
     height = cut_height(cut, threshold)
-    top = 1.05 * max(height, cut.tree[:, 2].max(initial=0)) or 1.0
+    top = 1.05 * max(height, cut.ranking.heights.max(initial=0)) or 1.0
     _draw_tree(axis, cut, order, colors)
     if is_cut:
         axis.axhline(height, color="black", linestyle="--", linewidth=1, label=f"cut at {height:.3f}")
@@ -89,35 +90,35 @@ def _draw(cut: GroupCut, threshold: float | None, path: Path) -> None:
     plt.close(fig)
 
 
-def _cluster_colors(labels_in_order: np.ndarray) -> dict[int, str]:
-    """Cluster -> color; neighbours in the picture differ."""
-    return {int(label): CLUSTERS[number % len(CLUSTERS)] for number, label in enumerate(dict.fromkeys(labels_in_order))}
+def _channel_colors(clusters_C: np.ndarray, order: np.ndarray) -> list[str]:
+    """The color of each channel's cluster; neighbours in the picture differ."""
+    numbers = {cluster: number for number, cluster in enumerate(dict.fromkeys(clusters_C[order].tolist()))}
+    return [CLUSTERS[numbers[cluster] % len(CLUSTERS)] for cluster in clusters_C.tolist()]
 
 
-def _draw_tree(axis: Axes, cut: GroupCut, order: np.ndarray, colors: dict[int, str]) -> None:
+def _draw_tree(axis: Axes, cut: GroupCut, order: np.ndarray, colors: Sequence[str]) -> None:
     count = len(order)
-    x, heights = np.empty(2 * count - 1), np.concatenate([np.zeros(count), cut.tree[:, 2]])
+    x, heights = np.empty(2 * count - 1), np.concatenate([np.zeros(count), cut.ranking.heights])
     x[order] = np.arange(count)
-    cluster = np.concatenate([cut.labels_C, np.empty(count - 1, dtype=np.int64)])
+    node_colors = list(colors)
     links, link_colors = [], []
-    for node, (left, right) in enumerate(cut.tree[:, :2].astype(int), start=count):
-        x[node], cluster[node] = (x[left] + x[right]) / 2, cluster[left]
+    for node, (left, right) in enumerate(cut.ranking.tree[:, :2].astype(int), start=count):
+        x[node] = (x[left] + x[right]) / 2
+        node_colors.append(node_colors[left])
         below_the_cut = node - count < count - len(cut.kept)
         links.append(
             [(x[left], heights[left]), *((x[n], heights[node]) for n in (left, right)), (x[right], heights[right])]
         )
-        link_colors.append(colors[int(cluster[node])] if below_the_cut else ABOVE_THE_CUT)
+        link_colors.append(node_colors[node] if below_the_cut else ABOVE_THE_CUT)
     axis.add_collection(LineCollection(links, colors=link_colors, linewidths=1.2 if count <= MOST_LABELS else 0.8))
 
 
-def _draw_leaves(
-    axis: Axes, cut: GroupCut, order: np.ndarray, colors: dict[int, str], strip: float, mark: bool
-) -> None:
+def _draw_leaves(axis: Axes, cut: GroupCut, order: np.ndarray, colors: Sequence[str], strip: float, mark: bool) -> None:
     """A triangle (if `mark`) at each filter that stays, in a strip under the tree; channel numbers, as many as fit."""
     if mark:
         stays = np.flatnonzero(np.isin(order, cut.kept))
-        clusters = [colors[int(label)] for label in cut.labels_C[order[stays]]]
-        axis.scatter(stays, np.full(len(stays), -strip / 2), marker="^", s=30, color=clusters)
+        shown = [colors[channel] for channel in order[stays]]
+        axis.scatter(stays, np.full(len(stays), -strip / 2), marker="^", s=30, color=shown)
         axis.scatter([], [], marker="^", s=30, color="black", label="stays")
     step = math.ceil(len(order) / MOST_LABELS)
     axis.set_xticks(range(0, len(order), step), order[::step], rotation=90, fontsize=7)

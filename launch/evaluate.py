@@ -11,7 +11,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from train.cli import Parser, exit_code_of, positive_int
-from train.run import evaluate_checkpoint
+from train.evaluate import evaluate_checkpoint
 from train.world import open_world
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from train.checkpoint.file import load_network
+from train.checkpoint.network import load_network
 from train.cli import Parser, exit_code_of, positive_int
 from train.errors import ConfigError
 from train.export import BATCH_SIZES, SUFFIXES, export_network

@@ -7,16 +7,15 @@ python launch/prune.py resnet18 --weights resnet18-f37072fd.pth --t 0.65 --dendr
 import sys
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
 # A script's own folder comes first on the path, and there `train` is launch/train.py: put the root in its place.
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import cup
-from cup import ChannelGroup, GroupCut, PrunePlan
+from cup import ChannelGroup, GroupCut, PlanOptions, PrunePlan
 from launch.dendrogram import draw_dendrograms
-from train.checkpoint.file import StoredNetwork, load_network, save_network
+from train.checkpoint.network import StoredNetwork, load_network, save_network
 from train.cli import Parser, exit_code_of, positive_int
 from train.errors import ConfigError, TrainError
 from train.prune import Cut, cut_network, network_from_weights, read_counts
@@ -29,16 +28,16 @@ def main(argv: list[str]) -> int:
 
 def _prune(argv: list[str]) -> None:
     options = _parse(argv)
+    settings = _plan_options(options)
     network = _open_source(options)
     groups = network.groups or cup.channel_groups(network.model, network.architecture.example_input())
-    clustering = {name: getattr(options, name) for name in ("scope", "features", "round_to", "min_channels")}
-    plan = _plan(options, network, groups, clustering)
+    plan = _plan(options, network, groups, settings)
     if not plan.removed:
         why = f" ({plan.note})" if plan.note else ""
         raise TrainError(
             f"this cut removes no channel of {options.source}{why}; nothing was written, ask for a deeper one"
         )
-    trees = _trees(network, groups, plan, clustering) if options.dendrogram else []  # read before the model is cut
+    trees = _trees(network, groups, plan, settings) if options.dendrogram else []  # read before the model is cut
     cut = cut_network(network, plan, groups)
     out = _free_out(options, cut)
     if options.dendrogram:
@@ -52,10 +51,13 @@ def _parse(argv: list[str]) -> Namespace:
     parser = Parser(prog="launch/prune.py", description=__doc__.splitlines()[0])
     parser.add_argument("source", metavar="SOURCE", help="a checkpoint, or with --weights a network's name")
     depth = parser.add_mutually_exclusive_group(required=True)
-    depth.add_argument("--t", type=float, help="cut every dendrogram at this height")
+    depth.add_argument("--t", type=float, help="remove what the criterion puts up to this height")
     depth.add_argument("--reduction", type=float, metavar="FR", help="FLOPs down by this factor of the full network's")
     depth.add_argument("--counts", type=Path, metavar="FILE", help="JSON or YAML: group name -> channels that stay")
-    defaults = cup.PlanOptions()
+    defaults = PlanOptions()
+    parser.add_argument(
+        "--criterion", choices=tuple(cup.CRITERIA), default=defaults.criterion, help="which channels go first"
+    )
     parser.add_argument("--scope", choices=("inner", "all"), default=defaults.scope, help="all = residual streams too")
     parser.add_argument(
         "--round-to", type=positive_int, default=defaults.round_to, metavar="N", help="widths, rounded up"
@@ -64,7 +66,7 @@ def _parse(argv: list[str]) -> Namespace:
         "--min-channels", type=positive_int, default=defaults.min_channels, metavar="N", help="least width"
     )
     features = ("both", "incoming", "outgoing")
-    parser.add_argument("--features", choices=features, default=defaults.features, help="what describes a filter")
+    parser.add_argument("--features", choices=features, default=defaults.features, help="cup: what describes a filter")
     parser.add_argument(
         "--weights", type=Path, metavar="FILE", help="the named network's weights: .pth or .safetensors"
     )
@@ -76,7 +78,7 @@ def _parse(argv: list[str]) -> Namespace:
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: SOURCE_frX.XX.pt, X.XX being the FR reached")
     parser.add_argument("--force", action="store_true", help="overwrite what is there")
-    parser.add_argument("--dendrogram", type=Path, metavar="DIR", help="draw each group's tree and cut, a PNG each")
+    parser.add_argument("--dendrogram", type=Path, metavar="DIR", help="cup: draw each group's tree and cut")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
 
@@ -91,29 +93,35 @@ def _open_source(options: Namespace) -> StoredNetwork:
     return load_network(Path(options.source))
 
 
-def _plan(
-    options: Namespace, network: StoredNetwork, groups: list[ChannelGroup], clustering: dict[str, Any]
-) -> PrunePlan:
+def _plan_options(options: Namespace) -> PlanOptions:
+    if options.criterion != "cup" and options.features != PlanOptions().features:
+        raise ConfigError(f"--features goes with --criterion cup: {options.criterion} describes filters its own way")
+    names = ("criterion", "features", "scope", "round_to", "min_channels")
+    return PlanOptions(**{name: getattr(options, name) for name in names})
+
+
+def _plan(options: Namespace, network: StoredNetwork, groups: list[ChannelGroup], settings: PlanOptions) -> PrunePlan:
     if options.t is not None:
-        return cup.plan_by_threshold(network.model, groups, options.t, **clustering)
+        return cup.plan_by_threshold(network.model, groups, options.t, settings)
     if options.counts is not None:
-        return cup.plan_by_counts(network.model, groups, read_counts(options.counts), **clustering)
+        return cup.plan_by_counts(network.model, groups, read_counts(options.counts), settings)
     reached = network.dense.flops / cup.complexity(network.model, network.architecture.example_input()).flops
     if 1 < options.reduction <= reached:
         raise ConfigError(
             f"--reduction: found {options.reduction:g}, but FR is {reached:.3f} already; allowed: above it"
         )
-    return cup.plan_by_reduction(
-        network.model, groups, options.reduction, dense_flops=network.dense.flops, **clustering
-    )
+    return cup.plan_by_reduction(network.model, groups, options.reduction, settings, dense_flops=network.dense.flops)
 
 
 def _trees(
-    network: StoredNetwork, groups: list[ChannelGroup], plan: PrunePlan, clustering: dict[str, Any]
+    network: StoredNetwork, groups: list[ChannelGroup], plan: PrunePlan, settings: PlanOptions
 ) -> list[GroupCut]:
-    """The dendrograms that the plan was cut from."""
+    """The dendrograms that the plan was cut from. Raises ConfigError where the criterion makes none."""
     counts = plan.new_widths
-    return cup.cut_groups(network.model, groups, lambda group, tree: counts[group.name], cup.PlanOptions(**clustering))
+    cuts = cup.cut_groups(network.model, groups, lambda group, ranking: counts[group.name], settings)
+    if any(cut.ranking.tree is None for cut in cuts):
+        raise ConfigError(f"--dendrogram: found --criterion {settings.criterion}, which makes no tree; allowed: cup")
+    return cuts
 
 
 def _free_out(options: Namespace, cut: Cut) -> Path:

@@ -15,10 +15,9 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.reports.dendrograms import draw_layers
-from launch.reports.figures import draw_figures
+from launch.reports.figures import Figure, draw_figures
 from launch.reports.page import page
-from launch.reports.read import group_runs, read_run
+from launch.reports.read import Group, group_runs, read_run
 from launch.reports.tables import markdown, means_csv, notes, our_rows, published_rows, runs_csv
 from train.cli import Parser, exit_code_of
 from train.errors import TrainError
@@ -46,7 +45,7 @@ def _report(argv: list[str]) -> None:
     remarks = notes(groups)
     out = options.out
     try:
-        trees, missing = draw_layers(groups, options.dendrogram, out)  # first, for a layer's name can be wrong
+        trees, missing = _draw_layers(groups, options.dendrogram, out)  # first, for a layer's name can be wrong
         remarks += missing
         out.mkdir(parents=True, exist_ok=True)
         figures = draw_figures(groups, out)
@@ -60,6 +59,14 @@ def _report(argv: list[str]) -> None:
     for remark in remarks:
         print(remark)
     print(f"written: {out / 'report.html'}, and savings.md, savings.csv, runs.csv and the figures beside it")
+
+
+def _draw_layers(groups: list[Group], layers: list[str], out: Path) -> tuple[list[Figure], list[str]]:
+    if not layers:
+        return [], []
+    from launch.reports.dendrograms import draw_layers  # a network needs torch, whose import takes seconds
+
+    return draw_layers(groups, layers, out)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from train.errors import ConfigError
-from train.world import USER_ERRORS, leave_word, lost_peer, out_of_memory
+from train.errors import ConfigError, TrainError
 
 LINGER_S = 3.0
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,12 +34,8 @@ def exit_code_of(action: Callable[[], None], debug: bool, after_interrupt: str =
         _say("; ".join(filter(None, ["interrupted", after_interrupt])))
         return 130
     except Exception as error:
-        lost = lost_peer(error)
-        if not lost:
-            leave_word(error)
-        if isinstance(error, USER_ERRORS):
-            message = " ".join(str(error).split())
-        elif (message := lost or out_of_memory(error)) is None:
+        message = _message(error)
+        if message is None:
             raise
         if debug:
             traceback.print_exc()
@@ -51,8 +46,23 @@ def exit_code_of(action: Callable[[], None], debug: bool, after_interrupt: str =
     return 0
 
 
+def _message(error: Exception) -> str | None:
+    """The one line about an error that a user can cause; None for one that only a programmer can."""
+    if isinstance(error, TrainError) and _ranks() == 1:
+        return " ".join(str(error).split())
+    # Only now: a script that reads a log needs no torch, whose import takes seconds.
+    from train.world import USER_ERRORS, announce_failure, explain_lost_rank, explain_out_of_memory
+
+    lost = explain_lost_rank(error)
+    if lost is None:
+        announce_failure(error)
+    if isinstance(error, USER_ERRORS):
+        return " ".join(str(error).split())
+    return lost or explain_out_of_memory(error)
+
+
 def command_again(argv: list[str], resume: str, name: str, directory: str) -> str:
-    """The command line that goes on with this run: torchrun's where that started this process, else our own.
+    """The command that goes on with this run; of torchrun's, what has to be added to it.
 
     argv: our own arguments. resume: the run's run.resume, which has to be auto to go on. name: its run.name, under
     which auto may find another run than the one in `directory`, where run.resume: never gave it a number.
@@ -61,14 +71,9 @@ def command_again(argv: list[str], resume: str, name: str, directory: str) -> st
     if resume != "auto":
         own_name = Path(directory).name
         more = [*([] if own_name == name else ["--run.name", own_name]), "--run.resume", "auto"]
-    command = [sys.executable, *sys.argv[:1], *argv]
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        try:  # the parent process, as Linux shows it
-            words = Path(f"/proc/{os.getppid()}/cmdline").read_text(encoding="utf-8").split("\0")
-            command = [word for word in words if word] or command
-        except (OSError, UnicodeDecodeError):
-            return " ".join(["the same torchrun command", *(["with", *more] if more else [])])
-    return shlex.join(command + more)
+        return " ".join(["the same torchrun command", *(["with", *more] if more else [])])
+    return shlex.join([sys.executable, *sys.argv[:1], *argv, *more])
 
 
 def positive_int(text: str) -> int:

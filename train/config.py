@@ -6,27 +6,35 @@ line that names the key, the value found and what is allowed.
 
 import dataclasses
 import difflib
-import keyword
 import math
+import os
 import re
-from collections.abc import Callable
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from operator import attrgetter
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
+from cup import CupError
 from data import DataConfig
 from data.batch import DECODING_ON_GPU, ON_DISK
 from train.errors import ConfigError
-from train.loop.engine import TrainConfig
+from train.loop.config import TrainConfig
+from train.methods import PruneConfig
 from train.network.models import check_model_name
 from train.network.optim import OptimConfig
-from train.resizer import CupConfig
+from train.renamed import NEW_NAMES, options_with_new_names, with_new_names
 
+T = TypeVar("T")
+
+RAMP_IN_T = ("prune.hard_ramp.slope", "prune.hard_ramp.offset")
 # Settings of `data` that only some loaders, devices or other settings give an effect.
 RANDAUGMENT = ("randaugment_ops", "randaugment_magnitude")
+SYNTHETIC = ("synthetic_images", "synthetic_classes")
 AUGMENTING = ("crop_scale", "crop_ratio", "flip", "color_jitter", "auto_augment", *RANDAUGMENT)
 
 
@@ -75,20 +83,16 @@ class ModelConfig:
 
     name: str | None = None
     """A classification model of torchvision, timm:NAME, lenet, mlp, vgg16_cifar, or resnet20_cifar (32, 44, 56).
-    null = the network in model.from; resnet50 without."""
-    from_: str | None = field(
-        default=None,
-        metadata={
-            "help": "Checkpoint to start from, usually one that launch/prune.py wrote: its network at its widths, with "
-            "its weights; everything else begins anew. null = the full network, freshly initialised."
-        },
-    )
+    null = the network in model.checkpoint; resnet50 without."""
+    checkpoint: str | None = None
+    """Checkpoint to start from, usually one that launch/prune.py wrote: its network at its widths, with its weights;
+    everything else begins anew. null = the full network, freshly initialised."""
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a name that nobody knows, ValueError for an empty file name."""
-        if self.from_ == "":
-            raise ValueError("from: found '', allowed: a checkpoint file, or null")
-        if self.name is None and self.from_ is None:
+        if self.checkpoint == "":
+            raise ValueError("checkpoint: found '', allowed: a checkpoint file, or null")
+        if self.name is None and self.checkpoint is None:
             object.__setattr__(self, "name", "resnet50")
         if self.name is not None:
             check_model_name(self.name)
@@ -103,13 +107,13 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    cup: CupConfig = field(default_factory=CupConfig)
+    prune: PruneConfig = field(default_factory=PruneConfig)
 
     def __post_init__(self) -> None:
         """Raises ValueError for settings that are at odds with each other."""
-        last = self.cup.last_epoch
-        if self.cup.enabled and last is not None and last > self.train.epochs:
-            raise ValueError(f"cup.last_epoch: found {last}, allowed: up to train.epochs ({self.train.epochs})")
+        last = self.prune.last_epoch
+        if self.prune.shrinks and last is not None and last > self.train.epochs:
+            raise ValueError(f"prune.last_epoch: found {last}, allowed: up to train.epochs ({self.train.epochs})")
         if self.optim.warmup_epochs > self.train.epochs:
             raise ValueError(
                 f"optim.warmup_epochs: found {self.optim.warmup_epochs}, allowed: up to train.epochs "
@@ -121,33 +125,35 @@ class RunConfig:
             )
 
     def without_effect(self) -> list[str]:
-        """What was set and changes nothing, in words for the user, a line for each reason."""
-        data = self.data
+        """What was set and changes nothing, as notes for the user, one for each reason."""
+        data, prune = self.data, self.prune
         on_gpu = self.run.device == "cuda" or (self.run.device == "auto" and torch.cuda.is_available())
+        of_a_method = [key for key in all_settings() if key.startswith("prune.") and key != "prune.method"]
         rules = [
-            (not self.cup.enabled, self.cup, [f.name for f in dataclasses.fields(CupConfig)][1:], "cup.enabled: false"),
-            (self.cup.ramp == "reduction", self.cup, ["slope", "offset"], "cup.ramp: reduction"),
-            (self.optim.schedule == "cosine", self.optim, ["milestones", "gamma"], "optim.schedule: cosine"),
-            (self.optim.name == "apex_lamb", self.optim, ["momentum", "nesterov"], "optim.name: apex_lamb"),
-            (self.train.compile == "none", self.train, ["compile_steps"], "train.compile: none"),
-            (data.loader == "synthetic", data, [*ON_DISK, *AUGMENTING], "data.loader: synthetic"),
-            (data.loader == "folder", data, ["mmap"], "data.loader: folder"),
-            (data.loader == "folder" or not on_gpu, data, DECODING_ON_GPU, "no decoding on a GPU"),
-            (data.loader in ("folder", "dali"), data, ["synthetic_images", "synthetic_classes"], "images from a disk"),
-            (data.auto_augment != "randaugment", data, RANDAUGMENT, f"data.auto_augment: {data.auto_augment}"),
-            (not data.start_size, data, ["grow_epochs", "size_step"], "data.start_size: 0"),
+            (not prune.shrinks, of_a_method, "prune.method: none"),
+            (prune.criterion != "cup", ["prune.features", "prune.use_bias"], f"prune.criterion: {prune.criterion}"),
+            (prune.hard_ramp.kind == "reduction", RAMP_IN_T, "prune.hard_ramp.kind: reduction"),
+            (self.optim.schedule == "cosine", ["optim.milestones", "optim.gamma"], "optim.schedule: cosine"),
+            (self.optim.name == "apex_lamb", ["optim.momentum", "optim.nesterov"], "optim.name: apex_lamb"),
+            (self.train.compile == "none", ["train.compile_steps"], "train.compile: none"),
+            (data.loader == "synthetic", _of_data(*ON_DISK, *AUGMENTING), "data.loader: synthetic"),
+            (data.loader == "folder", _of_data("mmap"), "data.loader: folder"),
+            (data.loader == "folder" or not on_gpu, _of_data(*DECODING_ON_GPU), "no decoding on a GPU"),
+            (data.loader in ("folder", "dali"), _of_data(*SYNTHETIC), "images from a disk"),
+            (data.auto_augment != "randaugment", _of_data(*RANDAUGMENT), f"data.auto_augment: {data.auto_augment}"),
+            (not data.start_size, _of_data("grow_epochs", "size_step"), "data.start_size: 0"),
         ]
-        names = {id(self.cup): "cup", id(self.optim): "optim", id(self.train): "train", id(self.data): "data"}
+        default = RunConfig()
         notes = []
-        for applies, section, keys, reason in rules:
-            changed = [key for key in keys if getattr(section, key) != getattr(type(section)(), key)]
+        for applies, keys, reason in rules:
+            changed = [key for key in keys if attrgetter(key)(self) != attrgetter(key)(default)]
             if applies and changed:
-                notes.append(f"no effect with {reason}: {', '.join(f'{names[id(section)]}.{key}' for key in changed)}")
+                notes.append(f"no effect with {reason}: {', '.join(changed)}")
         return notes
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain data, as YAML and JSON hold it."""
-        return {section: _renamed(_plain(values), _key) for section, values in dataclasses.asdict(self).items()}
+        return _plain(dataclasses.asdict(self))
 
 
 def build_parser(prog: str, default_config: str) -> ArgumentParser:
@@ -157,20 +163,26 @@ def build_parser(prog: str, default_config: str) -> ArgumentParser:
         prog=prog,
         exit_on_error=False,
         allow_abbrev=False,
-        description="Train a classifier on several ranks while CUP-SS resizes it.",
+        description="Train a classifier on several ranks while a pruning method resizes it.",
         epilog=f"Without --config the recipe {default_config} is run.",
     )
     parser.add_argument("--config", action="config", help="Recipe, a YAML file; launch/configs/ holds some.")
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error that has one line else.")
     for section in dataclasses.fields(RunConfig):
-        _add_section(parser, section)
+        parser.add_class_arguments(section.default_factory, section.name)
     return parser
 
 
 def parse_config(argv: list[str], prog: str, default_config: str) -> RunConfig:
-    """Command line -> configuration. Raises ConfigError; --help and --print_config print and exit with 0."""
+    """Command line -> configuration. Raises ConfigError; --help and --print_config print and exit with 0.
+
+    Names that settings had in earlier versions are read, with a warning that says the new one.
+    """
     if not any(arg == "--config" or arg.startswith("--config=") for arg in argv):
         argv = ["--config", default_config, *argv]
+    argv, renamed = options_with_new_names(argv)
+    if renamed and os.environ.get("RANK", "0") == "0":
+        warnings.warn(f"settings have new names: {'; '.join(dict.fromkeys(renamed))}", stacklevel=2)
     try:
         namespace = build_parser(prog, default_config).parse_args(argv)
     except ArgumentError as error:
@@ -181,19 +193,14 @@ def parse_config(argv: list[str], prog: str, default_config: str) -> RunConfig:
 
 
 def config_from_dict(values: dict[str, dict[str, Any]]) -> RunConfig:
-    """Nested plain data -> configuration. Raises ConfigError for what is out of range."""
+    """Nested plain data -> configuration, of an earlier version, too. Raises ConfigError for what is out of range."""
+    values, _ = with_new_names(values)
     sections = {}
     for section in dataclasses.fields(RunConfig):
         if not isinstance(values.get(section.name), dict):
             found = values.get(section.name)
             raise ConfigError(f"{section.name}: found {found!r}, allowed: settings, each a name and a value")
-        try:
-            named = _renamed(_tuples(values[section.name]), _field_name)
-            sections[section.name] = section.default_factory(**named)
-        except ValueError as error:
-            raise ConfigError(f"{section.name}.{error}") from error
-        except TypeError as error:
-            raise ConfigError(f"{section.name}: a configuration of another version ({error})") from error
+        sections[section.name] = _section(section.name, section.default_factory, values[section.name])
     try:
         return RunConfig(**sections)
     except ValueError as error:
@@ -212,27 +219,23 @@ def differing_keys(one: dict[str, Any], other: dict[str, Any], prefix: str = "")
     return different
 
 
-def _add_section(parser: ArgumentParser, section: dataclasses.Field) -> None:
-    """The options of one owner's dataclass. jsonargparse cannot rename a field, so renamed ones are added by hand."""
-    renamed = [f for f in _fields(section) if _key(f.name) != f.name]
-    parser.add_class_arguments(section.default_factory, section.name, skip={f.name for f in renamed})
-    for f in renamed:
-        parser.groups[section.name].add_argument(
-            f"--{section.name}.{_key(f.name)}", type=f.type, default=f.default, help=f.metadata["help"]
-        )
+def _section(name: str, kind: type[T], values: dict[str, Any]) -> T:
+    """The dataclass of these values, with the dataclasses inside it. `name`: dotted, for errors."""
+    inner = {f.name: f.default_factory for f in dataclasses.fields(kind) if dataclasses.is_dataclass(f.default_factory)}
+    try:
+        settings = {
+            key: _section(f"{name}.{key}", inner[key], value) if key in inner and isinstance(value, dict) else value
+            for key, value in _tuples(values).items()
+        }
+        return kind(**settings)
+    except (ValueError, CupError) as error:
+        raise ConfigError(f"{name}.{error}") from error
+    except TypeError as error:
+        raise ConfigError(f"{name}: a configuration of another version ({error})") from error
 
 
-def _key(field_name: str) -> str:
-    """What the user calls a field: `from` is a keyword of Python, so the field is `from_`."""
-    return field_name.removesuffix("_")
-
-
-def _field_name(key: str) -> str:
-    return f"{key}_" if keyword.iskeyword(key) else key
-
-
-def _renamed(values: dict[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
-    return {rename(key): value for key, value in values.items()}
+def _of_data(*names: str) -> list[str]:
+    return [f"data.{name}" for name in names]
 
 
 def _plain(value: Any) -> Any:
@@ -247,11 +250,11 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
 
 def _one_line(message: str, argv: list[str]) -> str:
     """jsonargparse's message in this project's form: key, value found, what is allowed."""
-    if match := re.search(
-        r"Parser key \"(\w+)\.(\w+)\":.*(?:Got|Given) value:? ?(?:type: \S+)? ?(.*)", message, re.DOTALL
-    ):
-        section, name, found = match.groups()
-        return f"{section}.{name}: found {found.strip().partition(chr(10))[0]!r}, allowed: {_allowed(section, name)}"
+    if match := re.search(r"Parser key \"([\w.]+)\":.*(?:Got|Given) value:? ?(?:type: \S+)? ?(.*)", message, re.DOTALL):
+        key, found = match.groups()
+        return f"{key}: found {found.strip().partition(chr(10))[0]!r}, allowed: {_allowed(key)}"
+    if match := re.search(r"Parser key \"([\w.]+)\": Unable to load config ['\"](.*?)['\"]", message, re.DOTALL):
+        return f"{match[1]}: found {match[2]!r}, allowed: settings, each a name and a value"
     if match := re.search(r"(?:Group '(.+?)' does not accept option|Option) '(.+?)'", message):
         return _unknown_key(".".join(part for part in match.groups() if part))
     if match := re.search(r"unrecognized arguments: (.*)", message, re.IGNORECASE):
@@ -261,22 +264,35 @@ def _one_line(message: str, argv: list[str]) -> str:
 
 
 def _unknown_key(key: str) -> str:
-    known = [f"{section.name}.{_key(f.name)}" for section in dataclasses.fields(RunConfig) for f in _fields(section)]
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    known = list(all_settings())
+    close = difflib.get_close_matches(key, [*known, *NEW_NAMES], n=1, cutoff=0.6)
     group = [name for name in known if name.split(".")[0] == key.split(".")[0]]
     allowed = ", ".join(group) if group else ", ".join(section.name + ".*" for section in dataclasses.fields(RunConfig))
-    hint = f", did you mean {close[0]}?" if close else ";"
+    hint = f", did you mean {NEW_NAMES.get(close[0], close[0])}?" if close else ";"
     return f"{key}: unknown key{hint} allowed: {allowed}"
 
 
-def _fields(section: dataclasses.Field) -> tuple[dataclasses.Field, ...]:
-    return dataclasses.fields(section.default_factory())
+def all_settings() -> dict[str, tuple[type, dataclasses.Field]]:
+    """Dotted key -> (the dataclass that declares it, its field), of everything that a recipe may hold."""
+
+    def settings(kind: type, prefix: str) -> Iterator[tuple[str, tuple[type, dataclasses.Field]]]:
+        for own in dataclasses.fields(kind):
+            inner = own.default_factory
+            if dataclasses.is_dataclass(inner):
+                yield from settings(inner, f"{prefix}{own.name}.")
+            else:
+                yield f"{prefix}{own.name}", (kind, own)
+
+    return dict(settings(RunConfig, ""))
 
 
-def _allowed(section: str, name: str) -> str:
-    """The type of a setting in words."""
-    owner = next(f.default_factory for f in dataclasses.fields(RunConfig) if f.name == section)
-    return _in_words(get_type_hints(owner)[_field_name(name)])
+def _allowed(key: str) -> str:
+    """The type of a setting in words; for a section, that it is one."""
+    known = all_settings()
+    if key not in known:
+        return "settings, each a name and a value"
+    owner, own = known[key]
+    return _in_words(get_type_hints(owner)[own.name])
 
 
 def _in_words(kind: Any) -> str:

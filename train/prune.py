@@ -1,6 +1,6 @@
 """One-shot CUP: cut a trained network once. Where it comes from, and what the cut makes of it.
 
-What is written is read by training again (`model.from`), by evaluation, by export, and by the next cut.
+What is written is read by training again (`model.checkpoint`), by evaluation, by export, and by the next cut.
 """
 
 from dataclasses import dataclass, replace
@@ -11,7 +11,8 @@ import yaml
 
 import cup
 from cup import ChannelGroup, Complexity, PrunePlan
-from train.checkpoint.file import StoredNetwork, Weights, load_weights, read_weights_file
+from train.checkpoint.network import StoredNetwork
+from train.checkpoint.weights import Weights, load_weights, read_weights_file
 from train.errors import ConfigError
 from train.network.models import Architecture, build_model, native_input_shape
 

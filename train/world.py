@@ -1,10 +1,11 @@
 """Ranks and devices. The only file that touches torch.distributed and DDP; one process needs no group.
 
-Decisions are made on rank 0 and travel as plain data. A step that can fail runs through `together` or
-`on_rank_zero`, so that a failure on one rank is an error on all of them and nobody waits in a collective for ever.
+Decisions are made on rank 0 and broadcast as plain data. A step that can fail runs through `on_every_rank` or
+`on_rank_zero`, so that a failure on one rank is an error on all of them and no rank waits in a collective for ever.
 """
 
 import inspect
+import io
 import json
 import os
 import resource
@@ -20,6 +21,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 
 from cup import CupError
@@ -32,8 +34,8 @@ USER_ERRORS = (TrainError, DataError, CupError)
 """What a user can cause; everything else is a bug and keeps its traceback."""
 
 COLLECTIVE_TIMEOUT_MINUTES = 10.0
-WORD = "word"
-"""Key of the store under which a rank that ends leaves why."""
+FAILURE_KEY = "failure"
+"""Key of the store under which the first rank that fails leaves its error."""
 STORE_ANSWERS_WITHIN_S = 3.0
 
 
@@ -55,34 +57,44 @@ class World:
         """Rank 0's `value` (what JSON can hold) on every rank. All ranks call it."""
         if self.size == 1:
             return value
-        # Text, not the objects themselves: nothing that arrives is executed or depends on this process's classes.
-        text = [json.dumps(value) if self.is_main else None]
-        dist.broadcast_object_list(text, src=0, device=torch.device("cpu"))
-        return json.loads(text[0])
+        # JSON in a tensor of bytes: torch's object collectives would unpickle what arrives.
+        data = _to_bytes(json.dumps(value).encode()) if self.is_main else None
+        length = torch.tensor([0 if data is None else len(data)])
+        dist.broadcast(length, src=0)
+        data = torch.empty(length.item(), dtype=torch.uint8) if data is None else data
+        dist.broadcast(data, src=0)
+        return json.loads(data.numpy().tobytes())
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         """Every rank's `value` (plain data or CPU tensors), in rank order, on all ranks. All ranks call it."""
         if self.size == 1:
             return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
-        return values
+        buffer = io.BytesIO()
+        torch.save(value, buffer)
+        data = _to_bytes(buffer.getvalue())
+        lengths = [torch.empty(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(lengths, torch.tensor([len(data)]))
+        longest = int(max(lengths))
+        parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
+        dist.all_gather(parts, F.pad(data, (0, longest - len(data))))
+        received = (part[:length].numpy().tobytes() for part, length in zip(parts, lengths, strict=True))
+        return [torch.load(io.BytesIO(content), weights_only=True) for content in received]  # runs no code
 
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum of `tensor` over all ranks, in place. All ranks call it."""
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum `tensor` over all ranks, in place, and return it. All ranks call it."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
-    def highest(self, values: list[int]) -> list[int]:
-        """Element by element the highest of all ranks' `values`; no GPU is waited for. All ranks call it."""
+    def all_reduce_max(self, values: list[int]) -> list[int]:
+        """The elementwise maximum of all ranks' `values`; works on the CPU and waits for no GPU. All ranks call it."""
         if self.size == 1:
             return values
         tensor = torch.tensor(values, dtype=torch.int64)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor.tolist()
 
-    def together(self, action: Callable[[], T]) -> T:
+    def on_every_rank(self, action: Callable[[], T]) -> T:
         """Run `action` on every rank and return this rank's result. All ranks call it.
 
         If it fails on some rank, every rank raises: the failing one its own exception, the others a RankFailed that
@@ -94,7 +106,7 @@ class World:
         except Exception as caught:  # whatever it is, the others must hear of it before it goes on
             error = caught
         failure = None if error is None else (str(error) or type(error).__name__, getattr(error, "exit_code", 1))
-        failures = self.gather(failure)
+        failures = self.all_gather(failure)
         if error is not None:
             raise error
         for rank, failure in enumerate(failures):
@@ -105,9 +117,9 @@ class World:
     def on_rank_zero(self, action: Callable[[], T]) -> T:
         """Run `action` on rank 0 and return its result (what JSON can hold) everywhere. All ranks call it.
 
-        If it fails, every rank raises as in `together`.
+        If it fails, every rank raises as in `on_every_rank`.
         """
-        return self.broadcast(self.together(action if self.is_main else lambda: None))
+        return self.broadcast(self.on_every_rank(action if self.is_main else lambda: None))
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model in DDP, or the model itself where there is one process. All ranks call it.
@@ -133,7 +145,7 @@ class World:
             return
         buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
         if buffers:
-            means = self.sum(torch.cat([buffer.flatten() for buffer in buffers])) / self.size
+            means = self.all_reduce(torch.cat([buffer.flatten() for buffer in buffers])) / self.size
             for buffer, mean in zip(buffers, means.split([buffer.numel() for buffer in buffers]), strict=True):
                 buffer.copy_(mean.view_as(buffer))
 
@@ -231,8 +243,8 @@ def _attempt(store: dist.Store, rank: int, size: int, timeout: timedelta) -> str
     raise RuntimeError(f"timed out after {timeout} with no word of {'rank 0' if rank else 'all the others'}")
 
 
-def without_exchange(parallel: nn.Module) -> AbstractContextManager:
-    """Inside, a backward pass keeps its gradients to this rank; the first one outside exchanges all that came together.
+def no_sync(parallel: nn.Module) -> AbstractContextManager:
+    """Inside, DDP does not all-reduce gradients; the first backward pass outside reduces all that have accumulated.
 
     parallel: from `World.wrap`. The forward pass has to be inside as well.
     """
@@ -240,8 +252,8 @@ def without_exchange(parallel: nn.Module) -> AbstractContextManager:
     return parallel.no_sync() if is_ddp else nullcontext()
 
 
-def exchange_wait_s(parallel: nn.Module) -> float | None:
-    """Seconds in which a step waits for the all-reduce of gradients with nothing left to compute beside it.
+def all_reduce_wait_s(parallel: nn.Module) -> float | None:
+    """Seconds that a step waits for the all-reduce of gradients with nothing left to compute meanwhile.
 
     As DDP itself measured it at the last step that it sampled: one of the first ten since `World.wrap`, later every
     hundredth. Its mean would not do, for it counts the first step, in which the ranks compile and wait for each other.
@@ -266,26 +278,26 @@ def torchrun_job() -> str | None:
     return None if name in ("", "none") else name  # torchrun calls a job "none" that was not given --rdzv-id
 
 
-def leave_word(error: Exception) -> None:
-    """Tell the ranks that will lose this one why it ends, if any listen. No collective; the first word of all stays."""
+def announce_failure(error: Exception) -> None:
+    """Leave this rank's error in the store, for the ranks that will lose it. No collective; the first error stays."""
     message = " ".join(str(error).split()) or type(error).__name__
     message = message.encode("utf-8", "backslashreplace").decode()  # a file's name may be no text
-    _of_store(lambda store: store.compare_set(WORD, "", f"rank {dist.get_rank()} failed: {message}"))
+    _of_store(lambda store: store.compare_set(FAILURE_KEY, "", f"rank {dist.get_rank()} failed: {message}"))
 
 
-def lost_peer(error: Exception) -> str | None:
-    """What became of another rank, in words, if `error` means that one went away or stopped answering; else None.
+def explain_lost_rank(error: Exception) -> str | None:
+    """What happened to another rank, as a message, if `error` means that one is gone or does not answer; else None.
 
-    Its own words, if it left any.
+    The message is that rank's own error where it left one (`announce_failure`).
     """
     signs = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
     if not isinstance(error, dist.DistError) and not (
         isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
     ):
         return None
-    word = _of_store(lambda store: store.get(WORD).decode() if store.check([WORD]) else None)
-    if word is not None:
-        return word
+    announced = _of_store(lambda store: store.get(FAILURE_KEY).decode() if store.check([FAILURE_KEY]) else None)
+    if announced is not None:
+        return announced
     if "timed out" in str(error).lower() or "timeout" in str(error).lower():
         what = "another rank did not answer in time (run.timeout_minutes): is its machine there, and the network?"
     else:
@@ -293,8 +305,8 @@ def lost_peer(error: Exception) -> str | None:
     return f"{what} ({_first_line(error)})"
 
 
-def out_of_memory(error: Exception) -> str | None:
-    """What to do, in words, if `error` means that a GPU's memory is full; else None."""
+def explain_out_of_memory(error: Exception) -> str | None:
+    """What to do, as a message, if `error` means that a GPU's memory is full; else None."""
     if not isinstance(error, torch.OutOfMemoryError):
         return None
     return f"not enough GPU memory: lower data.batch_size or raise train.accumulate ({_first_line(error)})"
@@ -315,6 +327,11 @@ def _of_store(action: Callable[[dist.Store], T]) -> T | None:
     asking.start()
     asking.join(STORE_ANSWERS_WITHIN_S)
     return answers[0] if answers else None
+
+
+def _to_bytes(data: bytes) -> torch.Tensor:
+    """uint8 (len(data),), a copy."""
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
 def _first_line(error: Exception) -> str:

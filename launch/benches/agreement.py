@@ -17,11 +17,11 @@ from torchvision.transforms import v2
 from data import Batch, DataConfig, DataError, Loader, build_loaders
 from data.batch import NORMALISATION
 from launch.benches.measure import data_config, machine, require_image_folder, write_result
-from train.checkpoint.file import StoredNetwork, load_network
+from train.checkpoint.network import StoredNetwork, load_network
 from train.cli import positive_int
 from train.config import config_from_dict
 from train.errors import TrainError
-from train.loop.engine import evaluate
+from train.loop.evaluation import evaluate
 from train.network.precision import Precision
 from train.network.state import MEMORY_FORMAT
 from train.world import open_world

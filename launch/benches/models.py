@@ -123,7 +123,7 @@ def _run(row: Row, reduction: float, scope: str) -> None:
         return
     row.limit = before.flops / cup.flops_after(model, groups, _deepest(groups, scope), before)
     clock.start()
-    plan = cup.plan_by_reduction(model, groups, reduction, scope=scope)
+    plan = cup.plan_by_reduction(model, groups, reduction, cup.PlanOptions(scope=scope))
     clock.stop("plan")
     twin = _masked_twin(model, groups, plan)
     clock.start()

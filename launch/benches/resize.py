@@ -14,14 +14,16 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from torch import nn
 
 import cup
-from cup.criteria.features import Features
+from cup.criteria import Weights
+from cup.criteria.features import GroupFeatures
 from launch.benches.measure import machine, rounds_in_turn, summary, timed, with_spread, write_result
 from train.cli import positive_int
+from train.methods import HardRamp, HardRampConfig, PruneConfig
 from train.network.models import build_model, native_input_shape
 from train.network.optim import OptimConfig, build_optimizer
 from train.network.precision import Precision
 from train.network.state import MEMORY_FORMAT, TrainState, state_digest
-from train.resizer import CupConfig, Resizer
+from train.resizer import Resizer
 from train.world import World, open_world
 
 EVERYTHING = "resize, everything"
@@ -81,7 +83,8 @@ class _Bench:
         self.groups = cup.channel_groups(self.model, self.images)
         self.reduction = reduction
         self.plan = cup.plan_by_reduction(self.model, self.groups, reduction)
-        self.config = CupConfig(slope=0.0, offset=self.plan.threshold)
+        ramp = HardRampConfig(slope=0.0, offset=self.plan.threshold)
+        self.method = HardRamp(ramp, PruneConfig(hard_ramp=ramp), epochs=1)
         try:
             import torch_pruning
         except ImportError:
@@ -95,9 +98,9 @@ class _Bench:
     def everything(self) -> float:
         state = self._state()
         state.parallel = self.world.wrap(state.model)
-        resizer = Resizer(self.config, state.model, self.images, epochs=1)
-        self.world.gather(None)  # all ranks are here
-        return self._timed(lambda: resizer.at_epoch_start(1, state, self.world))
+        resizer = Resizer(state.model, self.images)
+        self.world.all_gather(None)  # all ranks are here
+        return self._timed(lambda: resizer.act(lambda view: self.method.epoch_start(1, view), state, self.world))
 
     def plan_by_threshold(self) -> float:
         return self._timed(lambda: cup.plan_by_threshold(self.model, self.groups, self.plan.threshold))
@@ -135,12 +138,12 @@ class _Bench:
         return self._timed(lambda: self._prune_by_oracle(model))
 
     def _plan_like_reference(self) -> None:
-        features = Features(self.model, cup.prunable_groups(self.groups))
+        weights = Weights(self.model)
         for group in cup.prunable_groups(self.groups):
-            rows = features.rows(group)
-            labels = fcluster(linkage(rows, "ward"), self.plan.threshold, "distance")
+            rows = GroupFeatures(weights, group).rows()
+            clusters = fcluster(linkage(rows, "ward"), self.plan.threshold, "distance")
             norms = np.linalg.norm(rows, axis=1)
-            [max(np.flatnonzero(labels == label), key=lambda i: norms[i]) for label in np.unique(labels)]
+            [max(np.flatnonzero(clusters == number), key=lambda i: norms[i]) for number in np.unique(clusters)]
 
     def _oracle_graph(self, model: nn.Module) -> Any:
         return self.oracle.DependencyGraph().build_dependency(model, example_inputs=self.images)

@@ -32,11 +32,12 @@ from launch.benches.step import (
     steps_at_once,
     tables,
 )
-from train.checkpoint.file import load_checkpoint, stored_architecture
+from train.checkpoint.file import load_checkpoint
+from train.checkpoint.network import stored_architecture
 from train.cli import non_negative_int, positive_int
 from train.errors import ConfigError, TrainError
-from train.loop.engine import TrainConfig
-from train.rundir import RunDir, read_log
+from train.log.rundir import RunDir, read_log
+from train.loop.config import TrainConfig
 from train.world import open_world
 
 
@@ -235,7 +236,7 @@ def _check_path(run: Path) -> None:
     if "done" not in events:
         raise TrainError(f"{run} is not finished, so its widths are not those of a whole schedule: let it go on first")
     if "resize" not in events:
-        raise TrainError(f"{run} never shrank, so there is nothing to project: take a run with cup.enabled true")
+        raise TrainError(f"{run} never shrank, so there is nothing to project: take a run with prune.method hard_ramp")
 
 
 def _classes_of_run(run: Path) -> int:

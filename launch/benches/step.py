@@ -19,26 +19,30 @@ from torch.amp import GradScaler
 from torch.optim import SGD
 
 import cup
-from cup.planning.planners import round_up
+from cup.planning import round_up
 from cup.tracing.groups import alive_after
 from data import DataConfig, Loader, build_loaders
 from launch.benches.measure import machine, rounds_in_turn, summary, timed, with_spread, write_result
 from train.cli import positive_int
 from train.errors import ConfigError, TrainError
 from train.log.ledger import Ledger
-from train.log.sinks import ConsoleSink, Sinks
-from train.loop.engine import EpochSoFar, Progress, TrainConfig, Trainer, train_epoch, training_step
+from train.log.rundir import RunDir, read_log
+from train.log.sinks import ConsoleSink
+from train.loop.config import TrainConfig
+from train.loop.engine import train_epoch
 from train.loop.mixing import build_mixing
+from train.loop.progress import EpochSoFar
+from train.loop.step import training_step
+from train.loop.trainer import TrainLoop
 from train.loop.watch import Watch
-from train.network.compiling import BlockCompiler, repeated_blocks
+from train.methods import Dense
+from train.network.compiling import repeated_blocks
 from train.network.models import build_model, native_input_shape
 from train.network.optim import OptimConfig, build_optimizer
 from train.network.precision import Precision
 from train.network.state import MEMORY_FORMAT, TrainState
 from train.network.widths import measured_widths
 from train.prune import read_counts
-from train.resizer import CupConfig, Resizer
-from train.rundir import RunDir, read_log
 from train.world import World, open_world
 
 RoundTo = int | str
@@ -68,7 +72,7 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[1],
         metavar="N",
-        help="widths, rounded up; `measured` as in cup.round_to; several are shown beside each other (default: 1)",
+        help="widths, rounded up; `measured` as in prune.round_to; several are shown beside each other (default: 1)",
     )
     parser.add_argument(
         "--image-size", type=positive_int, metavar="PIXELS", help="default: what the network is made for"
@@ -184,7 +188,7 @@ class StepBench:
         return {group.name: group.width for group in cup.prunable_groups(self.groups, "all")}
 
     def measured(self, names: Collection[str]) -> dict[str, list[int]]:
-        """The allowed widths that `cup.round_to: measured` would find here for these groups."""
+        """The allowed widths that `prune.round_to: measured` would find here for these groups."""
         groups = [group for group in self.groups if group.name in names]
         table, scattered = measured_widths(self.model, groups, self.batch_size, self._precision(), self.world.device)
         if scattered:
@@ -350,14 +354,24 @@ class _Loops:
         except ValueError as error:
             raise ConfigError(f"no batches can be made for it: {error}") from error
         self.epochs: Counter[str] = Counter()
-        self.trainer = self._trainer()
-        self.steps = len(self.trainer.train_loader)
+        self.loop = self._loop()
+        self.console, self.watch = ConsoleSink(), Watch(self.world, lambda: False)
+        self.steps = len(self.loop.loader)
         self.networks = {memory_format: self._network(memory_format) for memory_format in (MEMORY_FORMAT, None)}
 
     def ours(self) -> float:
         epoch = self._next_epoch(OUR_LOOP)
-        self.trainer.so_far = EpochSoFar.beginning(self.trainer, threshold=None)
-        return timed(lambda: train_epoch(self.trainer, epoch, just_resized=False), self.world) / self.steps
+        so_far = EpochSoFar.beginning(self.loop.ledger, self.world.device)
+
+        def after_step() -> None:
+            self.console.progress("epoch", so_far.step, self.steps)
+            self.watch.step(lambda: not bool(torch.isfinite(so_far.loss_sum)))
+
+        def run() -> None:
+            self.watch.restart()
+            train_epoch(self.loop, epoch, so_far, after_step=after_step)
+
+        return timed(run, self.world) / self.steps
 
     def bare(self) -> float:
         """What anybody would write for the same work: the same memory format, precision and fused SGD."""
@@ -370,7 +384,7 @@ class _Loops:
         return timed(lambda: self._plain_epoch(None, epoch), self.world) / self.steps
 
     def close(self) -> None:
-        self.trainer.sinks.close()
+        self.console.close()
 
     def _next_epoch(self, loop: str) -> int:
         """From 1; a loader goes on where it was left, so each loop has its own and every epoch is a new one."""
@@ -380,30 +394,16 @@ class _Loops:
     def _loaders(self) -> list[Loader]:
         return build_loaders(self.config, rank=0, world_size=1, device=self.world.device, seed=0)
 
-    def _trainer(self) -> Trainer:
-        state = self.bench.state({}, compiled=False)
-        train_loader, val_loader = self._loaders()
-        return Trainer(
+    def _loop(self) -> TrainLoop:
+        return TrainLoop(
             config=TrainConfig(epochs=1, precision=self.bench.config.precision),
             optim=OptimConfig(),
             world=self.world,
-            train_loader=train_loader,
-            val_loader=val_loader,
-            compiler=BlockCompiler(
-                state.model,
-                enabled=False,
-                enough_steps=1,
-                epochs=1,
-                may_cut=lambda epoch: False,
-                image_side=lambda epoch: self.config.image_size,
-            ),
+            loader=self._loaders()[0],
             mix=build_mixing(0.0, 0.0, self.bench.classes),
-            state=state,
-            resizer=Resizer(CupConfig(enabled=False), state.model, self.bench.example, epochs=1),
+            state=self.bench.state({}, compiled=False),
+            method=Dense(),
             ledger=Ledger(),
-            sinks=Sinks([ConsoleSink()]),
-            progress=Progress(),
-            watch=Watch(self.world, lambda: False),
         )
 
     def _network(self, memory_format: torch.memory_format | None) -> tuple[nn.Module, SGD, GradScaler, Loader]:
@@ -474,7 +474,7 @@ def _networks(options: argparse.Namespace, bench: StepBench) -> dict[str, dict[s
     for found, table in tables(options.round_to, bench, names or inner).items():
         paths = {name: bench.rounded(widths, table) for name, widths in asked.items()}
         if options.reduction:
-            plan = cup.plan_by_reduction(bench.model, bench.groups, options.reduction, round_to=table)
+            plan = cup.plan_by_reduction(bench.model, bench.groups, options.reduction, cup.PlanOptions(round_to=table))
             if plan.note:
                 print(f"--reduction {options.reduction:g}, round_to {found}: {plan.note}")
             paths = {f"planned to FR {options.reduction:g}": bench.rounded(plan.new_widths, 1)}

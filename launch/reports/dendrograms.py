@@ -3,13 +3,13 @@
 from pathlib import Path
 
 import cup
-from cup.criteria.cluster import clusters_at
 from launch.dendrogram import draw_dendrograms
 from launch.reports.figures import Figure
 from launch.reports.read import Group, Run
-from train.checkpoint.file import CheckpointError, load_network
+from train.checkpoint.file import CheckpointError
+from train.checkpoint.network import load_network
 from train.errors import ConfigError
-from train.rundir import RunDir
+from train.log.rundir import RunDir
 
 
 def draw_layers(groups: list[Group], layers: list[str], directory: Path) -> tuple[list[Figure], list[str]]:
@@ -36,7 +36,7 @@ def _draw(run: Run, checkpoint: Path, layers: list[str], directory: Path) -> lis
     network = load_network(checkpoint)
     groups = network.groups or cup.channel_groups(network.model, network.architecture.example_input())
     names = ("features", "use_bias", "scope")
-    settings = {name: run.settings[f"cup.{name}"] for name in names if f"cup.{name}" in run.settings}
+    settings = {name: run.settings[f"prune.{name}"] for name in names if f"prune.{name}" in run.settings}
     # Each tree from the weights as they are, not as cuts of the layers before it would leave them.
     options = cup.PlanOptions(**settings, sequential=False)
     prunable = {group.name: group for group in cup.prunable_groups(groups, options.scope)}
@@ -45,7 +45,7 @@ def _draw(run: Run, checkpoint: Path, layers: list[str], directory: Path) -> lis
     t = run.resizes[-1]["threshold"] if run.resizes else None
     chosen = [prunable[name] for name in layers]
     cuts = cup.cut_groups(
-        network.model, chosen, lambda group, tree: group.width if t is None else clusters_at(tree, t), options
+        network.model, chosen, lambda group, ranking: group.width if t is None else ranking.width_at(t), options
     )
     caption = "Ward's tree of the layer's filters, as trained to the end"
     if t is not None:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from train.errors import TrainError
-from train.rundir import RunDir, read_log
+from train.log.rundir import RunDir, read_log
+from train.renamed import with_new_names
 
 # Name, place, seed and saving of a run: runs that differ in nothing else are repetitions. (Devices are compared apart.)
 NAMING = "run."
@@ -21,7 +22,7 @@ ACCURACY_SETTINGS = ("data.", "train.", "optim.")
 
 # What the report reads of every line of a kind, in logs of all versions.
 NEEDED = {
-    "run": ("cup", *COMPARABLE),
+    "run": ("method", "shrinks", *COMPARABLE),
     "epoch": ("epoch", "flops_reduction", "gpu_hours", "images_per_s", "seconds", "threshold", "top1", "widths"),
     "resize": ("epoch", "flops_reduction_after", "flops_reduction_before", "removed", "seconds", "threshold"),
     "done": ("device", "flops_reduction", "gpu_hours", "top1", "top5"),
@@ -48,10 +49,10 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """Dotted key -> value of the resolved configuration; empty for an older log, which lacks it.
 
-        Those of `cup` that a dense run does not use are left out, so that dense runs are equal whatever they say.
+        Those of `prune` that a dense run does not use are left out, so that dense runs are equal whatever they say.
         """
-        flat = _flat(self.first.get("config") or {})
-        return {key: flat[key] for key in flat if self.shrinks or not key.startswith("cup.") or key == "cup.enabled"}
+        flat = _flat(with_new_names(self.first.get("config") or {})[0])
+        return {key: flat[key] for key in flat if self.shrinks or not key.startswith("prune.") or key == "prune.method"}
 
     @property
     def seed(self) -> int | None:
@@ -69,7 +70,7 @@ class Run:
 
     @property
     def shrinks(self) -> bool:
-        return self.first["cup"]
+        return self.first["shrinks"]
 
     @property
     def is_dense(self) -> bool:
@@ -80,8 +81,7 @@ class Run:
     def method(self) -> str:
         if not self.shrinks:
             return "dense" if self.is_dense else "retrained"
-        momentum = {"carry": " (carried momentum)", "reset": " (momentum reset)"}
-        name = "CUP-SS" + momentum.get(self.settings.get("cup.momentum"), "")
+        name = self.first["method"]
         return name if self.first["from"] is None else f"{name} on a cut network"
 
     @property
@@ -135,6 +135,7 @@ def read_run(directory: Path) -> Run:
         raise TrainError(f"{directory} is no run directory: it has no {log.name}")
     events = read_log(log)
     by_kind = {kind: [e for e in events if e.get("event") == kind] for kind in NEEDED}
+    by_kind["run"] = [_with_todays_keys(start) for start in by_kind["run"]]
     if not by_kind["run"]:
         raise TrainError(f"{log} tells of no run: the file is empty, damaged or no log of launch/train.py")
     for kind, lines in by_kind.items():
@@ -144,8 +145,9 @@ def read_run(directory: Path) -> Run:
         raise TrainError(f"the run in {directory} is not finished: start it again with the same command, it will go on")
     if not by_kind["epoch"]:
         raise TrainError(f"{log} tells of no epoch: the file is damaged")
-    starts = [{"from": None, "gpu_hours_before": 0.0} | start for start in by_kind["run"]]  # older logs know of none
-    return Run(directory.resolve().name, directory, starts, by_kind["epoch"], by_kind["resize"], by_kind["done"][-1])
+    return Run(
+        directory.resolve().name, directory, by_kind["run"], by_kind["epoch"], by_kind["resize"], by_kind["done"][-1]
+    )
 
 
 def group_runs(runs: Iterable[Run]) -> list[Group]:
@@ -171,6 +173,15 @@ def differing_settings(groups: list[Group]) -> dict[str, list[Any]]:
     found = {key: [one[key] for one in settings if key in one] for key in keys}
     differing = [key for key, values in found.items() if any(value != values[0] for value in values)]
     return {key: [one.get(key) for one in settings] for key in differing}
+
+
+def _with_todays_keys(start: dict[str, Any]) -> dict[str, Any]:
+    """A run event, of an older log, too: those knew CUP-SS alone, the oldest no run that started from another."""
+    older = {"from": None, "gpu_hours_before": 0.0}
+    if "cup" in start:
+        is_reset = ((start.get("config") or {}).get("cup") or {}).get("momentum") == "reset"
+        older |= {"shrinks": start["cup"], "method": "CUP-SS (momentum reset)" if is_reset else "CUP-SS"}
+    return older | start
 
 
 def _common_name(runs: Sequence[Run]) -> str:

@@ -166,18 +166,19 @@ def setting(run: Run) -> str:
     words = [f"from {run.first['from']}"] if run.first["from"] else []
     if not run.shrinks or not run.settings:
         return ", ".join(words)
-    cup = {key.removeprefix("cup."): value for key, value in run.settings.items() if key.startswith("cup.")}
-    target = cup["target_reduction"]
-    if cup["ramp"] == "reduction":
-        words.append(f"FR {target:g} in a straight line by epoch {cup['last_epoch'] or run.first['epochs']}")
-    else:
-        words += [f"k {cup['slope']:g}, b {cup['offset']:g}", f"stop at FR {target:g}" if target else "no stop"]
-    if cup["every"] != 1:
-        words.append(f"every {cup['every']} epochs")
-    if cup["round_to"] != 1:
-        rounded = "as measured" if cup["round_to"] == "measured" else f"to {cup['round_to']}"
+    prune = {key.removeprefix("prune."): value for key, value in run.settings.items() if key.startswith("prune.")}
+    target = prune["target_reduction"]
+    if prune["method"] == "hard_ramp" and prune["hard_ramp.kind"] == "reduction":
+        words.append(f"FR {target:g} in a straight line by epoch {prune['last_epoch'] or run.first['epochs']}")
+    elif prune["method"] == "hard_ramp":
+        words += [f"k {prune['hard_ramp.slope']:g}, b {prune['hard_ramp.offset']:g}"]
+        words.append(f"stop at FR {target:g}" if target else "no stop")
+    if prune["every"] != 1:
+        words.append(f"every {prune['every']} epochs")
+    if prune["round_to"] != 1:
+        rounded = "as measured" if prune["round_to"] == "measured" else f"to {prune['round_to']}"
         words.append(f"widths rounded {rounded}")
-    if cup["scope"] != "inner":
+    if prune["scope"] != "inner":
         words.append("residual streams too")
     return ", ".join(words)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import cup
-from cup.criteria.cluster import clusters_at
+from cup.criteria.ward import clusters_of
 from train.network.models import build_model
 
 KEYS = Path(__file__).resolve().parents[3] / "shared" / "reference" / "cup"
@@ -57,13 +57,13 @@ def test_planner_and_surgery_give_the_reference_answer(name, index):
     options = {"features": case["features"], "use_bias": case.get("use_bias", True)}
     model, sample, groups, dense = trace(name)
 
-    cuts = cup.cut_groups(model, groups, lambda _, tree: clusters_at(tree, case["t"]), cup.PlanOptions(**options))
+    cuts = cup.cut_groups(model, groups, lambda _, ranking: ranking.width_at(case["t"]), cup.PlanOptions(**options))
 
     assert [done.group.name for done in cuts] == list(case["layers"])
     for done in cuts:
         wanted = case["layers"][done.group.name]
-        labels = done.labels_C.tolist()
-        clusters = sorted([c for c, label in enumerate(labels) if label == number] for number in set(labels))
+        numbers = clusters_of(done.ranking.tree, len(done.kept)).tolist()
+        clusters = sorted([c for c, cluster in enumerate(numbers) if cluster == number] for number in set(numbers))
         assert list(done.kept) == wanted["kept"], done.group.name
         assert clusters == sorted(wanted["clusters"]), done.group.name
 
@@ -80,8 +80,7 @@ def test_planner_and_surgery_give_the_reference_answer(name, index):
 def test_plan_by_threshold_keeps_the_reference_filters(name):
     case = read_key(name)["cases"][-1]
     model, _, groups, _ = trace(name)
-    plan = cup.plan_by_threshold(
-        model, groups, case["t"], features=case["features"], use_bias=case.get("use_bias", True)
-    )
+    options = cup.PlanOptions(features=case["features"], use_bias=case.get("use_bias", True))
+    plan = cup.plan_by_threshold(model, groups, case["t"], options)
     assert {n: list(c) for n, c in plan.kept.items()} == {n: layer["kept"] for n, layer in case["layers"].items()}
     assert plan.threshold == case["t"]

@@ -49,7 +49,7 @@ def test_thresholds_keep_what_the_slow_twin_keeps(kind, features, sequential):
         for t in (0.6, 1.2, 1.8, 2.5):
             for use_bias in (True, False):
                 options = {"features": features, "use_bias": use_bias, "sequential": sequential}
-                plan = cup.plan_by_threshold(model, groups, t, **options)
+                plan = cup.plan_by_threshold(model, groups, t, cup.PlanOptions(**options))
                 assert dict(plan.kept) == slow_plan(model, t, **options)
                 sizes |= {len(kept) / plan.widths[name] for name, kept in plan.kept.items()}
     assert len(sizes) > 8, "the cuts were all alike: this proves little"
@@ -63,7 +63,7 @@ def test_order_matters_to_the_planner_as_it_does_to_the_twin():
         groups = cup.channel_groups(model, images)
         for t in (1.2, 1.8, 2.5):
             one_by_one = cup.plan_by_threshold(model, groups, t)
-            at_once = cup.plan_by_threshold(model, groups, t, sequential=False)
+            at_once = cup.plan_by_threshold(model, groups, t, cup.PlanOptions(sequential=False))
             differs |= one_by_one != at_once
     assert differs
 
@@ -97,10 +97,9 @@ def test_counts_are_exact_among_equal_filters():
 @pytest.mark.parametrize(("round_to", "min_channels"), [(8, 1), (1, 5), (8, 3), (7, 10), (6, 40)])
 def test_widths_are_rounded_up_and_never_below_the_minimum_nor_above_the_old_width(t, round_to, min_channels):
     model, _, groups = planned("resnet20_cifar")
-    free = cup.plan_by_threshold(model, groups, t, sequential=False)
-    plan = cup.plan_by_threshold(
-        model, groups, t, round_to=round_to, min_channels=min_channels, sequential=False
-    ).new_widths
+    free = cup.plan_by_threshold(model, groups, t, cup.PlanOptions(sequential=False))
+    options = cup.PlanOptions(round_to=round_to, min_channels=min_channels, sequential=False)
+    plan = cup.plan_by_threshold(model, groups, t, options).new_widths
     for name, width in free.new_widths.items():
         rounded = -(-max(width, min_channels) // round_to) * round_to
         assert plan[name] == min(rounded, free.widths[name])
@@ -113,8 +112,8 @@ ALLOWED = {"conv1": (4, 9, 13), "conv2": ()}
 @pytest.mark.parametrize("t", [0.5, 1.5, 3.0])
 def test_cuts_by_height_are_rounded_up_to_the_next_allowed_width(t):
     model, _, groups = planned("lenet")
-    free = cup.plan_by_threshold(model, groups, t, sequential=False).new_widths
-    widths = cup.plan_by_threshold(model, groups, t, round_to=ALLOWED, sequential=False).new_widths
+    free = cup.plan_by_threshold(model, groups, t, cup.PlanOptions(sequential=False)).new_widths
+    widths = cup.plan_by_threshold(model, groups, t, cup.PlanOptions(round_to=ALLOWED, sequential=False)).new_widths
     assert widths["conv1"] == min(width for width in (4, 9, 13, 20) if width >= free["conv1"])
     assert (widths["conv2"], widths["fc1"]) == (50, free["fc1"])
 
@@ -122,9 +121,9 @@ def test_cuts_by_height_are_rounded_up_to_the_next_allowed_width(t):
 def test_counts_and_min_channels_are_rounded_up_to_the_next_allowed_width_too():
     model, _, groups = planned("lenet")
     counts = {"conv1": 5, "conv2": 3, "fc1": 7}
-    widths = cup.plan_by_counts(model, groups, counts, round_to=ALLOWED).new_widths
+    widths = cup.plan_by_counts(model, groups, counts, cup.PlanOptions(round_to=ALLOWED)).new_widths
     assert widths == {"conv1": 9, "conv2": 50, "fc1": 7}
-    widths = cup.plan_by_counts(model, groups, counts, round_to=ALLOWED, min_channels=10).new_widths
+    widths = cup.plan_by_counts(model, groups, counts, cup.PlanOptions(round_to=ALLOWED, min_channels=10)).new_widths
     assert widths == {"conv1": 13, "conv2": 50, "fc1": 10}
 
 
@@ -133,7 +132,7 @@ def test_a_target_is_reached_on_allowed_widths_alone(target):
     """Widths that no single number's multiples are, 1, 4, 7, ...; the search must walk them to come near the target."""
     model, images, groups = planned("resnet20_cifar")
     allowed = {group.name: tuple(range(1, group.width, 3)) for group in cup.prunable_groups(groups)}
-    plan = cup.plan_by_reduction(model, groups, target, round_to=allowed)
+    plan = cup.plan_by_reduction(model, groups, target, cup.PlanOptions(round_to=allowed))
     for name, width in plan.new_widths.items():
         assert width in (*allowed[name], plan.widths[name])
     assert plan.note == ""
@@ -143,7 +142,7 @@ def test_a_target_is_reached_on_allowed_widths_alone(target):
 def test_a_later_cut_never_widens_what_is_narrower_than_the_allowed_widths():
     model, _, groups = planned("lenet")
     groups = cup.apply_plan(model, cup.plan_by_counts(model, groups, {"conv1": 6}), groups).groups
-    assert cup.plan_by_counts(model, groups, {"conv1": 5}, round_to=ALLOWED).new_widths["conv1"] == 6
+    assert cup.plan_by_counts(model, groups, {"conv1": 5}, cup.PlanOptions(round_to=ALLOWED)).new_widths["conv1"] == 6
 
 
 def test_a_deeper_cut_never_leaves_more_channels():
@@ -175,7 +174,7 @@ def flops_reduction(model, images, groups, plan):
 )
 def test_reduction_lands_on_the_target_within_one_percent(name, target, options):
     model, images, groups = planned(name)
-    plan = cup.plan_by_reduction(model, groups, target, **options)
+    plan = cup.plan_by_reduction(model, groups, target, cup.PlanOptions(**options))
     assert plan.note == ""
     assert flops_reduction(model, images, groups, plan) == pytest.approx(target, rel=0.01)
 
@@ -211,7 +210,7 @@ def test_a_target_that_was_passed_already_removes_nothing():
 
 def test_an_unreachable_target_gives_the_deepest_cut_and_a_note():
     model, images, groups = planned("resnet20_cifar")
-    plan = cup.plan_by_reduction(model, groups, 1000.0, min_channels=3)
+    plan = cup.plan_by_reduction(model, groups, 1000.0, cup.PlanOptions(min_channels=3))
     assert set(plan.new_widths.values()) == {3}
     assert "out of reach" in plan.note
     assert f"{flops_reduction(model, images, groups, plan):.3f}" in plan.note
@@ -347,13 +346,19 @@ MISTAKES = {
     "counts of a frozen group": (lambda m, g: cup.plan_by_counts(m, g, {"fc2": 3}), "fc2"),
     "count of zero": (lambda m, g: cup.plan_by_counts(m, g, {"conv1": 0}), "1 to 20"),
     "count above the width": (lambda m, g: cup.plan_by_counts(m, g, {"conv1": 21}), "1 to 20"),
-    "unknown features": (lambda m, g: cup.plan_by_threshold(m, g, 1.0, features="all"), "features"),
-    "unknown scope": (lambda m, g: cup.plan_by_threshold(m, g, 1.0, scope="some"), "scope"),
-    "round_to of zero": (lambda m, g: cup.plan_by_threshold(m, g, 1.0, round_to=0), "round_to"),
-    "allowed widths that descend": (lambda m, g: cup.plan_by_counts(m, g, {}, round_to={"conv1": (9, 4)}), "ascending"),
-    "allowed width of zero": (lambda m, g: cup.plan_by_counts(m, g, {}, round_to={"conv1": (0, 4)}), "round_to"),
-    "allowed widths of nothing": (lambda m, g: cup.plan_by_threshold(m, g, 1.0, round_to={"conv9": (4,)}), "conv9"),
-    "min_channels of zero": (lambda m, g: cup.plan_by_counts(m, g, {}, min_channels=0), "min_channels"),
+    "unknown criterion": (lambda m, g: cup.PlanOptions(criterion="l3"), "cup, l1"),
+    "a criterion that cannot rank": (lambda m, g: cup.PlanOptions(criterion=len), "rank"),
+    "a criterion's class": (lambda m, g: cup.PlanOptions(criterion=type(cup.CRITERIA["l1"])), "an object"),
+    "unknown features": (lambda m, g: cup.PlanOptions(features="all"), "features"),
+    "unknown scope": (lambda m, g: cup.PlanOptions(scope="some"), "scope"),
+    "round_to of zero": (lambda m, g: cup.PlanOptions(round_to=0), "round_to"),
+    "allowed widths that descend": (lambda m, g: cup.PlanOptions(round_to={"conv1": (9, 4)}), "ascending"),
+    "allowed width of zero": (lambda m, g: cup.PlanOptions(round_to={"conv1": (0, 4)}), "round_to"),
+    "allowed widths of nothing": (
+        lambda m, g: cup.plan_by_threshold(m, g, 1.0, cup.PlanOptions(round_to={"conv9": (4,)})),
+        "conv9",
+    ),
+    "min_channels of zero": (lambda m, g: cup.PlanOptions(min_channels=0), "min_channels"),
     "groups of another network": (
         lambda m, g: cup.plan_by_threshold(m, cup.channel_groups(make_network("mlp")[0]), 1.0),
         "",

@@ -31,11 +31,11 @@ if __name__ == "__main__":
 import torch  # noqa: E402
 from forked import Noisy, Ranks  # noqa: E402
 
+import train.build  # noqa: E402
 import train.checkpoint.file  # noqa: E402
-import train.run  # noqa: E402
-from train.checkpoint.saving import Saver  # noqa: E402
+from train.checkpoint.saver import Saver  # noqa: E402
+from train.log.rundir import read_log  # noqa: E402
 from train.resizer import Resizer  # noqa: E402
-from train.rundir import read_log  # noqa: E402
 
 MOST_KILLS_A_RUN = 6
 SETTINGS = {
@@ -50,8 +50,8 @@ SETTINGS = {
     "train.epochs": 4,
     "train.mixup": 0.2,
     "train.ema_decay": 0.9,
-    "cup.ramp": "reduction",
-    "cup.target_reduction": 2.0,
+    "prune.hard_ramp.kind": "reduction",
+    "prune.target_reduction": 2.0,
     "run.device": "cpu",
     "run.save_every_minutes": 0.5 / 60,
 }
@@ -74,7 +74,7 @@ class Kill:
         if self.where == "clock" or rank != (self.victim or 0):
             return
         owner, name = {
-            "": (Resizer, "_apply"),
+            "": (Resizer, "_cut"),
             "while rank 0 writes": (Saver, "save"),
             "in the file": (train.checkpoint.file._Hashing, "write"),
             "at a rename": (Path, "replace"),
@@ -196,7 +196,7 @@ def killed_run(root: Path, ranks: int, model: Undisturbed, kills: list[Kill]) ->
 
 def prepare() -> None:
     """Give every run the network of tests/helpers/forked.py."""
-    train.run.build_model = lambda name, num_classes: Noisy()
+    train.build.build_model = lambda name, num_classes: Noisy()
 
 
 def table(runs: list[dict[str, Any]]) -> str:

@@ -26,9 +26,9 @@ from forked import Ranks  # noqa: E402
 from torch import nn  # noqa: E402
 
 import cup  # noqa: E402
-import train.run  # noqa: E402
+import train.build  # noqa: E402
 from train.loop import engine  # noqa: E402
-from train.resizer import Resizer  # noqa: E402
+from train.methods import Action, Method  # noqa: E402
 
 WIDTH = 400
 MOST_GROWTH = 0.03
@@ -41,11 +41,13 @@ def mlp() -> nn.Module:
     return nn.Sequential(*layers)
 
 
-def one_channel(self: Resizer, epoch: int, model: nn.Module) -> cup.PrunePlan | None:
-    """In place of the schedule: one channel of the wider layer, every epoch but the first."""
-    widest = max(self.groups, key=lambda group: group.width)
-    counts = {group.name: group.width - (group is widest) for group in cup.prunable_groups(self.groups, "inner")}
-    return cup.plan_by_counts(model, self.groups, counts) if epoch > 1 else None
+class OneChannel(Method):
+    """One channel of the wider layer, at the start of every epoch but the first."""
+
+    def epoch_start(self, epoch: int, view: cup.View) -> Action | None:
+        widest = max(view.groups, key=lambda group: group.width)
+        counts = {group.name: group.width - (group is widest) for group in cup.prunable_groups(view.groups, "inner")}
+        return Action(cup.plan_by_counts(view.model, view.groups, counts)) if epoch > 1 else None
 
 
 def figures() -> dict[str, int]:
@@ -60,23 +62,23 @@ def figures() -> dict[str, int]:
 
 def soak(folder: Path, resizes: int, every: int) -> list[list[dict[str, int]]]:
     """Figures of both ranks at every so many resizes."""
-    train.run.build_model = lambda name, num_classes: mlp()
-    Resizer._plan = one_channel
+    train.build.build_model = lambda name, num_classes: mlp()
+    train.build.build_method = lambda *arguments: OneChannel()
     honest = engine.train_epoch
 
     def in_rank(rank: int) -> None:
-        def train_epoch(trainer: Any, epoch: int, *others: Any) -> Any:
+        def train_epoch(loop: Any, epoch: int, *others: Any) -> None:
             if (epoch - 1) % every == 0:
                 with (folder / f"{rank}.jsonl").open("a") as file:
-                    file.write(json.dumps({"resizes": trainer.progress.resizes, **figures()}) + "\n")
-            return honest(trainer, epoch, *others)
+                    file.write(json.dumps({"resizes": epoch - 1, **figures()}) + "\n")
+            honest(loop, epoch, *others)
 
         engine.train_epoch = train_epoch
 
     settings = {
         **{"model.name": "mlp", "data.loader": "synthetic", "data.channels": 1, "data.image_size": 8},
         **{"data.resize_size": 8, "data.synthetic_images": 16, "data.batch_size": 16, "run.device": "cpu"},
-        **{"train.epochs": resizes + 1, "cup.target_reduction": 1000, "cup.last_epoch": "null", "run.root": folder},
+        **{"train.epochs": resizes + 1, "prune.target_reduction": 1000, "prune.last_epoch": "null", "run.root": folder},
     }
     arguments = [text for key, value in settings.items() for text in (f"--{key}", str(value))]
     codes = Ranks(

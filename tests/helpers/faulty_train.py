@@ -14,42 +14,42 @@ sys.path[0] = str(ROOT)
 import torch  # noqa: E402
 
 from cup import PrunePlan  # noqa: E402
-from train import run  # noqa: E402
+from train import build as building  # noqa: E402
 from train.loop import engine  # noqa: E402
 from train.resizer import Resizer  # noqa: E402
 from train.world import World  # noqa: E402
 
 
-def doctored(decision: dict[str, str] | None, forge_digest: bool) -> dict[str, str] | None:
-    """The decision with one more channel gone from its first group."""
-    if not isinstance(decision, dict) or "plan" not in decision:
-        return decision
-    plan = PrunePlan.from_json(decision["plan"])
+def doctored(received: object) -> object:
+    """What was received, with one more channel gone from the first group of a plan."""
+    if not isinstance(received, dict) or "plan" not in received:
+        return received
+    plan = PrunePlan.from_json(received["plan"])
     name = next(iter(plan.kept))
     plan = dataclasses.replace(plan, kept={**plan.kept, name: plan.kept[name][:-1]})
-    return {"plan": plan.to_json(), "digest": plan.digest() if forge_digest else decision["digest"]}
+    return received | {"plan": plan.to_json()}
 
 
 def install(fault: str) -> None:
-    honest_broadcast, honest_apply = World.broadcast, Resizer._apply
-    if fault in ("plan", "plan and digest"):
-        World.broadcast = lambda self, value: doctored(honest_broadcast(self, value), fault == "plan and digest")
+    honest_broadcast, honest_cut = World.broadcast, Resizer._cut
+    if fault == "plan":
+        World.broadcast = lambda self, value: doctored(honest_broadcast(self, value))
     elif fault == "one bit of momentum":
 
-        def apply(self, state, plan):
-            honest_apply(self, state, plan)
+        def cut(self, state, plan):
+            honest_cut(self, state, plan)
             momentum = next(iter(state.optimizer.state.values()))["momentum_buffer"]
             momentum.view(-1)[0] = momentum.view(-1)[0].nextafter(momentum.view(-1)[0] + 1)
 
-        Resizer._apply = apply
+        Resizer._cut = cut
     elif fault == "other weights":
-        honest_build = run.build_model
+        honest_build = building.build_model
 
         def build(name, num_classes):
             torch.manual_seed(1)
             return honest_build(name, num_classes)
 
-        run.build_model = build
+        building.build_model = build
     elif fault in ("killed", "asked to stop", "not finite", "stuck"):
         honest_step, taken = engine.training_step, []
 
@@ -70,7 +70,7 @@ def install(fault: str) -> None:
         def fail(self, state, plan):
             raise MemoryError("no memory left on this rank")
 
-        Resizer._apply = fail
+        Resizer._cut = fail
 
 
 if os.environ["RANK"] == "1":

@@ -18,20 +18,20 @@ import torch
 from PIL import Image
 
 import cup
-from train.checkpoint.file import StoredNetwork, save_network
+from train.checkpoint.network import StoredNetwork, save_network
 from train.config import parse_config
 from train.log.ledger import Ledger
+from train.log.rundir import read_log
 from train.loop import engine
 from train.network.models import Architecture, build_model, native_input_shape
 from train.run import run
-from train.rundir import read_log
 from train.world import World
 
 ROOT = Path(__file__).resolve().parents[2]
 SEEN_BY_RANKS = {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
 TINY = ROOT / "tests" / "helpers" / "tiny.yaml"
-EVERY_STEP = {"run__save_every_minutes": 1e-9, "train__epochs": 2, "cup__last_epoch": 2}
+EVERY_STEP = {"run__save_every_minutes": 1e-9, "train__epochs": 2, "prune__last_epoch": 2}
 """Two epochs of 4 steps, with a checkpoint after each of them."""
 ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
 

@@ -14,7 +14,7 @@ import cup
 from launch.bench import main
 from launch.benches import models, savings, step
 from launch.benches.measure import machine, rounds_in_turn
-from train.loop.engine import TrainConfig
+from train.loop.config import TrainConfig
 from train.network.models import build_model
 
 
@@ -144,11 +144,11 @@ def test_the_bare_loop_learns_what_ours_does():
     bench = step.StepBench("lenet", 10, None, 4, TrainConfig(), ALONE)
     loops = step._Loops(bench, steps=3)
     bare, *_ = loops.networks[step.MEMORY_FORMAT]
-    bare.load_state_dict(loops.trainer.state.model.state_dict())
+    bare.load_state_dict(loops.loop.state.model.state_dict())
     loops.ours()
     loops.bare()
     loops.close()
-    for one, other in zip(loops.trainer.state.model.parameters(), bare.parameters(), strict=True):
+    for one, other in zip(loops.loop.state.model.parameters(), bare.parameters(), strict=True):
         torch.testing.assert_close(one, other)
 
 

@@ -67,17 +67,17 @@ def test_the_commands_in_a_recipe_are_its_own_and_parse(recipe: Path):
 def test_a_recipe_has_a_dense_run_to_be_measured_against(recipe: Path):
     if recipe.stem == "demo":  # demo_dense.yaml is the other half
         return
-    dense = [config for config in trainings(recipe) if not config.cup.enabled and config.model.from_ is None]
+    dense = [config for config in trainings(recipe) if not config.prune.shrinks and config.model.checkpoint is None]
     assert len(dense) == 1
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_what_is_cut_is_the_dense_run_and_what_is_retrained_is_the_cut(recipe: Path):
     configs = trainings(recipe)
-    full = [config.run for config in configs if not config.cup.enabled and config.model.from_ is None]
+    full = [config.run for config in configs if not config.prune.shrinks and config.model.checkpoint is None]
     cuts = [parse_prune(command[2:]) for command in commands(recipe) if command[1] == "launch/prune.py"]
     assert [cut.source for cut in cuts] == [f"{run.root}/{run.name}/last.pt" for run in full[: len(cuts)]]
-    assert [str(cut.out) for cut in cuts] == [config.model.from_ for config in configs if config.model.from_]
+    assert [str(cut.out) for cut in cuts] == [config.model.checkpoint for config in configs if config.model.checkpoint]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -90,7 +90,7 @@ def test_a_recipe_says_hardware_and_whether_it_was_run(recipe: Path):
 def test_the_target_of_the_papers_recipes_follows_from_the_stop_value(network: str):
     recipe = ROOT / f"launch/configs/{network}_imagenet.yaml"
     [stop] = re.findall(r"stop at ([\d.]+) GFLOPs", header(recipe))
-    assert trainings(recipe)[0].cup.target_reduction == pytest.approx(DENSE_GFLOPS[network] / float(stop), abs=5e-4)
+    assert trainings(recipe)[0].prune.target_reduction == pytest.approx(DENSE_GFLOPS[network] / float(stop), abs=5e-4)
 
 
 @pytest.mark.parametrize("network", CIFAR_GFLOPS)
@@ -98,4 +98,4 @@ def test_the_target_of_the_cifar_recipes_follows_from_the_published_flops(networ
     dense, pattern = CIFAR_GFLOPS[network]
     recipe = ROOT / f"launch/configs/{network}_cifar10.yaml"
     [cut] = re.findall(pattern, header(recipe))
-    assert trainings(recipe)[0].cup.target_reduction == pytest.approx(dense / float(cut), abs=5e-3)
+    assert trainings(recipe)[0].prune.target_reduction == pytest.approx(dense / float(cut), abs=5e-3)

@@ -14,7 +14,7 @@ from data.prepare import prepare_shards
 from launch.bench import main
 from launch.benches import loader as loader_bench
 from launch.benches import memory
-from train.checkpoint.file import save_network
+from train.checkpoint.network import save_network
 from train.config import RunConfig
 
 __all__ = ["photos"]  # the fixture

@@ -9,7 +9,7 @@ from launching import write_network
 
 import train.export
 from launch import export, prune
-from train.checkpoint.file import load_network, save_network
+from train.checkpoint.network import load_network, save_network
 
 ONNX = ("onnx", "onnxscript", "onnxruntime")
 needs_onnx = pytest.mark.skipif(

@@ -14,7 +14,8 @@ from scipy.cluster.hierarchy import leaves_list
 import cup
 from launch import evaluate, prune
 from launch.dendrogram import cut_height, leaf_order
-from train.checkpoint.file import load_checkpoint, load_network
+from train.checkpoint.file import load_checkpoint
+from train.checkpoint.network import load_network
 from train.network.models import build_model
 
 
@@ -33,7 +34,7 @@ def error_of(arguments: list[str], capfd: pytest.CaptureFixture, exit_code: int 
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint of a dense run with a moving average of the weights."""
     root = tmp_path_factory.mktemp("dense")
-    train(root, cup__enabled="false", train__epochs=2, train__ema_decay=0.9)
+    train(root, prune__method="none", train__epochs=2, train__ema_decay=0.9)
     return root / "tiny/last.pt"
 
 
@@ -59,11 +60,22 @@ def test_a_run_s_averaged_weights_are_cut_to_the_reduction(dense: Path, tmp_path
 
 def test_by_t_every_dendrogram_is_cut_at_that_height(tmp_path: Path):
     network = write_network(tmp_path / "full.pt")
-    expected = cup.plan_by_threshold(network.model, cup.channel_groups(network.model), 0.45, round_to=4)
+    groups = cup.channel_groups(network.model)
+    expected = cup.plan_by_threshold(network.model, groups, 0.45, cup.PlanOptions(round_to=4))
     arguments = ["--t", "0.45", "--round-to", "4", "--out", str(tmp_path / "cut.pt")]
     assert prune.main([str(tmp_path / "full.pt"), *arguments]) == 0
     (plan,) = load_network(tmp_path / "cut.pt").plans
     assert plan.removed and plan.digest() == expected.digest()
+
+
+def test_another_criterion_is_chosen_by_name(tmp_path: Path):
+    network = write_network(tmp_path / "full.pt")
+    arguments = ["--criterion", "l1", "--reduction", "2", "--out", str(tmp_path / "cut.pt")]
+    assert prune.main([str(tmp_path / "full.pt"), *arguments]) == 0
+    (plan,) = load_network(tmp_path / "cut.pt").plans
+    groups = cup.channel_groups(network.model)
+    by_l1 = cup.plan_by_reduction(network.model, groups, 2.0, cup.PlanOptions(criterion="l1"))
+    assert plan.digest() == by_l1.digest() != cup.plan_by_reduction(network.model, groups, 2.0).digest()
 
 
 @pytest.mark.parametrize("text", ['{"conv1": 5, "fc1": 100}', "conv1: 5\nfc1: 100\n"], ids=["JSON", "YAML"])
@@ -155,8 +167,8 @@ def test_a_dendrogram_is_drawn_for_each_group(tmp_path: Path):
 
 def test_leaves_stand_in_scipy_s_order_and_in_chains_of_any_depth():
     model = build_model("lenet", 10)
-    for cut in cup.cut_groups(model, cup.channel_groups(model), lambda group, tree: 3, cup.PlanOptions()):
-        assert leaf_order(cut.tree).tolist() == leaves_list(cut.tree).tolist()
+    for cut in cup.cut_groups(model, cup.channel_groups(model), lambda group, ranking: 3):
+        assert leaf_order(cut.ranking.tree).tolist() == leaves_list(cut.ranking.tree).tolist()
     channels = 3000
     chain = [[0, 1, 0, 2], *([channels + i - 1, i + 1, 0, i + 2] for i in range(1, channels - 1))]
     assert sorted(leaf_order(np.array(chain, dtype=float))) == list(range(channels))
@@ -165,8 +177,8 @@ def test_leaves_stand_in_scipy_s_order_and_in_chains_of_any_depth():
 def test_the_cut_line_lies_at_t_or_between_the_merges_of_a_rounded_width():
     model = build_model("lenet", 10)
     (group, *_) = cup.channel_groups(model)
-    (cut, *_) = cup.cut_groups(model, [group], lambda group, tree: 12, cup.PlanOptions())
-    made, missed = cut.tree[7, 2], cut.tree[8, 2]
+    (cut, *_) = cup.cut_groups(model, [group], lambda group, ranking: 12)
+    made, missed = cut.ranking.heights[7:9]
     assert made < cut_height(cut, None) < missed
     assert cut_height(cut, made + 1e-9) == made + 1e-9
     assert made < cut_height(cut, missed + 1) < missed
@@ -181,6 +193,9 @@ def test_the_cut_line_lies_at_t_or_between_the_merges_of_a_rounded_width():
         (["full.pt", "--reduction", "1"], 1, ["target reduction: found 1.0", "above 1"]),
         (["full.pt", "--t", "1e-9"], 1, ["removes no channel", "nothing was written"]),
         (["full.pt", "--t", "1", "--round-to", "0"], 2, ["--round-to", "'0'", "a whole number from 1"]),
+        (["full.pt", "--t", "1", "--criterion", "l3"], 2, ["--criterion", "'l3'", "cup", "l1"]),
+        (["full.pt", "--t", "1", "--criterion", "l1", "--features", "incoming"], 2, ["--features", "--criterion cup"]),
+        (["full.pt", "--counts", "counts", "--criterion", "l1", "--dendrogram", "x"], 2, ["l1", "no tree"]),
         (["full.pt", "--t", "1", "--num-classes", "3"], 2, ["go with --weights"]),
         (["missing.pt", "--t", "1"], 2, ["no checkpoint at missing.pt", "--weights FILE"]),
         (["junk.pt", "--t", "1"], 1, ["junk.pt", "no checkpoint of this program"]),
@@ -206,6 +221,7 @@ def test_a_wrong_command_is_one_line_and_writes_nothing(
     network = write_network(Path("full.pt"))
     torch.save(network.model.state_dict(), "plain.pth")
     Path("junk.pt").write_text("not a checkpoint")
+    Path("counts").write_text('{"conv1": 5}')
     content = load_checkpoint(Path("full.pt"))
     content["model"]["conv2.weight"][0, 0, 0, 0] = float("nan")
     torch.save(content, "nan.pt")

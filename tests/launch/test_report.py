@@ -21,13 +21,17 @@ from launch.reports.page import page
 from launch.reports.read import Group, Run, differing_settings, group_runs, read_run
 from launch.reports.tables import Row, markdown, means_csv, notes, our_rows, published_rows, runs_csv, setting
 from train.config import RunConfig, config_from_dict
+from train.methods import build_method
 
 H100 = {"world_size": 8, "devices": ["NVIDIA H100"] * 8, "loader": "dali", "precision": "bf16"}
+DENSE = {"method": "none"}
 KINDS = ("startup", "data_wait", "step", "resize", "resize_warmup", "eval", "save", "other")
 
 
-def write_run(directory: Path, *, cup: bool = False, hours: float = 60.0, reduction: float = 1.0, **changes) -> Path:
-    """A finished run of two epochs as older versions logged it: without its settings.
+def write_run(
+    directory: Path, *, shrinks: bool = False, hours: float = 60.0, reduction: float = 1.0, **changes
+) -> Path:
+    """A finished run of two epochs; without `config` as older versions logged it.
 
     changes: of the run event, or top1 and seconds.
     """
@@ -35,13 +39,17 @@ def write_run(directory: Path, *, cup: bool = False, hours: float = 60.0, reduct
     seconds = dict.fromkeys(KINDS, 0.0) | {"step": 8.0, "eval": 1.5, "startup": 0.5}
     first = {
         "model": "resnet50",
-        "cup": cup,
         "epochs": 2,
         "batch_size": 256,
         "train_images": 1281167,
         **H100,
         **changes,
     }
+    if "config" in changes:
+        method = build_method(config_from_dict(changes["config"]).prune, epochs=2).label
+        first |= {"shrinks": shrinks, "method": method}
+    else:
+        first["cup"] = shrinks
     epoch = {"threshold": None, "top1": top1, "images_per_s": 1000.0, "seconds": seconds}
     done = {"flops_reduction": reduction, "top1": top1, "top5": 90.0, "gpu_hours": hours, "device": "cuda"}
     full, cut = {"layer1.0.conv1": 64, "layer1.0.conv2": 64}, {"layer1.0.conv1": 48, "layer1.0.conv2": 32}
@@ -51,7 +59,7 @@ def write_run(directory: Path, *, cup: bool = False, hours: float = 60.0, reduct
         {"event": "epoch", "epoch": 2, "flops_reduction": reduction, "gpu_hours": hours, "widths": full, **epoch},
         {"event": "done", "time_s": 20.0, "seconds": {kind: 2 * value for kind, value in seconds.items()}, **done},
     ]
-    if cup:
+    if shrinks:
         lines[2] |= {"widths": cut, "threshold": 0.33, "images_per_s": 1600.0}
         removed = {name: full[name] - cut[name] for name in full}
         event = {"event": "resize", "epoch": 2, "threshold": 0.33, "seconds": 0.25, "removed": removed}
@@ -62,7 +70,7 @@ def write_run(directory: Path, *, cup: bool = False, hours: float = 60.0, reduct
 
 
 def with_settings(directory: Path, seed: int = 0, **changes) -> dict:
-    """The settings that newer versions log, for `write_run`; `changes` by section: cup={"momentum": "reset"}."""
+    """The settings that newer versions log, for `write_run`; `changes` by section: prune={"momentum": "reset"}."""
     config = RunConfig().to_dict()
     config["run"] |= {"name": directory.name, "seed": seed}
     for section, values in changes.items():
@@ -74,12 +82,12 @@ def three_seeds(root: Path) -> list[Run]:
     """Dense, CUP-SS and CUP-SS with momentum reset, three seeds each, as three people would name them."""
     runs = []
     for seed, (dense_top1, drop) in enumerate([(76.0, 1.0), (75.0, 1.5), (77.0, 2.0)]):
-        for kind, cup in (("dense", {"enabled": False}), ("cup", {}), ("reset", {"momentum": "reset"})):
+        for kind, prune in (("dense", {"method": "none"}), ("cup", {}), ("reset", {"momentum": "reset"})):
             directory, shrinks = root / f"c10_{kind}_s{seed}", kind != "dense"
             numbers = {"hours": 36.0 + 3 * seed if shrinks else 59.0 + seed, "reduction": 2.0 if shrinks else 1.0}
             top1 = dense_top1 - drop if shrinks else dense_top1
-            settings = with_settings(directory, seed, cup=cup, run={"root": f"disk{seed}", "keep": 2 + seed})
-            runs.append(read_run(write_run(directory, cup=shrinks, top1=top1, **numbers, **settings)))
+            settings = with_settings(directory, seed, prune=prune, run={"root": f"disk{seed}", "keep": 2 + seed})
+            runs.append(read_run(write_run(directory, shrinks=shrinks, top1=top1, **numbers, **settings)))
     return runs
 
 
@@ -91,7 +99,7 @@ def test_runs_that_differ_in_their_seeds_alone_are_one_row_of_means_and_deviatio
     rows = our_rows(group_runs(three_seeds(tmp_path)))
     assert [(row.name, row.method, row.count, row.seeds) for row in rows] == [
         ("c10_dense", "dense", 3, "0, 1, 2"),
-        ("c10_cup", "CUP-SS (carried momentum)", 3, "0, 1, 2"),
+        ("c10_cup", "CUP-SS", 3, "0, 1, 2"),
         ("c10_reset", "CUP-SS (momentum reset)", 3, "0, 1, 2"),
     ]
     dense, cup, _ = rows
@@ -102,9 +110,7 @@ def test_runs_that_differ_in_their_seeds_alone_are_one_row_of_means_and_deviatio
     assert cup.saving.deviation == pytest.approx(statistics.stdev(savings))
     assert (cup.change1.mean, cup.change1.deviation) == (-1.5, 0.5)  # of -1, -1.5, -2: each to its seed's dense run
     assert (dense.change1, dense.saving) == (None, None)
-    assert "| c10_cup | resnet50 | CUP-SS (carried momentum), k 0.03, b 0.3, no stop | 3 | 2.00 ± 0.00 | 74.50 ±" in (
-        markdown(rows)
-    )
+    assert "| c10_cup | resnet50 | CUP-SS, k 0.03, b 0.3, no stop | 3 | 2.00 ± 0.00 | 74.50 ±" in (markdown(rows))
     assert "| -1.50 ± 0.50 | 39.00 ± 3.00 | 35.0 ± 3.9 |" in markdown(rows)
 
 
@@ -113,9 +119,9 @@ def test_without_dense_runs_of_the_same_seeds_both_scatters_count(tmp_path: Path
     def written(kind: str, seeds: Sequence[int], top1s: Sequence[float], hours: Sequence[float]) -> list[Path]:
         made = []
         for number, (seed, top1, spent) in enumerate(zip(seeds, top1s, hours, strict=True)):
-            directory, cup = tmp_path / f"{kind}_{number}", kind == "cup"
-            settings = with_settings(directory, seed, cup={"enabled": cup})
-            made.append(write_run(directory, cup=cup, top1=top1, hours=spent, **settings))
+            directory, shrinks = tmp_path / f"{kind}_{number}", kind == "cup"
+            settings = with_settings(directory, seed, prune={} if shrinks else DENSE)
+            made.append(write_run(directory, shrinks=shrinks, top1=top1, hours=spent, **settings))
         return made
 
     dense = written("dense", (0, 1, 2), (72.0, 76.0, 80.0), (50.0, 60.0, 70.0))
@@ -130,20 +136,32 @@ def test_without_dense_runs_of_the_same_seeds_both_scatters_count(tmp_path: Path
 def test_a_setting_that_differs_makes_two_rows_but_not_one_without_effect(tmp_path: Path):
     runs = [
         write_run(
-            tmp_path / name, cup=enabled, **with_settings(tmp_path / name, cup={"enabled": enabled, "slope": slope})
+            tmp_path / name,
+            shrinks=method != "none",
+            **with_settings(tmp_path / name, prune={"method": method, "hard_ramp": {"slope": slope}}),
         )
-        for name, enabled, slope in (("a", True, 0.03), ("b", True, 0.04), ("c", False, 0.03), ("d", False, 0.04))
+        for name, method, slope in (
+            *(("a", "hard_ramp", 0.03), ("b", "hard_ramp", 0.04)),
+            *(("c", "none", 0.03), ("d", "none", 0.04)),
+        )
     ]
     groups = group_runs([read_run(run) for run in runs])
     assert [[run.name for run in group.runs] for group in groups] == [["c", "d"], ["a"], ["b"]]
     differing = differing_settings(groups)
-    assert differing == {"cup.enabled": [False, True, True], "cup.slope": [None, 0.03, 0.04]}
+    assert differing == {
+        "prune.method": ["none", "hard_ramp", "hard_ramp"],
+        "prune.hard_ramp.slope": [None, 0.03, 0.04],
+    }
 
 
 def test_groups_have_names_that_tell_them_apart(tmp_path: Path):
     def names(*runs: str) -> list[str]:
         made = [
-            write_run(tmp_path / run, cup=True, **with_settings(tmp_path / run, seed, cup={"slope": slope}))
+            write_run(
+                tmp_path / run,
+                shrinks=True,
+                **with_settings(tmp_path / run, seed, prune={"hard_ramp": {"slope": slope}}),
+            )
             for run, seed, slope in zip(runs, (0, 1, 0, 1), (0.1, 0.1, 0.2, 0.2), strict=False)
         ]
         return [group.name for group in group_runs([read_run(run) for run in made])]
@@ -162,7 +180,7 @@ def test_equal_runs_on_other_hardware_are_no_repetitions(tmp_path: Path):
 
 
 def test_a_run_resumed_on_other_machines_is_compared_with_none(tmp_path: Path):
-    dense, shrunk = write_run(tmp_path / "dense"), write_run(tmp_path / "cup", cup=True, hours=30.0)
+    dense, shrunk = write_run(tmp_path / "dense"), write_run(tmp_path / "cup", shrinks=True, hours=30.0)
     assert rows_of(dense, shrunk)[1].saving.mean == 50.0
     first, *others = (dense / "log.jsonl").read_text().splitlines(keepends=True)
     resumed = first.replace("H100", "A100")
@@ -197,7 +215,7 @@ def test_runs_of_several_networks_or_data_sets_say_which(tmp_path: Path):
 
 
 def test_older_logs_are_read_and_stand_alone(tmp_path: Path):
-    first, second = (write_run(tmp_path / f"old_s{seed}", cup=True, reduction=2.0) for seed in (0, 1))
+    first, second = (write_run(tmp_path / f"old_s{seed}", shrinks=True, reduction=2.0) for seed in (0, 1))
     rows = rows_of(first, second)
     assert [(row.name, row.method, row.count, row.seeds) for row in rows] == [
         ("old_s0", "CUP-SS", 1, ""),
@@ -209,7 +227,7 @@ def test_older_logs_are_read_and_stand_alone(tmp_path: Path):
 
 def test_the_saving_is_measured_against_the_dense_run(tmp_path: Path, capsys: pytest.CaptureFixture):
     dense = write_run(tmp_path / "dense", hours=66.0, top1=75.86)
-    shrunk = write_run(tmp_path / "shrunk", cup=True, hours=54.48, reduction=2.2, top1=74.4)
+    shrunk = write_run(tmp_path / "shrunk", shrinks=True, hours=54.48, reduction=2.2, top1=74.4)
     assert report.main([str(dense), str(shrunk), "--out", str(tmp_path / "out")]) == 0
     table = (tmp_path / "out/savings.md").read_text()
     assert "| dense | resnet50 | dense | 1 | 1.00 | 75.86 | 90.00 |  | 66.00 |  |" in table
@@ -237,7 +255,7 @@ def test_the_saving_is_measured_against_the_dense_run(tmp_path: Path, capsys: py
     ids=lambda change: next(iter(change)),
 )
 def test_there_is_no_saving_against_a_run_of_other_costs(tmp_path: Path, change: dict):
-    runs = [write_run(tmp_path / "dense", **change), write_run(tmp_path / "shrunk", cup=True, hours=50.0)]
+    runs = [write_run(tmp_path / "dense", **change), write_run(tmp_path / "shrunk", shrinks=True, hours=50.0)]
     groups = group_runs([read_run(run) for run in runs])
     row = our_rows(groups)[1]
     assert (row.saving, row.change1) == (None, None)
@@ -258,10 +276,10 @@ def test_there_is_no_saving_against_a_run_of_other_costs(tmp_path: Path, change:
 )
 def test_there_is_no_saving_against_another_way_of_training(tmp_path: Path, section: str, change: dict):
     [key] = change
-    other = {"cup": {"enabled": False}, section: change}
+    other = {"prune": DENSE, section: change}
     dense = write_run(tmp_path / "dense", **with_settings(tmp_path / "dense", **other))
     shrunk = [
-        write_run(tmp_path / f"cup_s{seed}", cup=True, **with_settings(tmp_path / f"cup_s{seed}", seed))
+        write_run(tmp_path / f"cup_s{seed}", shrinks=True, **with_settings(tmp_path / f"cup_s{seed}", seed))
         for seed in (0, 1)
     ]
     groups = group_runs([read_run(run) for run in (dense, *shrunk)])
@@ -274,9 +292,9 @@ def test_there_is_no_saving_against_another_way_of_training(tmp_path: Path, sect
 @pytest.mark.parametrize("change", [{"lr": 0.2}, {"weight_decay": 5e-4}, {"schedule": "cosine"}], ids=str)
 def test_a_change_of_accuracy_needs_an_optimizer_of_equal_settings_a_saving_does_not(tmp_path: Path, change: dict):
     [key] = change
-    other = with_settings(tmp_path / "dense", cup={"enabled": False}, optim=change)
+    other = with_settings(tmp_path / "dense", prune=DENSE, optim=change)
     dense = write_run(tmp_path / "dense", hours=60.0, **other)
-    shrunk = write_run(tmp_path / "cup", cup=True, hours=30.0, **with_settings(tmp_path / "cup"))
+    shrunk = write_run(tmp_path / "cup", shrinks=True, hours=30.0, **with_settings(tmp_path / "cup"))
     groups = group_runs([read_run(run) for run in (dense, shrunk)])
     row = our_rows(groups)[1]
     assert (row.saving.mean, row.change1, row.change5) == (50.0, None, None)
@@ -284,7 +302,7 @@ def test_a_change_of_accuracy_needs_an_optimizer_of_equal_settings_a_saving_does
 
 
 def test_without_any_dense_run_it_says_so_and_else_it_names_the_nearest(tmp_path: Path):
-    shrunk = read_run(write_run(tmp_path / "cup", cup=True))
+    shrunk = read_run(write_run(tmp_path / "cup", shrinks=True))
     assert notes(group_runs([shrunk])) == ["cup: no saving and no change of accuracy, for no run among these is dense"]
     far = read_run(write_run(tmp_path / "far", epochs=3, batch_size=64))
     near = read_run(write_run(tmp_path / "near", epochs=3))
@@ -294,8 +312,8 @@ def test_without_any_dense_run_it_says_so_and_else_it_names_the_nearest(tmp_path
 
 def test_there_is_no_saving_against_images_of_another_size_or_another_data_set(tmp_path: Path):
     def saving(name: str, **data) -> float | None:
-        dense = write_run(tmp_path / name, **with_settings(tmp_path / name, cup={"enabled": False}, data=data))
-        shrunk = write_run(tmp_path / "cup", cup=True, hours=30.0, **with_settings(tmp_path / "cup"))
+        dense = write_run(tmp_path / name, **with_settings(tmp_path / name, prune=DENSE, data=data))
+        shrunk = write_run(tmp_path / "cup", shrinks=True, hours=30.0, **with_settings(tmp_path / "cup"))
         return rows_of(dense, shrunk)[1].saving
 
     assert saving("small", image_size=160) is None
@@ -311,7 +329,7 @@ def test_retraining_counts_together_with_the_training_before_it(tmp_path: Path):
     runs = [
         write_run(tmp_path / "dense", hours=60.0),
         write_run(tmp_path / "retrained", hours=30.0, reduction=2.2, **start),
-        write_run(tmp_path / "again", cup=True, hours=30.0, reduction=2.2, **start),
+        write_run(tmp_path / "again", shrinks=True, hours=30.0, reduction=2.2, **start),
         write_run(tmp_path / "foreign", hours=30.0, reduction=2.2, **start | {"gpu_hours_before": None}),
     ]
     groups = group_runs([read_run(run) for run in runs])
@@ -329,7 +347,7 @@ def test_retraining_counts_together_with_the_training_before_it(tmp_path: Path):
 def test_what_is_no_finished_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture):
     assert report.main([str(tmp_path / "nothing")]) == 1
     assert "nothing is no run directory" in capsys.readouterr().err
-    run = write_run(tmp_path / "run", cup=True)
+    run = write_run(tmp_path / "run", shrinks=True)
     lines = (run / "log.jsonl").read_text().splitlines()
     without_hours = lines[-1].replace('"gpu_hours"', '"hours"')
     for log, message in (
@@ -337,7 +355,7 @@ def test_what_is_no_finished_run_is_refused(tmp_path: Path, capsys: pytest.Captu
         (lines[-1:], "tells of no run: the file is empty, damaged"),
         ([], "tells of no run: the file is empty, damaged"),
         (['{"level": "info"}', '{"loss": 1.0}'], "tells of no run: the file is empty, damaged"),
-        (['{"event": "run"}'], "an event 'run' has no 'cup'"),
+        (['{"event": "run"}'], "an event 'run' has no 'method'"),
         ([*lines[:-1], without_hours], "an event 'done' has no 'gpu_hours'"),
         ([lines[0], lines[-1]], "tells of no epoch"),
     ):
@@ -357,12 +375,12 @@ def test_a_line_without_an_event_is_passed_over(tmp_path: Path):
 
 
 def test_figures_take_any_name(tmp_path: Path):
-    groups = group_runs([read_run(write_run(tmp_path / "a_$\\no$", cup=True))])
+    groups = group_runs([read_run(write_run(tmp_path / "a_$\\no$", shrinks=True))])
     assert draw_accuracy(groups, tmp_path).path.exists()
 
 
 def test_a_run_by_two_paths_is_one(tmp_path: Path, capsys: pytest.CaptureFixture):
-    run = write_run(tmp_path / "run", **with_settings(tmp_path / "run", cup={"enabled": False}))
+    run = write_run(tmp_path / "run", **with_settings(tmp_path / "run", prune=DENSE))
     (tmp_path / "link").symlink_to(run)
     paths = [str(run), f"{run}/../run", str(tmp_path / "link")]
     assert report.main([*paths, "--out", str(tmp_path / "out")]) == 0
@@ -370,7 +388,7 @@ def test_a_run_by_two_paths_is_one(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_a_dendrogram_without_a_readable_checkpoint_is_said_and_no_error(tmp_path: Path):
-    groups = group_runs([read_run(write_run(tmp_path / "cup", cup=True))])
+    groups = group_runs([read_run(write_run(tmp_path / "cup", shrinks=True))])
     figures, missing = draw_layers(groups, ["layer1.0.conv1"], tmp_path)
     assert (figures, missing) == ([], [f"cup: no dendrogram, for there is no checkpoint {tmp_path / 'cup/last.pt'}"])
     assert missing[0] in html.unescape(page(groups, [], missing))
@@ -380,7 +398,7 @@ def test_a_dendrogram_without_a_readable_checkpoint_is_said_and_no_error(tmp_pat
 
 
 def test_dendrograms_are_drawn_from_the_checkpoint_and_an_unknown_layer_is_named(tmp_path: Path, capsys):
-    run = write_run(tmp_path / "cup", cup=True, model="lenet")
+    run = write_run(tmp_path / "cup", shrinks=True, model="lenet")
     write_network(run / "last.pt", "lenet")
     assert report.main([str(run), "--out", str(tmp_path / "out"), "--dendrogram", "conv2", "conv1"]) == 0
     drawn = sorted(path.name for path in (tmp_path / "out/dendrograms_cup").iterdir())
@@ -395,7 +413,7 @@ def test_dendrograms_are_drawn_from_the_checkpoint_and_an_unknown_layer_is_named
 
 def run_on(root: Path, network: str, folder: str, images: int) -> Run:
     directory = root / f"{network}_{folder.strip('|')}"
-    settings = with_settings(directory, cup={"enabled": False}, data={"path": f"datasets/{folder}"})
+    settings = with_settings(directory, prune=DENSE, data={"path": f"datasets/{folder}"})
     return read_run(write_run(directory, model=network, train_images=images, **settings))
 
 
@@ -510,9 +528,9 @@ class Resources(html.parser.HTMLParser):
 
 def test_the_page_needs_no_other_file_and_escapes_what_users_named(tmp_path: Path):
     bad = "<script>alert(1)</script>"
-    dense = write_run(tmp_path / "dense", **with_settings(tmp_path / "dense", cup={"enabled": False}))
+    dense = write_run(tmp_path / "dense", **with_settings(tmp_path / "dense", prune=DENSE))
     named = with_settings(tmp_path / "cup", model={"from": bad})
-    shrunk = write_run(tmp_path / "cup", cup=True, reduction=2.0, devices=[bad] * 8, **named, **{"from": bad})
+    shrunk = write_run(tmp_path / "cup", shrinks=True, reduction=2.0, devices=[bad] * 8, **named, **{"from": bad})
     assert report.main([str(dense), str(shrunk), "--out", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out/report.html").read_text()
     found = Resources(text)
@@ -523,7 +541,7 @@ def test_the_page_needs_no_other_file_and_escapes_what_users_named(tmp_path: Pat
 
 
 def test_the_page_holds_the_ledger_the_resizes_and_what_newer_logs_say(tmp_path: Path):
-    run = write_run(tmp_path / "cup", cup=True, reduction=2.0)
+    run = write_run(tmp_path / "cup", shrinks=True, reduction=2.0)
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     for line in log:
         if line["event"] == "epoch":
@@ -549,7 +567,7 @@ def test_the_page_holds_the_ledger_the_resizes_and_what_newer_logs_say(tmp_path:
 
 def test_the_speed_up_of_each_epoch_is_against_the_dense_runs_or_the_full_epochs(tmp_path: Path):
     dense = read_run(write_run(tmp_path / "dense"))
-    shrunk = read_run(write_run(tmp_path / "cup", cup=True, reduction=2.0))
+    shrunk = read_run(write_run(tmp_path / "cup", shrinks=True, reduction=2.0))
     for line, speed in zip(dense.epochs, (700.0, 900.0), strict=True):
         line["images_per_s"] = speed
     assert _speedups(shrunk, group_runs([dense, shrunk])) == [(1.0, 1.25), (2.0, 2.0)]  # 1000 and 1600 over 800
@@ -557,7 +575,7 @@ def test_the_speed_up_of_each_epoch_is_against_the_dense_runs_or_the_full_epochs
     shrunk.epochs[0]["flops_reduction"] = 1.5
     assert _speedups(shrunk, group_runs([shrunk])) == []
     growing = with_settings(tmp_path / "growing", data={"start_size": 128, "grow_epochs": 2})
-    assert _speedups(read_run(write_run(tmp_path / "growing", cup=True, **growing)), group_runs([dense])) == []
+    assert _speedups(read_run(write_run(tmp_path / "growing", shrinks=True, **growing)), group_runs([dense])) == []
 
 
 def test_training_seconds_are_those_that_shrinking_changes():
@@ -574,7 +592,7 @@ def test_the_mean_at_an_epoch_is_of_the_runs_that_have_a_value_there(tmp_path: P
 
 
 def test_widths_before_a_cut_in_the_first_epoch_are_found_again(tmp_path: Path):
-    run = read_run(write_run(tmp_path / "cup", cup=True))
+    run = read_run(write_run(tmp_path / "cup", shrinks=True))
     assert widths_at_start(run) == {"layer1.0.conv1": 64, "layer1.0.conv2": 64}
     run.epochs[0]["widths"] = {"layer1.0.conv1": 48, "layer1.0.conv2": 32}
     run.resizes[0]["epoch"] = 1
@@ -582,11 +600,13 @@ def test_widths_before_a_cut_in_the_first_epoch_are_found_again(tmp_path: Path):
 
 
 def test_the_way_of_shrinking_in_words(tmp_path: Path):
-    def words(**cup) -> str:
-        return setting(read_run(write_run(tmp_path / "cup", cup=True, **with_settings(tmp_path / "cup", cup=cup))))
+    def words(ramp: dict | None = None, **prune) -> str:
+        settings = with_settings(tmp_path / "cup", prune=prune | {"hard_ramp": ramp or {}})
+        return setting(read_run(write_run(tmp_path / "cup", shrinks=True, **settings)))
 
     assert words(target_reduction=2.2) == "k 0.03, b 0.3, stop at FR 2.2"
     assert words(round_to="measured") == "k 0.03, b 0.3, no stop, widths rounded as measured"
-    assert words(ramp="reduction", target_reduction=2.0, last_epoch=6, round_to=8, every=2, scope="all") == (
+    ramp = {"kind": "reduction"}
+    assert words(ramp, target_reduction=2.0, last_epoch=6, round_to=8, every=2, scope="all") == (
         "FR 2 in a straight line by epoch 6, every 2 epochs, widths rounded to 8, residual streams too"
     )

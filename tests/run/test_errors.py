@@ -9,7 +9,7 @@ from launching import TINY, launch, options, rank_lines, start, write_image_fold
 
 from launch import evaluate
 from train.config import parse_config
-from train.rundir import read_log
+from train.log.rundir import read_log
 
 
 def one_line(result, exit_code: int) -> str:
@@ -24,8 +24,8 @@ def one_line(result, exit_code: int) -> str:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--cup.slope", "-0.1"], ["cup.slope", "-0.1", "a number from 0"]),
-        (["--cup.slop", "1"], ["cup.slop", "unknown key", "did you mean cup.slope?"]),
+        (["--prune.hard_ramp.slope", "-0.1"], ["prune.hard_ramp.slope", "-0.1", "a number from 0"]),
+        (["--cup.slop", "1"], ["cup.slop", "unknown key", "did you mean prune.hard_ramp.slope?"]),
         (["--model.name", "resnet51"], ["model.name", "'resnet51'", "resnet50"]),
     ],
 )
@@ -69,7 +69,11 @@ def test_a_network_that_does_not_take_the_images_is_an_error_before_training(tmp
 @pytest.mark.parametrize(
     ("begin", "changes", "words"),
     [
-        (start, {"cup__slope": -1}, "cup.slope"),  # under torchrun, which ends the others as soon as one has ended
+        (
+            start,
+            {"prune__hard_ramp__slope": -1},
+            "prune.hard_ramp.slope",
+        ),  # under torchrun, which ends the others as soon as one has ended
         (launch, {"data__loader": "folder", "data__path": "nowhere"}, "nowhere"),
         (launch, {"data__batch_size": 31}, "31"),
     ],
@@ -104,7 +108,7 @@ def test_what_the_folders_hold_beside_images_is_said_in_training_and_in_evaluati
     for split in ("train", "val"):
         (folder / split / "class1" / f"{split}.txt").touch()
     data = {"data__loader": "folder", "data__path": folder, "data__batch_size": 12}
-    result = launch("launch/train.py", options(**data, train__epochs=1, cup__last_epoch=1), tmp_path)
+    result = launch("launch/train.py", options(**data, train__epochs=1, prune__last_epoch=1), tmp_path)
     assert result.returncode == 0, result.stderr
     notes = [event["message"] for event in read_log(tmp_path / "runs/tiny/log.jsonl") if event["event"] == "note"]
     for split, name in (("training", "class1/train.txt"), ("validation", "class1/val.txt")):
@@ -114,7 +118,7 @@ def test_what_the_folders_hold_beside_images_is_said_in_training_and_in_evaluati
 
 
 def test_debug_shows_the_traceback(tmp_path: Path):
-    result = launch("launch/train.py", [*options(cup__slope=-1), "--debug"], tmp_path)
+    result = launch("launch/train.py", [*options(prune__hard_ramp__slope=-1), "--debug"], tmp_path)
     assert result.returncode == 2
     assert "Traceback" in result.stderr
 

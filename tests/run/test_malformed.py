@@ -147,7 +147,7 @@ READERS = {
     "export": lambda path: (export.main, [str(path), "--format", "torch"]),
     "model.from": lambda path: (
         launch_train.main,
-        ["--config", str(TINY), "--run.root", str(path.parent / "runs"), "--model.from", str(path)],
+        ["--config", str(TINY), "--run.root", str(path.parent / "runs"), "--model.checkpoint", str(path)],
     ),
 }
 
@@ -310,4 +310,4 @@ def test_a_network_alone_is_nothing_to_go_on_from(checker: Checker, tmp_path: Pa
     arguments["run"]["root"] = str(root)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(arguments))
     said = checker.refuses(launch_train.main, ["--config", str(tmp_path / "recipe.yaml")], "network alone")
-    assert "--model.from" in said
+    assert "--model.checkpoint" in said

@@ -8,8 +8,9 @@ import pytest
 import torch
 from launching import launch, options, rank_lines, start, write_image_folder
 
-from train.checkpoint.file import load_checkpoint, stored_plans
-from train.rundir import read_log
+from train.checkpoint.file import load_checkpoint
+from train.checkpoint.network import stored_plans
+from train.log.rundir import read_log
 
 EPOCH_KEYS = (
     *("event", "time_s", "epoch", "threshold", "flops_reduction", "flops", "macs_reduction", "macs", "params"),
@@ -20,7 +21,7 @@ JPEGS = {
     **{"data__loader": "auto", "data__path": "images", "data__batch_size": 16, "data__channels": 3},
     **{"data__crop_scale": "[0.8, 1.0]", "model__name": "resnet20_cifar", "train__ema_decay": 0.5},
 }
-SHORT = {"train__epochs": 1, "cup__enabled": "false", "run__save_every_minutes": 1e-9}  # 4 steps, saved after each
+SHORT = {"train__epochs": 1, "prune__method": "none", "run__save_every_minutes": 1e-9}  # 4 steps, saved after each
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +100,7 @@ def test_evaluate_gives_the_logged_accuracy_of_the_checkpoint(finished: Path):
 
 def test_a_finished_run_is_kept_and_the_next_one_is_numbered(finished: Path):
     before = (finished / "runs/tiny/log.jsonl").read_bytes()
-    arguments = options(train__epochs=1, cup__last_epoch=1)
+    arguments = options(train__epochs=1, prune__last_epoch=1)
     result = launch("launch/train.py", arguments, finished)
     assert result.returncode == 0, result.stderr
     assert (finished / "runs/tiny/log.jsonl").read_bytes() == before
@@ -114,8 +115,7 @@ def _is_parameter(key: str) -> bool:
     ("fault", "message"),
     [
         ("other weights", "the ranks do not start from equal weights"),
-        ("plan", "is not the one sent"),
-        ("plan and digest", "the ranks differ after the resize"),
+        ("plan", "the ranks differ after the resize"),
         ("one bit of momentum", "the ranks differ after the resize"),
     ],
 )
@@ -215,7 +215,7 @@ def test_a_signal_to_one_rank_stops_all_of_them_after_the_same_step(tmp_path: Pa
         r"stopped in epoch (\d), after step (\d), and saved; to go on: (.*)", stopped.stdout
     ).groups()
     assert (epoch, step) in {("2", str(step)) for step in range(1, 5)} | {("3", "0")}
-    assert "torch.distributed.run --standalone --nproc-per-node=2" in again and again.endswith("tiny.yaml")
+    assert again == "the same torchrun command"
     parts = [rank["so_far"] for rank in load_checkpoint(tmp_path / "runs/tiny/last.pt")["ranks"]]
     assert {part and part["step"] for part in parts} == {int(step) or None}
 

@@ -6,6 +6,7 @@ import signal
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,9 +20,11 @@ from train import run
 from train.checkpoint.file import CheckpointError, load_checkpoint, save_checkpoint
 from train.config import parse_config
 from train.log.ledger import Ledger
+from train.log.rundir import RunDir, read_log
 from train.loop import engine
+from train.loop.progress import EpochSoFar
+from train.loop.trainer import TrainLoop
 from train.loop.watch import Watch
-from train.rundir import RunDir, read_log
 from train.signals import HEARD, SECOND_AFTER_S, StopSignals
 
 
@@ -87,7 +90,7 @@ def test_a_run_goes_on_at_the_step_after_its_checkpoint(tmp_path: Path, monkeypa
     [
         ("training_step", 3, (1, 3), signal.SIGTERM),
         ("evaluate", 1, (1, 4), signal.SIGHUP),  # the terminal is gone
-        ("_resize", 2, (2, 1), signal.SIGTERM),
+        ("_act", 3, (2, 1), signal.SIGTERM),  # at the start of epoch 2
     ],
 )
 def test_a_signal_stops_a_run_after_its_step_and_the_run_goes_on_from_there(
@@ -151,7 +154,7 @@ def test_a_second_ctrl_c_ends_at_once_even_where_python_does_not_run(tmp_path: P
 
 
 def test_seconds_after_the_last_checkpoint_are_lost_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("train.checkpoint.saving.BEAT_EVERY_S", 0)
+    monkeypatch.setattr("train.log.heartbeat.HEARTBEAT_EVERY_S", 0)
     monkeypatch.setattr("train.loop.watch.MOST_STEPS", 1)
     with broken_off(monkeypatch, at_step=8):  # 3 steps after epoch 1's checkpoint
         train(tmp_path)
@@ -244,18 +247,18 @@ def test_where_no_checkpoint_can_be_read_the_run_does_not_start_over(tmp_path: P
 def test_a_run_that_lost_its_checkpoints_does_not_start_over_but_one_killed_in_its_first_save_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    undisturbed = train(tmp_path / "a", train__epochs=2, cup__last_epoch=2)
+    undisturbed = train(tmp_path / "a", train__epochs=2, prune__last_epoch=2)
     with broken_off(monkeypatch, at_step=8):
-        train(tmp_path / "b", train__epochs=2, cup__last_epoch=2)
+        train(tmp_path / "b", train__epochs=2, prune__last_epoch=2)
     (tmp_path / "b/tiny/last.pt").unlink()  # epoch 1's line and best.pt stay, as a kill between the two leaves them
-    assert numbers(train(tmp_path / "b", train__epochs=2, cup__last_epoch=2)) == numbers(undisturbed)
+    assert numbers(train(tmp_path / "b", train__epochs=2, prune__last_epoch=2)) == numbers(undisturbed)
     log = tmp_path / "b/tiny/log.jsonl"
     log.write_text("".join(f"{line}\n" for line in log.read_text().splitlines() if '"done"' not in line))
     for path in (tmp_path / "b/tiny").glob("last*.pt"):
         path.unlink()
     before = log.read_bytes()
     with pytest.raises(CheckpointError, match=r"holds 2 epochs of an unfinished run, but last\.pt"):
-        train(tmp_path / "b", train__epochs=2, cup__last_epoch=2)
+        train(tmp_path / "b", train__epochs=2, prune__last_epoch=2)
     assert log.read_bytes() == before
 
 
@@ -290,10 +293,10 @@ def test_another_number_of_ranks_takes_up_the_epoch_at_the_same_image(tmp_path: 
     seen: list[float] = []
     honest = engine.train_epoch
 
-    def train_epoch(trainer: engine.Trainer, epoch: int, just_resized: bool) -> tuple[float, float]:
+    def train_epoch(loop: TrainLoop, epoch: int, so_far: EpochSoFar, *others: Any) -> None:
         if not seen:
-            seen.extend([trainer.so_far.step, float(trainer.so_far.loss_sum) / trainer.so_far.step])
-        return honest(trainer, epoch, just_resized)
+            seen.extend([so_far.step, float(so_far.loss_sum) / so_far.step])
+        honest(loop, epoch, so_far, *others)
 
     monkeypatch.setattr(engine, "train_epoch", train_epoch)
     log = train(tmp_path, **changes | {"data__batch_size": 32})
@@ -307,14 +310,14 @@ def test_all_ranks_look_at_the_same_steps_and_the_saving_follows_rank_0_s_clock(
     class Main:
         is_main = True
 
-        def highest(self, values: list[int]) -> list[int]:
+        def all_reduce_max(self, values: list[int]) -> list[int]:
             Main.answer = list(map(int, values))
             return Main.answer
 
     class Other:
         is_main = False
 
-        def highest(self, values: list[int]) -> list[int]:
+        def all_reduce_max(self, values: list[int]) -> list[int]:
             assert values[1] == values[3] == 0  # neither its clock nor its speed counts
             return [max(pair) for pair in zip(map(int, values), Main.answer, strict=True)]
 
@@ -333,7 +336,7 @@ def test_what_one_rank_sees_is_decided_for_all():
     class Heard:
         is_main = True
 
-        def highest(self, values: list[int]) -> list[int]:
+        def all_reduce_max(self, values: list[int]) -> list[int]:
             return [max(pair) for pair in zip(map(int, values), [1, 0, 1, 0], strict=True)]
 
     decision = Watch(Heard(), lambda: False).look()

@@ -11,12 +11,13 @@ import pytest
 import torch
 from launching import EVERY_STEP, events, numbers, train
 
-from train.checkpoint import saving
+from train.checkpoint import saver
 from train.checkpoint.file import CheckpointError, load_checkpoint
 from train.errors import TrainError
+from train.log.rundir import RunDir, read_log
 from train.log.sinks import JsonLines, Sinks, TensorBoard
 from train.loop import engine
-from train.rundir import RunDir, read_log
+from train.loop.evaluation import Evaluation
 
 NO_TRACEBACK = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 """Of threads, such as TensorBoard's; pytest takes them for warnings."""
@@ -86,7 +87,7 @@ def test_a_run_that_cannot_be_saved_at_its_end_fails_and_is_not_finished(
 def test_a_best_that_cannot_be_written_leaves_last_alone_and_does_not_count_as_the_best(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    honest, tried = saving.save_checkpoint, []
+    honest, tried = saver.save_checkpoint, []
 
     def save(path: Path, content: dict, keep: int = 1) -> None:
         if path.name == "best.pt":
@@ -96,8 +97,8 @@ def test_a_best_that_cannot_be_written_leaves_last_alone_and_does_not_count_as_t
         honest(path, content, keep)
 
     tops = iter([90.0, 80.0, 70.0])
-    monkeypatch.setattr(saving, "save_checkpoint", save)
-    monkeypatch.setattr(engine, "evaluate", lambda *arguments: engine.Evaluation(next(tops), 99.0, 32))
+    monkeypatch.setattr(saver, "save_checkpoint", save)
+    monkeypatch.setattr(engine, "evaluate", lambda *arguments: Evaluation(next(tops), 99.0, 32))
     log = train(tmp_path)
     assert tried == [1, 2]  # the second beats nothing but what could be written
     stored = load_checkpoint(tmp_path / "tiny/best.pt")["progress"]
@@ -217,10 +218,10 @@ def test_curves_that_cannot_be_written_are_left_out(tmp_path: Path, monkeypatch:
 
 
 def test_curves_that_cannot_be_opened_are_left_out(tmp_path: Path):
-    train(tmp_path, train__epochs=1, cup__last_epoch=1)
+    train(tmp_path, train__epochs=1, prune__last_epoch=1)
     (tmp_path / "tiny/log.jsonl").unlink()
     shutil.rmtree(tmp_path / "tiny/tensorboard")
     (tmp_path / "tiny/tensorboard").write_text("a file where the folder should be")
-    log = train(tmp_path, train__epochs=1, cup__last_epoch=1)
+    log = train(tmp_path, train__epochs=1, prune__last_epoch=1)
     assert any("tensorboard cannot be written and is left out" in event["message"] for event in events(log, "note"))
     assert log[-1]["event"] == "done"

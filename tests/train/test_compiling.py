@@ -145,9 +145,9 @@ def test_a_block_that_is_not_one_graph_is_an_error():
 
 
 def test_a_run_with_compiled_blocks_computes_what_an_eager_one_does(tmp_path: Path, quick_compiler: list):
-    eager = events(train(tmp_path / "eager", **CIFAR, train__epochs=2, cup__last_epoch=2), "epoch")
+    eager = events(train(tmp_path / "eager", **CIFAR, train__epochs=2, prune__last_epoch=2), "epoch")
     options = {"train__compile": "blocks", "train__compile_steps": 1}
-    compiled = events(train(tmp_path / "compiled", **CIFAR, **options, train__epochs=2, cup__last_epoch=2), "epoch")
+    compiled = events(train(tmp_path / "compiled", **CIFAR, **options, train__epochs=2, prune__last_epoch=2), "epoch")
     assert [line["compiled"] for line in compiled] == [True, True]
     cut = [build_model("resnet20_cifar", 10) for _ in compiled]
     for model, line in zip(cut, compiled, strict=True):

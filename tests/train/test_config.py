@@ -32,20 +32,25 @@ def test_a_recipe_replaces_the_default_one(tmp_path: Path):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--cup.slope", "steep"], ["cup.slope", "'steep'", "a number"]),
-        (["--cup.ramp", "up"], ["cup.ramp", "'up'", "threshold or reduction"]),
+        (["--prune.hard_ramp.slope", "steep"], ["prune.hard_ramp.slope", "'steep'", "a number"]),
+        (["--prune.hard_ramp.kind", "up"], ["prune.hard_ramp.kind", "'up'", "threshold or reduction"]),
         (["--train.epochs", "0"], ["train.epochs", "0", "a whole number from 1"]),
         (["--train.epochs", "2.5"], ["train.epochs", "2.5", "a whole number"]),
         (["--train.ema_decay", "1"], ["train.ema_decay", "1", "below 1"]),
-        (["--cup.target_reduction", "0.5"], ["cup.target_reduction", "0.5", "above 1"]),
-        (["--cup.target_reduction", "null"], ["cup.target_reduction", "None", "ramp: reduction needs it"]),
-        (["--cup.target_reduction", "much"], ["cup.target_reduction", "'much'", "a number or null"]),
+        (["--prune.target_reduction", "0.5"], ["prune.target_reduction", "0.5", "above 1"]),
+        (["--prune.target_reduction", "null"], ["prune.target_reduction", "None", "kind: reduction needs it"]),
+        (["--prune.target_reduction", "much"], ["prune.target_reduction", "'much'", "a number or null"]),
         (["--model.name", "resnet51"], ["model.name", "'resnet51'", "resnet50"]),
-        (["--model.from", ""], ["model.from", "''", "a checkpoint file"]),
-        (["--model.from_", "cut.pt"], ["model.from_", "unknown key", "did you mean model.from?"]),
+        (["--model.checkpoint", ""], ["model.checkpoint", "''", "a checkpoint file"]),
+        (["--model.checkpont", "cut.pt"], ["model.checkpont", "unknown key", "did you mean model.checkpoint?"]),
+        (["--cup.slop", "1"], ["cup.slop", "unknown key", "did you mean prune.hard_ramp.slope?"]),
+        (["--prune.method", "magic"], ["prune.method", "'magic'", "none, hard_ramp"]),
+        (["--prune.criterion", "l7"], ["prune.criterion", "'l7'", "cup, l1"]),
+        (["--prune.hard_ramp", "1"], ["prune.hard_ramp", "settings"]),
+        (["--prune.hard_ramp.slope", "-1"], ["prune.hard_ramp.slope", "-1", "from 0"]),
+        (["--prune.min_channels", "0"], ["prune.min_channels", "0", "from 1"]),
         (["--data.path", ""], ["data.path", "''", "a folder"]),
-        (["--cup.last_epoch", "7"], ["cup.last_epoch", "7", "up to train.epochs (3)"]),
-        (["--cup.enabled", "perhaps"], ["cup.enabled", "'perhaps'", "true or false"]),
+        (["--prune.last_epoch", "7"], ["prune.last_epoch", "7", "up to train.epochs (3)"]),
         (["--optim.milestones", "[4, 2]"], ["optim.milestones", "(4, 2)", "ascending"]),
         (["--optim.warmup_epochs", "9"], ["optim.warmup_epochs", "9", "up to train.epochs (3)"]),
         (["--data.crop_scale", "[0.5, 2]"], ["data.crop_scale", "(0.5, 2"]),
@@ -68,7 +73,7 @@ def test_a_recipe_replaces_the_default_one(tmp_path: Path):
         (["--data.synthetic_classes", str(10**30)], ["data.synthetic_classes", "2 to 100,000"]),
         (["--run.device", "tpu"], ["run.device", "'tpu'", "cuda"]),
         (["--config", "missing.yaml"], ["missing.yaml"]),
-        (["--nonsense", "1"], ["nonsense", "unknown key", "cup.*"]),
+        (["--nonsense", "1"], ["nonsense", "unknown key", "prune.*"]),
         (["stray"], ["stray"]),
     ],
 )
@@ -87,7 +92,7 @@ def test_a_wrong_setting_names_the_key_the_value_and_what_is_allowed(
         ("cup:\n  treshold: 3\n", ["cup.treshold", "unknown key"]),
         ("optimizer:\n  lr: 3\n", ["optimizer", "unknown key"]),
         ("cup: [\n", ["mine.yaml"]),
-        ("cup:\n  slope: [1]\n", ["cup.slope", "a number"]),
+        ("cup:\n  slope: [1]\n", ["prune.hard_ramp.slope", "a number"]),
         ("- 1\n", ["mine.yaml"]),
     ],
 )
@@ -101,9 +106,9 @@ def test_a_wrong_recipe_is_one_line(tmp_path: Path, text: str, expected: list[st
 
 def test_a_setting_without_effect_is_named():
     assert parse().without_effect() == []
-    notes = parse("--cup.enabled", "false", "--optim.gamma", "0.5").without_effect()
+    notes = parse("--prune.method", "none", "--optim.gamma", "0.5").without_effect()
     assert notes == [
-        "no effect with cup.enabled: false: cup.ramp, cup.target_reduction, cup.last_epoch",
+        "no effect with prune.method: none: prune.target_reduction, prune.last_epoch, prune.hard_ramp.kind",
         "no effect with optim.schedule: cosine: optim.gamma",
     ]
     notes = parse("--data.flip", "0.1", "--data.grow_epochs", "2", "--data.randaugment_ops", "3").without_effect()
@@ -124,19 +129,47 @@ def test_plain_form_and_back():
     assert config_from_dict(yaml.safe_load(yaml.safe_dump(config.to_dict()))) == config
 
 
-def test_model_from_is_called_so_wherever_a_user_meets_it(tmp_path: Path, capsys: pytest.CaptureFixture):
-    """`from` is a keyword of Python; nobody should notice."""
-    config = parse("--model.from", "cut.pt", "--model.name", "null")
-    assert (config.model.name, config.model.from_) == (None, "cut.pt")
-    assert config.to_dict()["model"] == {"name": None, "from": "cut.pt"}
-    assert config_from_dict(config.to_dict()) == config
-    (tmp_path / "mine.yaml").write_text("model:\n  from: cut.pt\n")
-    assert parse("--config", str(tmp_path / "mine.yaml")).model == config.model
-    for option in ("--help", "--print_config"):
-        with pytest.raises(SystemExit):
-            parse("--model.from", "cut.pt", option)
-        printed = capsys.readouterr().out
-        assert "from_" not in printed and ("--model.from FROM" in printed or "\n  from: cut.pt\n" in printed)
+OLD_RECIPE = """
+model: {name: null, from: cut.pt}
+cup:
+  enabled: true
+  ramp: threshold
+  slope: 0.02
+  offset: 0.1
+  target_reduction: 1.7
+  momentum: reset
+"""
+OLD_OPTIONS = [
+    *("--model.name", "null", "--model.from", "cut.pt", "--cup.enabled", "true", "--cup.ramp=threshold"),
+    *("--cup.slope", "0.02", "--cup.offset", "0.1", "--cup.target_reduction", "1.7", "--cup.momentum", "reset"),
+]
+
+
+def test_names_of_earlier_versions_are_read_with_a_line_that_says_the_new_ones(tmp_path: Path):
+    (tmp_path / "new.yaml").write_text(
+        "model: {name: null, checkpoint: cut.pt}\nprune:\n  method: hard_ramp\n  target_reduction: 1.7\n"
+        "  momentum: reset\n  hard_ramp: {kind: threshold, slope: 0.02, offset: 0.1}\n"
+    )
+    (tmp_path / "old.yaml").write_text(OLD_RECIPE)
+    new = parse("--config", str(tmp_path / "new.yaml"))
+    with pytest.warns(
+        UserWarning,
+        match=r"cup.slope is now prune.hard_ramp.slope.*model.from is now model.checkpoint"
+        r"|model.from is now model.checkpoint.*cup.slope is now prune.hard_ramp.slope",
+    ) as seen:
+        assert parse("--config", str(tmp_path / "old.yaml")) == new
+    assert len(seen) == 1
+    (tmp_path / "empty.yaml").write_text("{}\n")
+    with pytest.warns(UserWarning, match=r"cup.enabled is now prune.method"):
+        assert parse("--config", str(tmp_path / "empty.yaml"), *OLD_OPTIONS) == new
+    assert config_from_dict(new.to_dict() | yaml.safe_load(OLD_RECIPE)).model.checkpoint == "cut.pt"
+    with pytest.warns(UserWarning):
+        assert parse("--cup.enabled", "false").prune.method == "none"
+
+
+def test_a_setting_given_by_both_its_names_has_the_later_value():
+    with pytest.warns(UserWarning):
+        assert parse("--prune.round_to", "2", "--cup.round_to", "8").prune.round_to == 8
 
 
 def test_without_a_name_and_a_file_the_network_is_resnet50():

@@ -8,11 +8,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from train.loop.engine import TrainConfig, training_step
+from train.loop.config import TrainConfig
+from train.loop.step import training_step
 from train.network.optim import OptimConfig, build_optimizer
 from train.network.precision import Precision
 from train.network.state import TrainState
-from train.world import World, exchange_wait_s, without_exchange
+from train.world import World, all_reduce_wait_s, no_sync
 
 CPU = torch.device("cpu")
 
@@ -56,7 +57,7 @@ def test_a_step_exchanges_gradients_once_however_many_pieces_it_takes(parallel, 
 
 def test_what_is_kept_back_goes_with_the_next_exchange(parallel):
     seen, images = exchanges_of(parallel), torch.randn(2, 3, 5, 5)
-    with without_exchange(parallel):
+    with no_sync(parallel):
         parallel(images).sum().backward()
     assert seen == []
     parallel(images).sum().backward()
@@ -65,16 +66,16 @@ def test_what_is_kept_back_goes_with_the_next_exchange(parallel):
 
 def test_the_wait_for_the_exchange_is_known_from_the_second_step_on(parallel):
     step(parallel, TrainConfig())
-    assert exchange_wait_s(parallel) is None
+    assert all_reduce_wait_s(parallel) is None
     for _ in range(2):
         step(parallel, TrainConfig())
-    assert 0 <= exchange_wait_s(parallel) < 10
+    assert 0 <= all_reduce_wait_s(parallel) < 10
 
 
 def test_one_process_exchanges_nothing():
     model = nn.Linear(2, 2)
-    assert exchange_wait_s(model) is None
-    with without_exchange(model):
+    assert all_reduce_wait_s(model) is None
+    with no_sync(model):
         model(torch.ones(1, 2)).sum().backward()
     assert model.weight.grad is not None
 

@@ -16,7 +16,7 @@ from train.network.optim import OptimConfig, build_optimizer
 from train.network.precision import Precision
 from train.network.state import TrainState
 
-SKIP = {"train__nonfinite": "skip", "cup__enabled": "false", "train__epochs": 2}
+SKIP = {"train__nonfinite": "skip", "prune__method": "none", "train__epochs": 2}
 
 
 class Normed(nn.Module):
@@ -32,7 +32,7 @@ class Normed(nn.Module):
 
 @pytest.fixture(autouse=True)
 def normed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.run.build_model", lambda name, num_classes: Normed())
+    monkeypatch.setattr("train.build.build_model", lambda name, num_classes: Normed())
     monkeypatch.setattr("train.loop.watch.MOST_STEPS", 1)  # look after every step
 
 
@@ -109,11 +109,11 @@ def test_by_default_the_run_ends_at_the_next_look_and_not_after_the_epoch(
 ):
     in_place_of_steps(monkeypatch, {6}, with_nan)
     with pytest.raises(TrainError, match=r"the loss is not finite in epoch 2, at or before step 2: lower optim\.lr"):
-        train(tmp_path, cup__enabled="false", run__save_every_minutes=1e-9)
+        train(tmp_path, prune__method="none", run__save_every_minutes=1e-9)
     stored = load_checkpoint(tmp_path / "tiny/last.pt")
     assert stored["ranks"][0]["so_far"]["step"] == 1  # the step before
     assert all(torch.isfinite(value).all() for value in stored["model"].values())
-    log = train(tmp_path, cup__enabled="false", train__nonfinite="skip")  # as the error says
+    log = train(tmp_path, prune__method="none", train__nonfinite="skip")  # as the error says
     assert (events(log, "run")[-1]["first_step"], log[-1]["event"]) == (1, "done")
 
 
@@ -127,7 +127,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, monkeypatch
 
     in_place_of_steps(monkeypatch, {4}, spoil)
     with pytest.raises(TrainError, match=r"the weights are not finite after step 4"):
-        train(tmp_path, cup__enabled="false", run__save_every_minutes=1e-9)
+        train(tmp_path, prune__method="none", run__save_every_minutes=1e-9)
     assert load_checkpoint(tmp_path / "tiny/last.pt")["ranks"][0]["so_far"]["step"] == 3
 
 

@@ -23,21 +23,25 @@ from torch import nn
 
 from data import Batch, DataError
 from launch import train
+from train.build import _data_notes, _fitted
 from train.checkpoint.file import CheckpointError, load_checkpoint, save_checkpoint
 from train.cli import exit_code_of
 from train.config import RunConfig, parse_config
 from train.errors import ConfigError, TrainError
 from train.log.ledger import Ledger
+from train.log.rundir import RunDir, read_log
 from train.log.sinks import JsonLines
-from train.loop.engine import EpochSoFar, TrainConfig, evaluate, training_step
+from train.loop.config import TrainConfig
+from train.loop.evaluation import evaluate
+from train.loop.progress import EpochSoFar
+from train.loop.step import training_step
 from train.network import optim
 from train.network.models import build_model
-from train.network.optim import OptimConfig, build_optimizer, forget_momentum, learning_rate
+from train.network.optim import OptimConfig, build_optimizer, learning_rate, reset_state
 from train.network.precision import Precision
 from train.network.state import TrainState
-from train.run import _fitted, _left_out
-from train.rundir import RunDir, create_run_dir, find_run_dir, read_log
-from train.world import World, _attempt, leave_word, lost_peer, open_world
+from train.start import create_run_dir, find_run_dir
+from train.world import World, _attempt, announce_failure, explain_lost_rank, open_world
 
 
 class Clock:
@@ -116,7 +120,7 @@ def test_an_overflow_in_the_first_fp16_step_leaves_no_garbage_in_the_momentum(re
     optimizer = build_optimizer(model, OptimConfig(lr=0.1))
     if restart:
         optimizer.step()
-        forget_momentum(optimizer)
+        reset_state(optimizer)
     before = model.weight.detach().clone()
     precision = Precision("fp16", torch.device("cpu"))
     precision.backward(model(torch.full((2, 4), 1e30)).sum() * 1e30)
@@ -204,7 +208,7 @@ def test_forgetting_the_momentum_starts_averages_and_their_correction_anew():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     optimizer.param_groups[0]["step"] = 7  # as FusedLAMB counts
     optimizer.state[model.weight] = {"exp_avg": torch.ones(2, 2)}
-    forget_momentum(optimizer)
+    reset_state(optimizer)
     assert not optimizer.state and "step" not in optimizer.param_groups[0]
 
 
@@ -438,34 +442,34 @@ def test_two_processes_cannot_write_one_log(tmp_path: Path):
 def test_lines_of_an_exclude_list_that_match_nothing_are_a_note():
     loader = SimpleNamespace(num_excluded=0, unmatched=("a", "b", "c", "d", "e"), passed_over=())
     trainer = SimpleNamespace(train_loader=loader, val_loader=loader)
-    [note] = _left_out(RunConfig(), trainer)
+    [note] = _data_notes(RunConfig(), trainer)
     assert note.startswith("datasets/imagenet/exclude.txt names what is not in the data set")
     assert note.endswith("a, b, c and 2 more")
 
 
 def test_what_is_no_image_by_name_or_place_is_a_note_for_each_split():
     trained, evaluated = (SimpleNamespace(num_excluded=0, unmatched=(), passed_over=names) for names in (("a/b",), ()))
-    [note] = _left_out(RunConfig(), SimpleNamespace(train_loader=trained, val_loader=evaluated))
+    [note] = _data_notes(RunConfig(), SimpleNamespace(train_loader=trained, val_loader=evaluated))
     assert note == "datasets/imagenet: not among the training images, for its name or place: a/b"
 
 
-@pytest.mark.parametrize(("ratio", "steps", "step", "is_averaged"), [("4/3", 4, 3, False), ("3/4", 5, 5, True)])
-def test_an_epoch_at_its_end_is_taken_up_with_another_batch(ratio: str, steps: int, step: int, is_averaged: bool):
+@pytest.mark.parametrize(("ratio", "steps", "step", "is_trained"), [("4/3", 4, 3, False), ("3/4", 5, 5, True)])
+def test_an_epoch_at_its_end_is_taken_up_with_another_batch(ratio: str, steps: int, step: int, is_trained: bool):
     """5 of 5 steps of 24 are 3 of 4 steps of 32, so one is to be made; of 18 they would be 6, but an epoch has 5."""
     world = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
-    written = [EpochSoFar(None, {}, torch.tensor(10.0), torch.tensor(0.0), step=5, is_averaged=True)] * 3
+    written = [EpochSoFar(None, {}, torch.tensor(10.0), torch.tensor(0.0), step=5, is_trained=True)] * 3
     so_far = EpochSoFar.restored(written, world, Fraction(ratio), steps)
-    assert (so_far.step, so_far.is_averaged) == (step, is_averaged)
+    assert (so_far.step, so_far.is_trained) == (step, is_trained)
     assert so_far.loss_sum == pytest.approx(2.0 * step)
     assert written[0].step == 5
 
 
-@pytest.mark.parametrize(("steps", "step", "is_averaged"), [(4, 4, True), (5, 5, True), (7, 5, False)])
-def test_an_epoch_of_a_set_that_lost_or_got_images_ends_where_the_set_does(steps: int, step: int, is_averaged: bool):
+@pytest.mark.parametrize(("steps", "step", "is_trained"), [(4, 4, True), (5, 5, True), (7, 5, False)])
+def test_an_epoch_of_a_set_that_lost_or_got_images_ends_where_the_set_does(steps: int, step: int, is_trained: bool):
     world = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
-    written = EpochSoFar(None, {}, torch.tensor(10.0), torch.tensor(0.0), step=5, is_averaged=True)
+    written = EpochSoFar(None, {}, torch.tensor(10.0), torch.tensor(0.0), step=5, is_trained=True)
     so_far = EpochSoFar.restored([written], world, Fraction(1), steps)
-    assert (so_far.step, so_far.is_averaged) == (step, is_averaged)
+    assert (so_far.step, so_far.is_trained) == (step, is_trained)
     assert so_far.loss_sum == pytest.approx(2.0 * step)
 
 
@@ -481,7 +485,7 @@ def test_ranks_that_cannot_share_the_batch_go_on_with_the_next_smaller_one_and_l
     fitted, words = _fitted(config, World(0, ranks, 0, ranks, torch.device("cpu")), goes_on)
     assert (fitted.data.batch_size, fitted.optim.lr) == (batch_size, pytest.approx(lr))
     assert len(words) == (batch_size != 32) and all("optim.lr 0.046875 in place of 0.05" in word for word in words)
-    assert fitted.cup == config.cup and fitted.train == config.train
+    assert fitted.prune == config.prune and fitted.train == config.train
 
 
 @pytest.mark.parametrize(
@@ -524,10 +528,10 @@ def test_the_first_word_of_a_failure_is_what_the_other_ranks_say(monkeypatch: py
     monkeypatch.setattr(dist, "get_rank", lambda: 1)
     monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
     lost = dist.DistNetworkError("Connection closed by peer")
-    assert "lost another rank" in lost_peer(lost)
-    leave_word(DataError("cannot read\n  M\udcfcll.jpg"))
-    leave_word(TrainError("what followed from it"))
-    assert lost_peer(lost) == r"rank 1 failed: cannot read M\udcfcll.jpg"
+    assert "lost another rank" in explain_lost_rank(lost)
+    announce_failure(DataError("cannot read\n  M\udcfcll.jpg"))
+    announce_failure(TrainError("what followed from it"))
+    assert explain_lost_rank(lost) == r"rank 1 failed: cannot read M\udcfcll.jpg"
 
 
 def test_a_store_that_never_answers_is_not_waited_for(monkeypatch: pytest.MonkeyPatch):
@@ -541,7 +545,7 @@ def test_a_store_that_never_answers_is_not_waited_for(monkeypatch: pytest.Monkey
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", Silent)
     monkeypatch.setattr("train.world.STORE_ANSWERS_WITHIN_S", 0.05)
-    assert "lost another rank" in lost_peer(dist.DistNetworkError("Connection closed by peer"))
+    assert "lost another rank" in explain_lost_rank(dist.DistNetworkError("Connection closed by peer"))
     assert not answered
     asked.set()
 

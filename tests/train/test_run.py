@@ -12,13 +12,13 @@ from torch import nn
 from cup import CupError
 from train.config import parse_config
 from train.errors import TrainError
+from train.evaluate import evaluate_checkpoint
+from train.log.rundir import read_log
 from train.network.optim import learning_rate
-from train.run import evaluate_checkpoint
-from train.rundir import read_log
 
 
 def test_equal_seeds_give_equal_runs_and_others_do_not(tmp_path: Path):
-    changes = {"train__epochs": 2, "cup__last_epoch": 2}
+    changes = {"train__epochs": 2, "prune__last_epoch": 2}
     named = (("a", 0), ("b", 0), ("c", 1))
     one, two, three = (numbers(train(tmp_path / name, run__seed=seed, **changes)) for name, seed in named)
     assert one == two
@@ -26,7 +26,7 @@ def test_equal_seeds_give_equal_runs_and_others_do_not(tmp_path: Path):
 
 
 def test_a_dense_run_keeps_its_width_and_resizes_nothing(tmp_path: Path):
-    log = train(tmp_path, cup__enabled="false")
+    log = train(tmp_path, prune__method="none")
     assert not events(log, "resize")
     assert {event["flops_reduction"] for event in events(log, "epoch")} == {1.0}
     assert {event["threshold"] for event in events(log, "epoch")} == {None}
@@ -35,9 +35,14 @@ def test_a_dense_run_keeps_its_width_and_resizes_nothing(tmp_path: Path):
 def test_the_threshold_ramp_follows_the_paper_and_stops_on_its_target(tmp_path: Path):
     """t(e) = k (e - 1) + b; the cut that would overshoot lands on the target, and none comes after it."""
     log = train(
-        tmp_path, cup__ramp="threshold", cup__slope=0.03, cup__offset=0.08, cup__target_reduction=1.6, train__epochs=6,
-        cup__last_epoch=6,
-    )  # fmt: skip
+        tmp_path,
+        prune__hard_ramp__kind="threshold",
+        prune__hard_ramp__slope=0.03,
+        prune__hard_ramp__offset=0.08,
+        prune__target_reduction=1.6,
+        train__epochs=6,
+        prune__last_epoch=6,
+    )
     epochs = events(log, "epoch")
     cut = [event for event in epochs if event["threshold"] is not None]
     for event in cut[:-1]:
@@ -48,25 +53,32 @@ def test_the_threshold_ramp_follows_the_paper_and_stops_on_its_target(tmp_path: 
 
 
 def test_a_cut_that_removes_nothing_says_so(tmp_path: Path):
-    log = train(tmp_path, cup__ramp="threshold", cup__slope=0, cup__offset=1e-6, train__epochs=1, cup__last_epoch=1)
+    log = train(
+        tmp_path,
+        prune__hard_ramp__kind="threshold",
+        prune__hard_ramp__slope=0,
+        prune__hard_ramp__offset=1e-6,
+        train__epochs=1,
+        prune__last_epoch=1,
+    )
     assert not events(log, "resize")
     assert "removes nothing" in events(log, "note")[0]["message"]
 
 
 def test_every_and_last_epoch_say_when_to_cut(tmp_path: Path):
-    log = train(tmp_path, train__epochs=6, cup__every=2, cup__last_epoch=4)
+    log = train(tmp_path, train__epochs=6, prune__every=2, prune__last_epoch=4)
     assert [event["epoch"] for event in events(log, "resize")] == [3, 4]
 
 
 def test_widths_respect_round_to_and_min_channels(tmp_path: Path):
-    log = train(tmp_path, cup__round_to=4, cup__min_channels=12, cup__target_reduction=1.5)
+    log = train(tmp_path, prune__round_to=4, prune__min_channels=12, prune__target_reduction=1.5)
     widths = events(log, "epoch")[-1]["widths"]
     assert all(width % 4 == 0 and width >= 12 for width in widths.values())
     assert sum(widths.values()) < 20 + 50 + 500
 
 
 def test_reset_momentum_trains_differently_from_carried_momentum(tmp_path: Path):
-    carried, reset = (numbers(train(tmp_path / name, cup__momentum=name)) for name in ("carry", "reset"))
+    carried, reset = (numbers(train(tmp_path / name, prune__momentum=name)) for name in ("carry", "reset"))
     assert carried[0] == reset[0]  # no cut before epoch 1
     assert carried[1] != reset[1]
 
@@ -144,9 +156,9 @@ class Noisy(nn.Module):
 def test_an_interrupted_run_goes_on_with_the_random_numbers_and_the_scale_that_it_had(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ):
-    monkeypatch.setattr("train.run.build_model", lambda name, num_classes: Noisy())
+    monkeypatch.setattr("train.build.build_model", lambda name, num_classes: Noisy())
     monkeypatch.setattr("torch.amp.GradScaler", partial(torch.amp.GradScaler, growth_interval=3))
-    changes = {"train__precision": precision, "train__epochs": 4, "cup__target_reduction": 1.5}
+    changes = {"train__precision": precision, "train__epochs": 4, "prune__target_reduction": 1.5}
     undisturbed = train(tmp_path / "a", **changes)
 
     resumed = interrupted(tmp_path / "b", monkeypatch, 10, **changes)
@@ -164,7 +176,7 @@ def test_a_network_that_does_not_take_the_smallest_images_is_an_error_before_tra
 def test_what_the_exclude_list_takes_out_is_noted(tmp_path: Path):
     images = write_image_folder(tmp_path / "images", train=12)
     (images / "exclude.txt").write_text("train/class0/0.jpg\tbroken\ntrain/class0/1.jpg\nval/class1/2.jpg\n")
-    log = train(tmp_path, data__loader="auto", data__path=images, data__threads=1, train__epochs=1, cup__last_epoch=1)
+    log = train(tmp_path, data__loader="auto", data__path=images, data__threads=1, train__epochs=1, prune__last_epoch=1)
     notes = [event["message"] for event in events(log, "note")]
     assert f"{images}/exclude.txt leaves out 2 training and 1 validation images" in notes
     assert (events(log, "run")[0]["train_images"], events(log, "run")[0]["val_images"]) == (34, 17)
@@ -172,7 +184,7 @@ def test_what_the_exclude_list_takes_out_is_noted(tmp_path: Path):
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(tmp_path: Path):
     with pytest.raises(TrainError, match=r"the loss is nan in epoch 1: lower optim\.lr"):
-        train(tmp_path, optim__lr=1e30, cup__enabled="false")
+        train(tmp_path, optim__lr=1e30, prune__method="none")
     assert not (tmp_path / "tiny/last.pt").exists()
 
 

@@ -10,7 +10,8 @@ from launching import events, train
 from torch import nn
 
 import cup
-from train import resizer as resize
+from train import build
+from train.methods import HardRamp
 from train.network import widths
 from train.network.models import build_model
 from train.network.precision import Precision
@@ -156,8 +157,8 @@ TABLE = {"conv1": [3, 7, 20], "conv2": [11, 23, 31, 50], "fc1": [70, 330, 415, 5
 def test_a_run_plans_with_what_was_measured_and_a_resumed_one_does_not_measure_again(tmp_path: Path, monkeypatch):
     """Else a resume on a machine in another mood would go on to other widths than the undisturbed run."""
     measured = []
-    monkeypatch.setattr(resize, "measured_widths", lambda *args: measured.append(args) or (TABLE, []))
-    settings = {"cup__round_to": "measured", "train__epochs": 4, "cup__last_epoch": 4}
+    monkeypatch.setattr(build, "measured_widths", lambda *args: measured.append(args) or (TABLE, []))
+    settings = {"prune__round_to": "measured", "train__epochs": 4, "prune__last_epoch": 4}
     log = train(tmp_path, **settings)
     assert [batch_size for _, _, batch_size, *_ in measured] == [32]
     cuts = [event["widths"] for event in events(log, "epoch")][1:]
@@ -168,29 +169,29 @@ def test_a_run_plans_with_what_was_measured_and_a_resumed_one_does_not_measure_a
     class Killed(Exception):
         pass
 
-    def kill(resizer, epoch, state, world):
+    def kill(self, epoch, view):
         if epoch == 3:
             raise Killed
-        return at_epoch_start(resizer, epoch, state, world)
+        return epoch_start(self, epoch, view)
 
-    other, at_epoch_start = tmp_path / "other", resize.Resizer.at_epoch_start
-    monkeypatch.setattr(resize.Resizer, "at_epoch_start", kill)
+    other, epoch_start = tmp_path / "other", HardRamp.epoch_start
+    monkeypatch.setattr(HardRamp, "epoch_start", kill)
     with pytest.raises(Killed):
         train(other, **settings)
-    monkeypatch.setattr(resize.Resizer, "at_epoch_start", at_epoch_start)
-    monkeypatch.setattr(resize, "measured_widths", lambda *args: pytest.fail("measured a second time"))
+    monkeypatch.setattr(HardRamp, "epoch_start", epoch_start)
+    monkeypatch.setattr(build, "measured_widths", lambda *args: pytest.fail("measured a second time"))
     again = train(other, **settings)
     assert numbers(again) == numbers(log)
 
 
 def test_layers_that_no_width_is_worth_cutting_and_those_badly_timed_are_noted(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(resize, "measured_widths", lambda *args: (TABLE | {"fc1": [500]}, ["conv1", "conv2"]))
-    log = train(tmp_path, cup__round_to="measured", train__epochs=1, cup__last_epoch=1)
+    monkeypatch.setattr(build, "measured_widths", lambda *args: (TABLE | {"fc1": [500]}, ["conv1", "conv2"]))
+    log = train(tmp_path, prune__round_to="measured", train__epochs=1, prune__last_epoch=1)
     _, uncut, unsure = [event["message"] for event in events(log, "note") if "measured" in event["message"]]
     assert "1 of 3 layers stay as wide as they are" in uncut and "here: fc1; a number" in uncut
     assert "unsure of 2 of 3 layers, whose times do not repeat within 2%" in unsure and unsure.endswith("conv1, conv2")
 
 
 def test_a_dense_run_measures_nothing(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(resize, "measured_widths", lambda *args: pytest.fail("measured"))
-    train(tmp_path, cup__round_to="measured", cup__enabled="false", train__epochs=1, cup__last_epoch=1)
+    monkeypatch.setattr(build, "measured_widths", lambda *args: pytest.fail("measured"))
+    train(tmp_path, prune__round_to="measured", prune__method="none", train__epochs=1, prune__last_epoch=1)

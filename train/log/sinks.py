@@ -68,6 +68,10 @@ class Sinks:
             else:
                 self._log_fails = self._log_fails and sink is not self._log
 
+    def note(self, message: str, time_s: float) -> None:
+        """Give all sinks a note for the user."""
+        self.write({"event": "note", "time_s": time_s, "message": message})
+
     def sync_log(self) -> None:
         """See to it that a power cut takes nothing from the log that a checkpoint counts on. Raises OSError."""
         if self._log is not None:
@@ -90,7 +94,7 @@ class Sinks:
             self._sinks.remove(sink)
             first, message = True, f"{sink.name} can no longer be written and is left out: {error}"
         if first:
-            self.write({"event": "note", "time_s": event["time_s"], "message": message})
+            self.note(message, event["time_s"])
 
 
 class JsonLines:

@@ -10,6 +10,15 @@ import torch
 
 from train.network.state import TrainState
 
+NEW_RUN = (
+    "in a new run (another --run.name, and --model.checkpoint with the last checkpoint, which is untouched, if any)"
+)
+AFTER_NONFINITE = (
+    f"lower optim.lr, or take bf16 in place of fp16, {NEW_RUN}, or go on and leave such steps out with "
+    "--train.loop.nonfinite skip"
+)
+AFTER_SKIPPING = f"look at the data, or lower optim.lr {NEW_RUN}"
+
 
 class StepGuard:
     """Watches the optimizer steps of one rank. `begin` comes first, and again after every resize."""

@@ -42,7 +42,7 @@ class Watch:
         self._stop_wanted = stop_wanted
         self._save_every_s = save_every_s
         self._look_every_s = min(LOOK_EVERY_S, save_every_s / 4) if save_every_s else LOOK_EVERY_S
-        self.beat = beat
+        self.heartbeat = beat
         self._clock = clock
         self._saved_at = clock()
         self.restart()
@@ -70,7 +70,9 @@ class Watch:
             save_due = 0 < self._save_every_s <= now - self._saved_at
             a_step_s = (now - self._looked_at) / max(self._steps, 1)
             steps_to_look = round(min(max(self._look_every_s / max(a_step_s, 1e-9), 1), MOST_STEPS))
-        stop, save, broken, steps_to_look = self._world.highest([self._stop_wanted(), save_due, broken, steps_to_look])
+        stop, save, broken, steps_to_look = self._world.all_reduce_max(
+            [self._stop_wanted(), save_due, broken, steps_to_look]
+        )
         self._steps, self._steps_to_look, self._looked_at = 0, steps_to_look, now
-        self.beat()
+        self.heartbeat()
         return Decision(bool(stop), bool(save), bool(broken))

@@ -77,11 +77,11 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
         if config.name == "apex_lamb":
             settings |= {"max_grad_norm": math.inf}  # train.clip_norm clips, for every optimizer alike
         optimizer = _apex_optimizer(config.name)(groups, **settings)
-    forget_momentum(optimizer)
+    reset_state(optimizer)
     return optimizer
 
 
-def forget_momentum(optimizer: torch.optim.Optimizer) -> None:
+def reset_state(optimizer: torch.optim.Optimizer) -> None:
     """Start momentum at zero, in place, which makes the same first step as none at all.
 
     Left to itself, fused SGD allocates momentum without filling it; a first step that the gradient scaler skips (an

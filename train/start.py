@@ -1,28 +1,22 @@
-"""Run directories: which one a run gets, and what lies in it.
+"""Where a run begins or goes on: found by rank 0 at once, as plain data that is broadcast once."""
 
-ROOT/NAME/config.yaml      the resolved configuration
-ROOT/NAME/log.jsonl        the events, one object a line
-ROOT/NAME/tensorboard/     the same numbers as curves
-ROOT/NAME/last.pt          the checkpoint that a resume reads; those before it are last-1.pt, last-2.pt
-ROOT/NAME/best.pt          the one with the best top-1
-ROOT/NAME/alive.json       seconds so far, while the run is not finished
-"""
-
-import json
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from data.batch import DECODING_ON_GPU
-from train.config import RunConfig, differing_keys
+from train.checkpoint.file import CheckpointError, load_checkpoint, newest_checkpoint
+from train.config import RunConfig, config_from_dict, differing_keys
 from train.errors import ConfigError, TrainError
+from train.log.heartbeat import lost_seconds
+from train.log.rundir import RunDir
 
 # Settings that may differ when a run goes on: where it lies (NAME-2 may be asked for by its own name), how it is saved
 # and resumed; where the images lie and how they are read; what to do about steps that are not finite.
-BESIDE = {
+MAY_DIFFER = {
     "run": ("name", "root", "resume", "save_every_minutes", "keep", "timeout_minutes"),
     "data": ("path", "threads", "mmap", *DECODING_ON_GPU),
     "train": ("nonfinite", "nonfinite_limit"),
@@ -30,49 +24,62 @@ BESIDE = {
 
 
 @dataclass(frozen=True)
-class RunDir:
-    """Paths of one run; nothing is created by asking."""
+class Start:
+    """The start of a run; plain data.
 
-    path: Path
+    directory: of the run, there already or not. done: its closing event, where this very job has finished it.
+    checkpoint: to go on from; None for a run that begins. damaged: newer checkpoints that cannot be read, and why.
+    goes_on: whether a run is in the directory already. lost: what killed processes spent after the checkpoint, seconds.
+    """
 
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def log(self) -> Path:
-        return self.path / "log.jsonl"
-
-    @property
-    def tensorboard(self) -> Path:
-        return self.path / "tensorboard"
+    directory: str
+    done: dict[str, Any] | None = None
+    checkpoint: str | None = None
+    damaged: dict[str, str] = field(default_factory=dict)
+    goes_on: bool = False
+    lost: dict[str, float] = field(default_factory=lambda: {"wall_s": 0.0, "rank_s": 0.0})
 
     @property
-    def last(self) -> Path:
-        return self.path / "last.pt"
+    def run_dir(self) -> RunDir:
+        return RunDir(Path(self.directory))
 
     @property
-    def best(self) -> Path:
-        return self.path / "best.pt"
+    def notes(self) -> list[str]:
+        """Messages for the user."""
+        return [
+            f"{why}; going on from {self.checkpoint}, which was written before, and {Path(file).name} becomes "
+            f"{Path(file).name}.damaged"
+            for file, why in self.damaged.items()
+        ]
 
-    @property
-    def alive(self) -> Path:
-        return self.path / "alive.json"
 
-    def closing_event(self) -> dict[str, Any] | None:
-        """The last event of a run that came to its end, else None. Raises TrainError if the log cannot be read."""
-        return next((event for event in self.events() if event.get("event") == "done"), None)
+def find_start(config: RunConfig, job: str | None = None) -> Start:
+    """Look at what is on the disk; creates nothing. Rank 0 only.
 
-    def job(self) -> str | None:
-        """The torchrun job that ran last in it; None where there was none."""
-        return next((event.get("job") for event in reversed(self.events()) if event.get("event") == "run"), None)
-
-    def events(self) -> list[dict[str, Any]]:
-        """What the log holds; empty where there is none. Raises TrainError if it cannot be read."""
-        try:
-            return read_log(self.log) if self.log.exists() else []
-        except OSError as error:  # exists() passes on what is not an answer: EACCES, EIO, ESTALE
-            raise TrainError(f"cannot read {self.log}: {error}") from error
+    job: torchrun's name of this job (train/world.py). Raises ConfigError for an unfinished run of another
+    configuration, TrainError for a directory that is no run's or cannot be read, CheckpointError where checkpoints are
+    there and none can be read, or all are gone.
+    """
+    run_dir = find_run_dir(config, job)
+    if done := run_dir.closing_event():  # torchrun restarts a job that failed after its end
+        return Start(str(run_dir.path), done=done)
+    try:
+        checkpoint, stored, damaged = newest_checkpoint(run_dir.last)
+    except OSError as error:
+        raise CheckpointError(f"cannot look for checkpoints in {run_dir.path}: {error}") from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; delete them to start this run over, or take --run.resume never") from error
+    if checkpoint is None:
+        _require_young(run_dir)
+    ranks = (stored or {}).get("ranks")
+    account = ranks[0].get("ledger") if isinstance(ranks, list) and ranks and isinstance(ranks[0], dict) else None
+    return Start(
+        directory=str(run_dir.path),
+        checkpoint=checkpoint and str(checkpoint),
+        damaged={str(file): why for file, why in damaged.items()},
+        goes_on=run_dir.config.exists(),
+        lost=lost_seconds(run_dir.alive, account),
+    )
 
 
 def find_run_dir(config: RunConfig, job: str | None = None) -> RunDir:
@@ -135,24 +142,19 @@ def create_run_dir(run_dir: RunDir, config: RunConfig) -> None:
         ) from error
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """All events of a log; a last line that a crash cut short is left out. TrainError if it cannot be read."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise TrainError(f"cannot read {path}: {error}") from error
-    events = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            event = json.loads(line)
-        except ValueError:
-            event = None
-        if not isinstance(event, dict):
-            if number == len(lines):
-                break
-            raise TrainError(f"{path}, line {number}: not a JSON object; the file is damaged")
-        events.append(event)
-    return events
+def _require_young(run_dir: RunDir) -> None:
+    """Raises CheckpointError for a run that is past its first epoch: starting over would write over what is left of it.
+
+    A kill in the first save leaves that epoch's line, and perhaps `best`; then nothing but this epoch is lost.
+    """
+    epochs = [event.get("epoch", 0) for event in run_dir.events() if event.get("event") == "epoch"]
+    if run_dir.best.exists():
+        epochs.append(load_checkpoint(run_dir.best).get("progress", {}).get("epoch", 0))
+    if max(epochs, default=0) > 1:
+        raise CheckpointError(
+            f"{run_dir.path} holds {max(epochs)} epochs of an unfinished run, but {run_dir.last.name} and those before "
+            "it are not there: put one back, delete the directory to start over, or take --run.resume never"
+        )
 
 
 def _differences(run_dir: RunDir, config: RunConfig) -> list[str]:
@@ -165,17 +167,21 @@ def _differences(run_dir: RunDir, config: RunConfig) -> list[str]:
         raise TrainError(
             f"{run_dir.config} is no configuration of a run; the file is damaged: choose another --run.name"
         )
+    try:
+        stored = config_from_dict(stored).to_dict()  # settings that were not there yet have their defaults
+    except ConfigError as error:
+        raise TrainError(f"{run_dir.config} is no configuration of this version: {error}") from error
     return differing_keys(_computed(config.to_dict()), _computed(stored))
 
 
 def _computed(config: dict[str, Any]) -> dict[str, Any]:
     """The settings that decide what a run computes, without those with which it may go on otherwise than it began.
 
-    A network's name beside the file that it starts from says nothing more; it may be asked for or left out.
+    The name of a network that comes from a checkpoint says nothing more; it may be given or left out.
     """
     kept = {
-        section: {k: v for k, v in values.items() if k not in BESIDE[section]} if section in BESIDE else values
+        section: {k: v for k, v in values.items() if k not in MAY_DIFFER[section]} if section in MAY_DIFFER else values
         for section, values in config.items()
     }
     model = config.get("model", {})
-    return kept | {"model": {**model, "name": None} if model.get("from") else model}
+    return kept | {"model": {**model, "name": None} if model.get("checkpoint") else model}

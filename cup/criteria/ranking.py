@@ -1,0 +1,71 @@
+"""What a criterion is, and what it says of a group: the order in which the group's channels go.
+
+Shape suffix: C channels of the group.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from cup.criteria.view import View
+from cup.errors import CupError
+from cup.tracing.groups import ChannelGroup, Masks
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """A group's channels from the first that goes to the last that stays. Every planner works on rankings alone.
+
+    order_C: int64 (C,), ids; a group is narrowed by removing a prefix, so the sets kept at smaller widths are nested.
+    heights: float64 (C - 1,), ascending, from 0: the loss that each removal costs, comparable across groups. A
+        threshold t removes the channels with heights up to t; the last channel in the order always stays.
+    tree: SciPy's linkage matrix (C - 1, 4) that the order comes from, where there is one; for drawings.
+
+    Raises CupError where order_C is no permutation or the heights are not as above.
+    """
+
+    order_C: np.ndarray
+    heights: np.ndarray
+    tree: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        order_C, heights, count = self.order_C, self.heights, len(self.order_C)
+        if order_C.dtype.kind not in "iu" or not np.array_equal(np.sort(order_C), np.arange(count)):
+            raise CupError(f"a ranking's order: found {_shown(order_C)}, allowed: each id from 0 to {count - 1} once")
+        fits = heights.shape == (count - 1,) and np.isfinite(heights).all()
+        if not fits or (np.diff(heights, prepend=0.0) < 0).any():
+            raise CupError(
+                f"a ranking's heights for {count} channels: found {_shown(heights)}, allowed: {count - 1} finite "
+                "numbers from 0, ascending"
+            )
+
+    def width_at(self, t: float) -> int:
+        """Channels that a cut at height t leaves: heights equal to t are below the cut."""
+        return len(self.order_C) - int(np.searchsorted(self.heights, t, side="right"))
+
+    def kept(self, width: int) -> tuple[int, ...]:
+        """Sorted ids of the `width` channels that stay the longest."""
+        return tuple(np.sort(self.order_C[len(self.order_C) - width :]).tolist())
+
+
+@runtime_checkable
+class Criterion(Protocol):
+    """Which channels go first. Any object with this method will do, as `PlanOptions.criterion` for one.
+
+    Planners share one object between all groups and plans, so it keeps no state of a model; what is expensive to
+    compute goes into `view.remember`.
+    """
+
+    def rank(self, group: ChannelGroup, view: View, masks: Masks) -> Ranking:
+        """The removal order of the group's channels; equal inputs give equal rankings.
+
+        view: the model and its cost, to be read and not changed; `view.weights` reads weights safely.
+        masks: the connections that are left after the cuts of other groups: (module, axis) -> bool over the axis;
+            axes that lose none are absent. What goes anyway should not count in the ranking.
+        """
+        ...
+
+
+def _shown(values: np.ndarray) -> str:
+    return np.array2string(values, threshold=6, edgeitems=2, separator=", ").replace("\n", "")

@@ -1,0 +1,68 @@
+"""A model's weights as read-only arrays.
+
+Shape suffixes: O rows and I columns of a weight, K its kernel window (one dimension or more, or none).
+"""
+
+import numpy as np
+import torch
+from torch import nn
+
+from cup.errors import CupError
+from cup.tracing.layers import CONVS, find_layer, weight_dim
+
+
+class Weights:
+    """Reads conv and linear layers, each once. The arrays may share memory with the model, so they cannot be written.
+
+    Layers by dotted name; half precision is read as float32, other types keep their own.
+    All methods raise CupError naming the layer whose numbers are not finite.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._connections: dict[str, np.ndarray] = {}
+        self._filters: dict[str, np.ndarray] = {}
+
+    def is_conv(self, name: str) -> bool:
+        return isinstance(find_layer(self._model, name), CONVS)
+
+    def is_linear(self, name: str) -> bool:
+        return isinstance(find_layer(self._model, name), nn.Linear)
+
+    def filters(self, name: str) -> np.ndarray:
+        """(O, I, K): a layer's weight, what it writes first, also for a transposed convolution."""
+        if name not in self._filters:
+            self._filters[name] = self._finished(name, self._read(name).numpy())
+        return self._filters[name]
+
+    def connections(self, name: str) -> np.ndarray:
+        """(O, I): a linear layer's weight with its signs, a convolution's Frobenius norms over the kernel window."""
+        if name not in self._connections:
+            self._connections[name] = self._finished(name, _window_norms(self._read(name)))
+        return self._connections[name]
+
+    def bias(self, name: str) -> np.ndarray | None:
+        """float64 (O,), None for a layer without."""
+        bias = find_layer(self._model, name).bias
+        return None if bias is None else self._finished(name, bias.detach().double().cpu().numpy())
+
+    def _read(self, name: str) -> torch.Tensor:
+        layer = find_layer(self._model, name)
+        weight = layer.weight.detach().movedim(weight_dim(layer, "out"), 0).cpu()
+        return weight if weight.dtype == torch.float64 else weight.float()
+
+    def _finished(self, name: str, values: np.ndarray) -> np.ndarray:
+        if not np.isfinite(values).all():
+            raise CupError(f"the weights of {name} hold NaN or infinite values: no plan can be made from them")
+        values.setflags(write=False)
+        return values
+
+
+def _window_norms(weight_OIK: torch.Tensor) -> np.ndarray:
+    """(O, I); float64 where a norm is taken."""
+    if weight_OIK.dim() == 2:
+        return weight_OIK.numpy()
+    if weight_OIK[0, 0].numel() == 1:
+        return weight_OIK.flatten(1).abs().numpy()
+    squares_OIK = weight_OIK.to(torch.float64, copy=True).square_()  # in place on a copy: wide layers are large
+    return squares_OIK.sum(tuple(range(2, weight_OIK.dim()))).sqrt_().numpy()

@@ -1,0 +1,74 @@
+"""What all planners share: rank every group in network order, and keep the channels that a width leaves."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from cup.criteria import Ranking, View
+from cup.errors import CupError
+from cup.plan import PrunePlan
+from cup.planning.options import DEFAULT_OPTIONS, PlanOptions, round_up
+from cup.tracing.groups import ChannelGroup, Masks, add_masks, check_groups
+
+ChooseWidth = Callable[[ChannelGroup, Ranking], int]
+"""How many channels of a ranked group should stay, before rounding to the widths that are allowed."""
+
+
+@dataclass(frozen=True, eq=False)
+class GroupCut:
+    """How one group is cut. kept: sorted ids of the channels that stay."""
+
+    group: ChannelGroup
+    ranking: Ranking
+    kept: tuple[int, ...]
+
+
+def cut_groups(
+    model: nn.Module, groups: Sequence[ChannelGroup], width: ChooseWidth, options: PlanOptions = DEFAULT_OPTIONS
+) -> list[GroupCut]:
+    """Rank every group in scope, in network order; `width(group, ranking)` says how many of its channels stay.
+
+    The model is only read.
+    Raises CupError for weights that are not finite, groups that do not fit the model, and none that may be pruned.
+    """
+    check_groups(model, groups)
+    return cut_view(View(model, groups), width, options)
+
+
+def cut_view(view: View, width: ChooseWidth, options: PlanOptions) -> list[GroupCut]:
+    """`cut_groups` for groups that are known to fit the model; the view remembers what it read for the next call."""
+    criterion = options.ranker
+    masks: Masks = {}
+    cuts: list[GroupCut] = []
+    for group in some_prunable(view.groups, options):
+        ranking = criterion.rank(group, view, masks)
+        if (ranked := len(ranking.order_C)) != group.width:
+            raise CupError(f"the criterion ranks {ranked} channels of {group.name}, which has {group.width}")
+        kept = ranking.kept(round_up(width(group, ranking), options.allowed_widths(group)))
+        cuts.append(GroupCut(group, ranking, kept))
+        if options.sequential:
+            add_masks(masks, group, kept)
+    return cuts
+
+
+def plan_from(cuts: Sequence[GroupCut], threshold: float | None = None) -> PrunePlan:
+    """The plan that does these cuts. threshold: the height that they were all made at, if there is one."""
+    widths = {cut.group.name: cut.group.width for cut in cuts}
+    return PrunePlan({cut.group.name: cut.kept for cut in cuts}, widths, threshold)
+
+
+def prunable_groups(groups: Iterable[ChannelGroup], scope: str = "inner") -> list[ChannelGroup]:
+    """The groups that a planner with this scope cuts, in network order."""
+    return [group for group in groups if not group.frozen and (group.inner or scope == "all")]
+
+
+def some_prunable(groups: Sequence[ChannelGroup], options: PlanOptions) -> list[ChannelGroup]:
+    """`prunable_groups`; CupError where there is none, or where the options name a group that is not there."""
+    prunable = prunable_groups(groups, options.scope)
+    if not prunable:
+        raise CupError(f"no group may be pruned with scope {options.scope!r}; cup.describe(model) says why")
+    named = options.round_to if isinstance(options.round_to, Mapping) else {}
+    if unknown := sorted(set(named) - {group.name for group in groups}):
+        raise CupError(f"round_to: no channel group {unknown[0]!r}; there are: {', '.join(g.name for g in groups)}")
+    return prunable

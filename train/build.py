@@ -1,0 +1,346 @@
+"""From a configuration and a start to a trainer that is complete."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from cup import REDUCTION_TOLERANCE, complexity, has_reached, prunable_groups
+from data import Loader, build_loaders, prepare_data, train_size
+from data.batch import Split
+from data.images import SPLITS, exclude_file
+from train.checkpoint.file import load_checkpoint, put_aside
+from train.checkpoint.network import stored_architecture, stored_plans, stored_weights
+from train.checkpoint.restore import Restored, load_run, restore, restore_method, restore_running_statistics
+from train.checkpoint.saver import Saver
+from train.checkpoint.weights import load_weights
+from train.config import RunConfig
+from train.errors import ConfigError, TrainError
+from train.log.heartbeat import Heartbeat
+from train.log.ledger import Ledger
+from train.log.rundir import RunDir, read_log
+from train.log.sinks import ConsoleSink, JsonLines, Sinks, TensorBoard
+from train.loop.mixing import build_mixing
+from train.loop.nonfinite import StepGuard
+from train.loop.progress import Progress
+from train.loop.trainer import Trainer, TrainLoop
+from train.loop.watch import Watch
+from train.methods import Method, PruneConfig, build_method
+from train.network.compiling import BlockCompiler
+from train.network.models import Architecture, build_model
+from train.network.optim import build_optimizer
+from train.network.precision import Precision
+from train.network.state import MEMORY_FORMAT, TrainState, state_digest
+from train.network.widths import NOISE, AllowedWidths, measured_widths
+from train.resizer import Resizer
+from train.start import Start, create_run_dir
+from train.world import World
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is ready to train, on one rank.
+
+    config: as fitted to this number of ranks. notes: messages for the user.
+    """
+
+    config: RunConfig
+    trainer: Trainer
+    saver: Saver
+    heartbeat: Callable[[bool], None]
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What is at full width and at its beginning, before anything is restored."""
+
+    architecture: Architecture
+    train_loader: Loader
+    val_loader: Loader
+    resizer: Resizer
+    state: TrainState
+
+
+def build_run(config: RunConfig, start: Start, world: World, ledger: Ledger, stop_wanted: Callable[[], bool]) -> Run:
+    """Build everything in the order in which things need each other. All ranks call it.
+
+    stop_wanted: asked between steps. What can fail because of the user's doing comes before the run directory is made,
+    so that a run that cannot start leaves none that the corrected one would stumble over. Raises train/world.py's
+    USER_ERRORS.
+    """
+    stored, source = _load(config, start, world)
+    config = _with_model_name(config, stored or source)
+    world.on_rank_zero(lambda: prepare_data(config.data))
+    fitted, fitting_notes = _fitted(config, world, start.goes_on)
+    parts = world.on_every_rank(lambda: _build_parts(fitted, world))
+    begun = world.on_every_rank(lambda: _begin(fitted, stored, source, parts, ledger, world))
+    allowed_widths, width_notes = _allowed_widths(fitted, begun, parts, world)
+    method = build_method(fitted.prune, fitted.train.epochs, allowed_widths)
+    if stored is not None:
+        world.on_every_rank(lambda: restore_method(stored, method, fitted.prune.method))
+    compiler = _build_compiler(fitted, method, parts)
+    ledger.add_lost(**start.lost)
+    world.on_rank_zero(lambda: create_run_dir(start.run_dir, config))
+    _join_ranks(parts.state, stored, world)
+    saver = Saver(config, start.run_dir, parts.architecture, fitted.data.batch_size, allowed_widths, begun.progress)
+    log_bytes = 0 if stored is None else stored["log_bytes"]
+    sinks, sink_notes = world.on_every_rank(lambda: _open_sinks(start.run_dir, world, ledger, log_bytes))
+    world.on_rank_zero(lambda: put_aside([Path(file) for file in start.damaged]))  # the log is ours alone by now
+    heartbeat = Heartbeat(start.run_dir.alive, ledger) if world.is_main else lambda at_once=False: None
+    loop = TrainLoop(
+        config=fitted.train,
+        optim=fitted.optim,
+        world=world,
+        loader=parts.train_loader,
+        mix=build_mixing(fitted.train.mixup, fitted.train.cutmix, parts.train_loader.num_classes),
+        state=parts.state,
+        method=method,
+        ledger=ledger,
+        guard=StepGuard(world.device) if fitted.train.nonfinite == "skip" else None,
+    )
+    trainer = Trainer(
+        loop=loop,
+        val_loader=parts.val_loader,
+        resizer=parts.resizer,
+        compiler=compiler,
+        progress=begun.progress,
+        so_far=begun.so_far,
+        is_resumed=stored is not None,
+        sinks=sinks,
+        watch=Watch(world, stop_wanted, 60 * config.run.save_every_minutes, heartbeat),
+        save=saver.save,
+    )
+    data_notes = _data_notes(fitted, parts)
+    notes = [*start.notes, *fitting_notes, *config.without_effect(), *data_notes, *begun.notes, *width_notes]
+    return Run(fitted, trainer, saver, heartbeat, notes + sink_notes)
+
+
+def build_split_loaders(config: RunConfig, world: World, splits: Sequence[Split]) -> list[Loader]:
+    """This rank's loaders of the splits, in their order."""
+    return build_loaders(
+        config.data,
+        rank=world.rank,
+        world_size=world.size,
+        local_world_size=world.local_size,
+        device=world.device,
+        seed=config.run.seed,
+        splits=splits,
+    )
+
+
+def _load(config: RunConfig, start: Start, world: World) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """(the run's own checkpoint to go on from, the checkpoint that a new run starts from), at most one of them."""
+    if start.checkpoint is not None:
+        return world.on_every_rank(lambda: load_run(Path(start.checkpoint))), None
+    if config.model.checkpoint is not None:
+        return None, world.on_every_rank(lambda: load_checkpoint(Path(config.model.checkpoint)))
+    return None, None
+
+
+def _with_model_name(config: RunConfig, begun: dict[str, Any] | None) -> RunConfig:
+    """The configuration with the name of the network that the checkpoint holds, where there is one."""
+    if begun is None:
+        return config
+    name = stored_architecture(begun).name
+    if config.model.name not in (None, name):
+        raise ConfigError(
+            f"model.name: found {config.model.name}, but {config.model.checkpoint} holds {name}; allowed: {name}, or "
+            "null, which takes what the file holds"
+        )
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, name=name))
+
+
+def _build_parts(config: RunConfig, world: World) -> _Parts:
+    train_loader, val_loader = build_split_loaders(config, world, SPLITS)
+    torch.manual_seed(config.run.seed)  # the same initial weights on every rank
+    side, channels = config.data.image_size, config.data.channels
+    architecture = Architecture(
+        name=config.model.name, num_classes=train_loader.num_classes, input_shape=(channels, side, side)
+    )
+    model = build_model(architecture.name, architecture.num_classes)
+    prune = config.prune
+    resizer = Resizer(model, architecture.example_input(), prune.scope if prune.shrinks else None, prune.momentum)
+    if config.data.start_size:  # says so if the network does not take the smallest images
+        smallest = train_size(config.data, 0)
+        example = dataclasses.replace(architecture, input_shape=(channels, smallest, smallest)).example_input()
+        complexity(model, example)
+    model.to(world.device, memory_format=MEMORY_FORMAT)
+    torch.manual_seed(config.run.seed + world.rank)  # dropout differs between ranks
+    torch.backends.cudnn.benchmark = world.device.type == "cuda"
+    ema = None
+    if config.train.ema_decay > 0:
+        average = get_ema_multi_avg_fn(config.train.ema_decay)
+        ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+    precision = Precision(config.train.precision, world.device)
+    state = TrainState(model, model, build_optimizer(model, config.optim), precision, ema)
+    return _Parts(architecture, train_loader, val_loader, resizer, state)
+
+
+def _begin(
+    config: RunConfig,
+    stored: dict[str, Any] | None,
+    source: dict[str, Any] | None,
+    parts: _Parts,
+    ledger: Ledger,
+    world: World,
+) -> Restored:
+    """Bring the parts to where the run goes on or starts; a run from scratch leaves them as they are."""
+    if stored is not None:
+        return restore(stored, parts.state, parts.resizer, ledger, parts.train_loader, world, config.data.batch_size)
+    progress, notes = Progress(), []
+    if source is not None:
+        notes = _start_from(source, config, parts)
+        progress.gpu_hours_before = source["gpu_hours"]
+    return Restored(progress, so_far=None, allowed_widths=None, notes=notes)
+
+
+def _start_from(source: dict[str, Any], config: RunConfig, parts: _Parts) -> list[str]:
+    """Bring the network to the widths and weights of a checkpoint; everything else begins anew.
+
+    FR stays measured against the full network, for the cuts that led to the widths are replayed. Returns notes.
+    """
+    architecture, classes = stored_architecture(source), parts.architecture.num_classes
+    if architecture.num_classes != classes:
+        raise ConfigError(
+            f"model.checkpoint: {config.model.checkpoint} tells {architecture.num_classes} classes apart, the data set "
+            f"has {classes}; allowed: equal numbers, for the classifier is trained further"
+        )
+    resizer, target = parts.resizer, config.prune.target_reduction
+    resizer.replay(parts.state, stored_plans(source))
+    load_weights(parts.state.model, stored_weights(source))  # a moving average begins as a copy, at the first step
+    notes = [f"starts from {config.model.checkpoint}: {architecture.name} at FR {resizer.reduction:.2f}"]
+    if config.prune.shrinks and target is not None and has_reached(resizer.reduction, target, REDUCTION_TOLERANCE):
+        notes.append(f"prune.target_reduction {target:g} is reached already: nothing more will be cut")
+    return notes
+
+
+def _allowed_widths(
+    config: RunConfig, begun: Restored, parts: _Parts, world: World
+) -> tuple[AllowedWidths | None, list[str]]:
+    """With prune.round_to: measured, what was measured before, or what rank 0 measures now; and notes."""
+    prune, resizer = config.prune, parts.resizer
+    if not prune.shrinks or prune.round_to != "measured" or begun.allowed_widths is not None:
+        return begun.allowed_widths, []
+    return measure_allowed_widths(prune, resizer, parts.state, config.data.batch_size // world.size, world)
+
+
+def measure_allowed_widths(
+    prune: PruneConfig, resizer: Resizer, state: TrainState, local_batch_size: int, world: World
+) -> tuple[AllowedWidths, list[str]]:
+    """Time the layers that may be cut, on rank 0; the allowed widths of each group, and notes. All ranks call it."""
+    started = time.perf_counter()
+    groups = prunable_groups(resizer.groups, prune.scope)
+    allowed, scattered = world.on_rank_zero(
+        lambda: measured_widths(state.model, groups, local_batch_size, state.precision, world.device)
+    )
+    counts = [len(widths) for widths in allowed.values()]
+    notes = [
+        f"prune.round_to: measured {len(groups)} layers' widths in {time.perf_counter() - started:.1f} s, "
+        f"{min(counts)} to {max(counts)} are allowed each"
+    ]
+    if uncut := [name for name, widths in allowed.items() if len(widths) == 1]:
+        notes.append(
+            f"prune.round_to: measured lets {len(uncut)} of {len(groups)} layers stay as wide as they are, for no "
+            f"narrower width is faster here: {', '.join(uncut)}; a number cuts them, too"
+        )
+    if scattered:
+        notes.append(
+            f"prune.round_to: measured is unsure of {len(scattered)} of {len(groups)} layers, whose times do not "
+            f"repeat within {NOISE:.0%} here (other work on this machine?): {', '.join(scattered)}"
+        )
+    return allowed, notes
+
+
+def _fitted(config: RunConfig, world: World, goes_on: bool) -> tuple[RunConfig, list[str]]:
+    """The configuration for this number of ranks, and notes for the user.
+
+    A run that goes on with another number of ranks keeps its batch, so steps and learning rate stay. Where the ranks
+    cannot share it, the batch becomes the next smaller one that they can, and the learning rate goes down with it.
+    A run that begins is refused in that case (data/sharding.py).
+    """
+    batch_size = config.data.batch_size
+    fitting = batch_size // world.size * world.size
+    if not goes_on or fitting in (0, batch_size):
+        return config, []
+    lr = config.optim.lr * fitting / batch_size
+    note = (
+        f"{world.size} ranks cannot share batches of {batch_size} images: going on with {fitting}, and "
+        f"optim.lr {lr:g} in place of {config.optim.lr:g}"
+    )
+    data, optim = (
+        dataclasses.replace(config.data, batch_size=fitting),
+        dataclasses.replace(config.optim, lr=lr),
+    )
+    return dataclasses.replace(config, data=data, optim=optim), [note]
+
+
+def _data_notes(config: RunConfig, parts: _Parts) -> list[str]:
+    """What of the data set is not trained on or not evaluated on, as notes for the user."""
+    train, val = parts.train_loader.num_excluded, parts.val_loader.num_excluded
+    listed = exclude_file(config.data.path, config.data.exclude)
+    notes = [f"{listed} leaves out {train} training and {val} validation images"] if train or val else []
+    splits = {"training": parts.train_loader, "validation": parts.val_loader}
+    return [*notes, *unmatched_note(config, parts.train_loader), *passed_over_notes(config, splits)]
+
+
+def unmatched_note(config: RunConfig, loader: Loader) -> list[str]:
+    """What the exclude list names without effect, as notes for the user."""
+    names, listed = loader.unmatched, exclude_file(config.data.path, config.data.exclude)
+    note = f"{listed} names what is not in the data set, expected SPLIT/CLASS/FILE or SPLIT/CLASS/: {_some(names)}"
+    return [note] if names else []
+
+
+def passed_over_notes(config: RunConfig, splits: dict[str, Loader]) -> list[str]:
+    """What no loader takes for an image, as notes for the user."""
+    return [
+        f"{config.data.path}: not among the {split} images, for its name or place: {_some(loader.passed_over)}"
+        for split, loader in splits.items()
+        if loader.passed_over
+    ]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _build_compiler(config: RunConfig, method: Method, parts: _Parts) -> BlockCompiler:
+    return BlockCompiler(
+        parts.state.model,
+        enabled=config.train.compile == "blocks",
+        enough_steps=config.train.compile_steps,
+        epochs=config.train.epochs,
+        may_cut=lambda epoch: method.may_act(epoch, parts.resizer.view(parts.state.model)),
+        image_side=lambda epoch: train_size(config.data, max(epoch, 1) - 1),
+    )
+
+
+def _join_ranks(state: TrainState, stored: dict[str, Any] | None, world: World) -> None:
+    """Wrap the network in DDP, once all ranks are known to start from the same bits: DDP would not notice."""
+    digests = world.all_gather(state_digest(state))
+    if len(set(digests)) > 1:
+        raise TrainError(f"the ranks do not start from equal weights ({digests}): do all run the same versions?")
+    if stored is not None:
+        world.on_every_rank(lambda: restore_running_statistics(stored, state, world))
+    state.parallel = world.wrap(state.model)
+
+
+def _open_sinks(run_dir: RunDir, world: World, ledger: Ledger, log_bytes: int) -> tuple[Sinks, list[str]]:
+    """Rank 0's sinks, going on after the log's first `log_bytes`, none on the other ranks; and notes."""
+    if not world.is_main:
+        return Sinks([]), []
+    try:
+        log = JsonLines(run_dir.log, keep_bytes=log_bytes)
+    except OSError as error:
+        raise TrainError(f"cannot write in {run_dir.path}: {error.strerror}") from error
+    try:
+        curves = [TensorBoard(run_dir.tensorboard, time.time() - ledger.total_s, read_log(run_dir.log))]
+        notes = []
+    except Exception as error:  # a view of the log: training goes on without it, whatever it is
+        curves, notes = [], [f"{run_dir.tensorboard} cannot be written and is left out: {error}"]
+    return Sinks([log, *curves, ConsoleSink()], log), notes

@@ -1,0 +1,175 @@
+"""Brings a run to where a checkpoint was written."""
+
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, TypeVar, get_origin, get_type_hints
+
+import torch
+
+from data import DataError, Loader
+from train.checkpoint.file import CheckpointError, load_checkpoint
+from train.checkpoint.network import stored_plans
+from train.checkpoint.saver import running_statistics
+from train.log.ledger import Ledger
+from train.loop.progress import EpochSoFar, Progress
+from train.methods import Method
+from train.network.state import TrainState
+from train.network.widths import AllowedWidths
+from train.resizer import Resizer
+from train.world import World
+
+T = TypeVar("T")
+
+# What a checkpoint of a run holds beside the network.
+RUN_PARTS = {
+    "progress": dict,
+    "optimizer": dict,
+    "scaler": dict,
+    "ranks": list,
+    "log_bytes": int,
+    "batch_size": int,
+    "allowed_widths": dict | None,
+    "method": dict,
+}
+
+
+MISFITS = (KeyError, IndexError, RuntimeError, TypeError, ValueError, AttributeError)
+"""What content raises that is not as a run writes it."""
+
+
+@dataclass
+class Restored:
+    """What a run goes on from, on one rank.
+
+    notes: what could not be restored and changes nothing but the random numbers, as messages for the user.
+    """
+
+    progress: Progress
+    so_far: EpochSoFar | None
+    allowed_widths: AllowedWidths | None
+    notes: list[str]
+
+
+def load_run(path: Path) -> dict[str, Any]:
+    """The content of a run's checkpoint. Raises CheckpointError for a damaged one and for a network alone."""
+    stored = load_checkpoint(path)
+    wrong = [key for key, kind in RUN_PARTS.items() if key not in stored or not isinstance(stored[key], kind)]
+    if wrong:
+        raise CheckpointError(
+            f"{path} cannot be resumed, {', '.join(wrong)} missing or not as written: start another run with "
+            "--model.checkpoint"
+        )
+    return stored
+
+
+def restore(
+    stored: dict[str, Any],
+    state: TrainState,
+    resizer: Resizer,
+    ledger: Ledger,
+    loader: Loader,
+    world: World,
+    global_batch_size: int,
+) -> Restored:
+    """Bring fresh parts of a run to where the checkpoint was written: widths first, then all that has them.
+
+    state, resizer, ledger, loader: changed in place. global_batch_size: as it is now. Running statistics that differ
+    between the ranks come later, by `restore_running_statistics`. Raises CheckpointError for content that does not fit.
+    """
+    try:
+        resizer.replay(state, stored_plans(stored))
+        state.model.load_state_dict(stored["model"])
+        if state.ema is not None:
+            state.ema.load_state_dict(stored["ema"])
+        state.optimizer.load_state_dict(stored["optimizer"])
+        state.precision.scaler.load_state_dict(stored["scaler"])
+        ranks = stored["ranks"]
+        ledger.load_state_dict(ranks[min(world.rank, len(ranks) - 1)]["ledger"])
+        so_far = _restored_epoch(stored, ledger, world, global_batch_size, len(loader))
+        return Restored(
+            progress=_as_written(Progress, stored["progress"]),
+            so_far=so_far,
+            allowed_widths=stored["allowed_widths"],
+            notes=_restore_random_numbers(ranks, loader, world, so_far),
+        )
+    except MISFITS as error:
+        raise CheckpointError(f"the stored state does not fit this network: {error}") from error
+
+
+def restore_method(stored: dict[str, Any], method: Method, name: str) -> None:
+    """Give a method its state back. name: of the configured one. CheckpointError for the state of another."""
+    found = stored["method"].get("name")
+    if found != name:
+        raise CheckpointError(f"the checkpoint holds the state of method {found!r}, but prune.method is {name}")
+    try:
+        method.load_state_dict(stored["method"]["state"])
+    except MISFITS as error:
+        raise CheckpointError(f"the stored state does not fit the method {name}: {error}") from error
+
+
+def restore_running_statistics(stored: dict[str, Any], state: TrainState, world: World) -> None:
+    """Give this rank its own running statistics back, where the checkpoint was written in the middle of an epoch.
+
+    After the comparison of the ranks, for here they differ. Another number of ranks than then keeps the mean.
+    """
+    ranks = stored["ranks"]
+    buffers = ranks[world.rank]["buffers"] if len(ranks) == world.size else None
+    if buffers is None:
+        return
+    try:
+        for own, module in [(buffers["model"], state.model), (buffers["ema"], state.ema)]:
+            for name, buffer in running_statistics(module).items():
+                buffer.copy_(own[name])
+    except MISFITS as error:
+        raise CheckpointError(f"the stored running statistics do not fit this network: {error}") from error
+
+
+def _restored_epoch(
+    stored: dict[str, Any], ledger: Ledger, world: World, global_batch_size: int, steps: int
+) -> EpochSoFar | None:
+    """Raises TypeError for what no run of ours writes."""
+    ranks = stored["ranks"]
+    if ranks[0]["so_far"] is None:
+        return None
+    parts = [_as_written(EpochSoFar, rank["so_far"]) for rank in ranks]
+    if any(part.seconds_before.keys() != ledger.seconds.keys() for part in parts):
+        raise TypeError("the seconds of the epoch's beginning are not as written")
+    return EpochSoFar.restored(parts, world, Fraction(global_batch_size, stored["batch_size"]), steps)
+
+
+def _restore_random_numbers(
+    ranks: list[dict[str, Any]], loader: Loader, world: World, so_far: EpochSoFar | None
+) -> list[str]:
+    """Generators and the loader's position; returns notes for the user."""
+    notes = []
+    if not loader.same_images(ranks[0]["train_loader"]):
+        note = "the training images are not those of the checkpoint, or have other names, labels or shards"
+        if so_far is not None and 0 < so_far.step < len(loader):
+            note += "; this epoch goes on in another order, so some of them come twice in it and others not at all"
+        notes.append(note)
+    if len(ranks) != world.size:
+        note = f"resumed on {world.size} ranks, stored by {len(ranks)}: augmentation and dropout draw other numbers"
+        return [*notes, note]
+    mine = ranks[world.rank]
+    torch.set_rng_state(mine["rng"])
+    if mine["cuda_rng"] is not None and world.device.type == "cuda":
+        torch.cuda.set_rng_state(mine["cuda_rng"], world.device)
+    try:
+        loader.load_state_dict(mine["train_loader"])
+    except DataError as error:  # other images, which the note tells, or another loader or DALI version: other crops
+        return notes or [f"augmentation draws other numbers than before: {error}"]
+    return notes
+
+
+def _as_written(kind: type[T], values: dict[str, Any]) -> T:
+    """The dataclass of these values. Raises TypeError if one is missing, unknown or of another kind."""
+
+    def fits(value: Any, hint: Any) -> bool:
+        hint = dict if get_origin(hint) is dict else hint
+        return isinstance(value, hint) or (isinstance(value, int) and hint in (float, float | None))
+
+    wrong = [n for n, hint in get_type_hints(kind).items() if n not in values or not fits(values[n], hint)]
+    if wrong:
+        raise TypeError(f"{kind.__name__}: {', '.join(wrong)} missing or not as written")
+    return kind(**values)

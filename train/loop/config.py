@@ -1,0 +1,57 @@
+"""The settings of the training loop."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from train.network.precision import PrecisionName
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The loop."""
+
+    epochs: int = 90
+    """Passes over the training set."""
+    precision: PrecisionName = "fp32"
+    """fp32, bf16 (autocast), or fp16 (autocast with a gradient scaler)."""
+    label_smoothing: float = 0.0
+    """Share of the target spread over all classes, 0 to below 1."""
+    mixup: float = 0.0
+    """Alpha of mixup: images and labels are mixed with shares drawn from Beta(alpha, alpha); 0 = none."""
+    cutmix: float = 0.0
+    """Alpha of cutmix, which puts a rectangle of one image into another; 0 = none. With both, either at random."""
+    accumulate: int = 1
+    """Pieces that a rank's batch is cut into, one forward and backward pass each, to one optimizer step: the same step
+    in less memory, but for batch norm, which sees a piece at a time."""
+    clip_norm: float = 0.0
+    """Gradients are scaled down to this L2 norm over the whole network where theirs is larger; 0 = never."""
+    compile: Literal["none", "blocks"] = "none"
+    """blocks = torch.compile on the network's repeated blocks, where enough steps at the same widths and image size lie
+    ahead."""
+    compile_steps: int = 6000
+    """How many steps at the same widths and image size are enough: so many pay for a minute of compiling where each
+    gets 10 ms shorter."""
+    ema_decay: float = 0.0
+    """Decay of the moving average of the weights a step, evaluated instead of them; 0 = none."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """What a loss that is NaN or infinite does: stop = it ends the run; skip = a step whose gradients are not finite
+    changes nothing, on all ranks alike, but that a moving average takes the unchanged weights once more."""
+    nonfinite_limit: int = 25
+    """With skip: as many such steps in a row end the run. fp16 leaves out about ten by itself to find its scale."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError naming the field, the value found and what is allowed."""
+        checks = [
+            ("epochs", self.epochs >= 1, "a whole number from 1"),
+            ("label_smoothing", 0 <= self.label_smoothing < 1, "from 0 to below 1"),
+            ("mixup", self.mixup >= 0, "a number from 0"),
+            ("cutmix", self.cutmix >= 0, "a number from 0"),
+            ("accumulate", self.accumulate >= 1, "a whole number from 1"),
+            ("clip_norm", self.clip_norm >= 0, "a number from 0"),
+            ("compile_steps", self.compile_steps >= 1, "a whole number from 1"),
+            ("ema_decay", 0 <= self.ema_decay < 1, "from 0 to below 1"),
+            ("nonfinite_limit", self.nonfinite_limit >= 1, "a whole number from 1"),
+        ]
+        for name, ok, allowed in checks:
+            if not ok:
+                raise ValueError(f"{name}: found {getattr(self, name)!r}, allowed: {allowed}")

@@ -1,0 +1,44 @@
+"""Which method a run takes, and its settings."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from train.methods.hard_ramp import HardRamp, HardRampConfig
+from train.methods.method import Dense, Method
+from train.methods.options import SharedOptions
+
+Measured = Mapping[str, Sequence[int]]
+"""Group -> the widths that are worth having on the device, ascending."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneConfig(SharedOptions):
+    """How the network shrinks while it trains."""
+
+    method: str = "hard_ramp"
+    """none = train the dense network; hard_ramp = cut at the start of an epoch, deeper each time (with the criterion
+    cup this is CUP-SS, which the authors' slides call CUP-RF)."""
+    hard_ramp: HardRampConfig = field(default_factory=HardRampConfig)
+
+    def __post_init__(self) -> None:
+        """Raises ValueError or CupError naming the field, the value found and what is allowed."""
+        super().__post_init__()
+        if self.method not in METHODS:
+            raise ValueError(f"method: found {self.method!r}, allowed: {', '.join(METHODS)}")
+        build_method(self, epochs=1)  # so that a method's own demands are heard before anything else exists
+
+    @property
+    def shrinks(self) -> bool:
+        return self.method != "none"
+
+
+METHODS: dict[str, Callable[[PruneConfig, int, Measured | None], Method]] = {
+    "none": lambda config, epochs, measured: Dense(),
+    "hard_ramp": lambda config, epochs, measured: HardRamp(config.hard_ramp, config, epochs, measured),
+}
+"""Name -> what makes the method from (configuration, epochs of the run, measured widths)."""
+
+
+def build_method(config: PruneConfig, epochs: int, measured: Measured | None = None) -> Method:
+    """The method that `config` names, at the beginning of a run. Raises ValueError for settings at odds."""
+    return METHODS[config.method](config, epochs, measured)

@@ -1,0 +1,82 @@
+"""Cut for good at the start of an epoch, deeper each time, until a target is reached: CUP-SS over any criterion.
+
+CUP-SS (arXiv 1911.08630, step 6) is this ramp over the criterion `cup`; a later version and the slides call it CUP-RF.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import cup
+from cup import PrunePlan, View
+from train.methods.method import Action, Method
+from train.methods.options import SharedOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class HardRampConfig:
+    """How deep the cut at the start of each epoch is."""
+
+    kind: Literal["threshold", "reduction"] = "threshold"
+    """threshold = cut at the height t(e) = slope (e - 1) + offset at the start of epoch e (the paper's);
+    reduction = follow a straight line in FLOPs reduction from 1 at epoch 1 to target_reduction at last_epoch."""
+    slope: float = 0.03
+    """k of the threshold ramp, per epoch."""
+    offset: float = 0.3
+    """b of the threshold ramp."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError naming the field, the value found and what is allowed."""
+        for name in ("slope", "offset"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: found {getattr(self, name)!r}, allowed: a number from 0")
+
+
+class HardRamp(Method):
+    """Cuts physically at the start of an epoch, by a threshold or an FR that rises with the epochs."""
+
+    def __init__(
+        self,
+        config: HardRampConfig,
+        shared: SharedOptions,
+        epochs: int,
+        measured: Mapping[str, Sequence[int]] | None = None,
+    ) -> None:
+        """epochs: of the whole run. measured: the allowed widths of each group, for `round_to: measured`.
+
+        Raises ValueError for a ramp in FR without a target.
+        """
+        if config.kind == "reduction" and shared.target_reduction is None:
+            raise ValueError(
+                "target_reduction: found None, allowed: a number above 1 (prune.hard_ramp.kind: reduction needs it)"
+            )
+        self._config = config
+        self._options = shared.plan_options(measured)
+        self._target, self._every = shared.target_reduction, shared.every
+        self._last_epoch = min(shared.last_epoch or epochs, epochs)
+        name = "CUP-SS" if shared.criterion == "cup" else f"{shared.criterion}, hard ramp"
+        self.label = name + (" (momentum reset)" if shared.momentum == "reset" else "")
+
+    def may_act(self, epoch: int, view: View) -> bool:
+        reached = self._target is not None and cup.has_reached(view.reduction, self._target, cup.REDUCTION_TOLERANCE)
+        return cup.is_cut_epoch(epoch, self._every, self._last_epoch) and not reached
+
+    def epoch_start(self, epoch: int, view: View) -> Action | None:
+        plan = self._plan(epoch, view) if self.may_act(epoch, view) else None
+        return None if plan is None else Action(plan)
+
+    def _plan(self, epoch: int, view: View) -> PrunePlan | None:
+        if self._config.kind == "reduction":
+            goal = cup.reduction_at(epoch, self._target, self._last_epoch)
+            return self._plan_to(goal, view) if goal > view.reduction else None
+        t = cup.threshold_at(epoch, self._config.slope, self._config.offset)
+        if t <= 0:
+            return None
+        plan = cup.plan_by_threshold(view.model, view.groups, t, self._options)
+        if self._target is None:
+            return plan
+        reduction = view.dense.flops / cup.flops_after(view.model, view.groups, plan, view.now)
+        return self._plan_to(self._target, view) if reduction > self._target * (1 + cup.REDUCTION_TOLERANCE) else plan
+
+    def _plan_to(self, reduction: float, view: View) -> PrunePlan:
+        return cup.plan_by_reduction(view.model, view.groups, reduction, self._options, dense_flops=view.dense.flops)

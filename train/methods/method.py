@@ -1,0 +1,78 @@
+"""The seam for pruning methods: what a method may do while a network trains, and what it is told."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from cup import PrunePlan, View
+
+
+@dataclass(frozen=True)
+class Action:
+    """What a method wants done to the network now, on all ranks alike (train/resizer.py does it).
+
+    plan: which channels stay. soft: zero the filters of the others and keep the shapes, so that they may grow back.
+    """
+
+    plan: PrunePlan
+    soft: bool = False
+
+
+class Method:
+    """A pruning method. Every hook does nothing unless it is overridden.
+
+    Decisions are made on rank 0 alone, where `epoch_start` and `epoch_end` are called; what follows from them reaches
+    the other ranks as an Action, of which `acted` tells all ranks. Epochs count from 1.
+    """
+
+    label: str = "method"
+    """What log, report and curves call it."""
+
+    def may_act(self, epoch: int, view: View) -> bool:
+        """Whether `epoch_start` of `epoch` may want something, as things stand. Called by any rank; changes nothing.
+
+        Blocks are compiled only where the widths are sure to stay (train/network/compiling.py), so a method that has
+        come to its end says False.
+        """
+        return True
+
+    def epoch_start(self, epoch: int, view: View) -> Action | None:
+        """What is to be done before the first step of `epoch`. Called on rank 0 alone."""
+        return None
+
+    def epoch_end(self, epoch: int, view: View) -> Action | None:
+        """What is to be done after the last step of `epoch`, before its evaluation. Called on rank 0 alone."""
+        return None
+
+    def acted(self, action: Action, view: View) -> None:
+        """An action has been carried out; `view` shows the network after it. Called on all ranks."""
+
+    def penalty(self, model: nn.Module) -> Tensor | None:
+        """A scalar that is added to the loss of each step, or None. Called on all ranks; the logged loss is without it.
+
+        model: the network itself, not its DDP wrapper.
+        """
+        return None
+
+    def after_backward(self, model: nn.Module) -> None:
+        """Change gradients in place, before they are clipped. Called on all ranks, once a step.
+
+        The ranks' gradients are reduced already. In fp16 they are still scaled.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data and CPU tensors for the checkpoint. Called on rank 0 alone."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave. Called on all ranks, with the network at its stored widths."""
+
+
+class Dense(Method):
+    """No pruning: the network stays as it is."""
+
+    label = "dense"
+
+    def may_act(self, epoch: int, view: View) -> bool:
+        return False

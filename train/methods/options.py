@@ -1,0 +1,48 @@
+"""The options that all methods share."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from cup import CRITERIA, PlanOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedOptions(PlanOptions):
+    """Which channels go first (the fields of `cup.PlanOptions`), how far, and until when."""
+
+    criterion: str = "cup"
+    """Which channels of a layer go first; see docs/methods.md."""
+    round_to: int | Literal["measured"] = 1
+    """Widths are rounded up to a multiple of this (8 or more for tensor cores); measured = to the next width that is
+    worth having on this device, found by timing each layer at the start of the run (seconds on a GPU)."""
+    target_reduction: float | None = None
+    """Stop when FLOPs are down by this factor; the last cut lands on it within 1%. null = no such stop."""
+    last_epoch: int | None = None
+    """No cuts after this epoch. null = the last epoch of training."""
+    every: int = 1
+    """Epochs between two cuts."""
+    momentum: Literal["carry", "reset"] = "carry"
+    """What happens to the optimizer's state at a resize: sliced along, or reset (the reference implementation)."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError or CupError naming the field, the value found and what is allowed."""
+        target = self.target_reduction
+        checks = [
+            ("criterion", self.criterion in CRITERIA, ", ".join(CRITERIA)),
+            ("round_to", self.round_to == "measured" or self.round_to >= 1, "a whole number from 1, or measured"),
+            ("target_reduction", target is None or target > 1, "a number above 1, or null"),
+            ("last_epoch", self.last_epoch is None or self.last_epoch >= 1, "a whole number from 1, or null"),
+            ("every", self.every >= 1, "a whole number from 1"),
+        ]
+        for name, ok, allowed in checks:
+            if not ok:
+                raise ValueError(f"{name}: found {getattr(self, name)!r}, allowed: {allowed}")
+        self.plan_options()  # which checks what it takes over
+
+    def plan_options(self, measured: Mapping[str, Sequence[int]] | None = None) -> PlanOptions:
+        """What the planners take. measured: the allowed widths of each group, for `round_to: measured`."""
+        values = {field.name: getattr(self, field.name) for field in fields(PlanOptions)}
+        if self.round_to == "measured":
+            values["round_to"] = measured or 1
+        return PlanOptions(**values)

@@ -1,0 +1,92 @@
+"""Settings whose names have changed: recipes, command lines and stored configurations of earlier versions are read."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+UNCHANGED = ("target_reduction", "last_epoch", "every", "round_to", "min_channels", "features", "use_bias", "scope")
+NEW_NAMES = {
+    "cup.enabled": "prune.method",
+    "cup.ramp": "prune.hard_ramp.kind",
+    "cup.slope": "prune.hard_ramp.slope",
+    "cup.offset": "prune.hard_ramp.offset",
+    "cup.momentum": "prune.momentum",
+    **{f"cup.{name}": f"prune.{name}" for name in UNCHANGED},
+    "model.from": "model.checkpoint",
+}
+OLD_SECTIONS = {name.partition(".")[0] for name in NEW_NAMES}
+
+
+def with_new_names(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Nested settings with today's names, and a phrase for each that had an older one. The input is not changed."""
+    renamed: list[str] = []
+    result: dict[str, Any] = {}
+    for section, settings in values.items():
+        if section not in OLD_SECTIONS or not isinstance(settings, dict):
+            result[section] = settings
+            continue
+        kept = {}
+        for key, value in settings.items():
+            old = f"{section}.{key}"
+            if old in NEW_NAMES:
+                _put(result, NEW_NAMES[old].split("."), _new_value(old, value))
+                renamed.append(_phrase(old))
+            else:
+                kept[key] = value
+        if kept or section != "cup":
+            result[section] = {**result.get(section, {}), **kept}
+    return result, renamed
+
+
+def recipe_with_new_names(recipe: str) -> tuple[str, list[str]]:
+    """What --config reads in place of the file `recipe`: the same, or its settings under their new names, as YAML."""
+    try:
+        values = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return recipe, []  # whoever reads it says what is wrong with it
+    if not isinstance(values, dict):
+        return recipe, []
+    values, renamed = with_new_names(values)
+    return (yaml.safe_dump(values), renamed) if renamed else (recipe, [])
+
+
+def options_with_new_names(argv: list[str]) -> tuple[list[str], list[str]]:
+    """A command line with today's names for its dotted options, and the recipes that --config names as well."""
+    words: list[str] = []
+    renamed: list[str] = []
+    rest = iter(argv)
+    for word in rest:
+        option, equals, value = word.partition("=")
+        name = option.removeprefix("--")
+        if name != "config" and name not in NEW_NAMES:
+            words.append(word)
+            continue
+        given = [value] if equals else list(next(([value] for value in rest), []))
+        if name == "config" and given:
+            recipe, phrases = recipe_with_new_names(given[0])
+            words += ["--config", recipe]
+            renamed += phrases
+        else:
+            words += [f"--{NEW_NAMES[name]}" if name in NEW_NAMES else option, *(_new_value(name, v) for v in given)]
+            renamed += [_phrase(name)] if name in NEW_NAMES else []
+    return words, renamed
+
+
+def _put(values: dict[str, Any], path: list[str], value: Any) -> None:
+    *owners, key = path
+    for owner in owners:
+        values = values.setdefault(owner, {})
+    values[key] = value
+
+
+def _new_value(old: str, value: Any) -> Any:
+    if old != "cup.enabled":
+        return value
+    return "none" if str(value).lower() in ("false", "no", "off") else "hard_ramp"
+
+
+def _phrase(old: str) -> str:
+    if old == "cup.enabled":
+        return "cup.enabled is now prune.method (true: hard_ramp, false: none)"
+    return f"{old} is now {NEW_NAMES[old]}"
