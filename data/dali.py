@@ -92,7 +92,7 @@ class DaliSource:
 
     def next_images(self) -> torch.Tensor:
         try:
-            images = next(self._iterator)[0]["images"]
+            images = next(self._iterator)[0]["images"].permute(0, 3, 1, 2)
         except DataError:
             raise
         except Exception as error:
@@ -136,7 +136,7 @@ class DaliSource:
             self._config,
             self._step_inputs(),
             _decoder(self._device),
-            batch_size=self._sharding.batch_size,
+            batch_size=self._sharding.local_batch_size,
             num_threads=self._threads,
             device_id=_device_id(self._device),
             seed=int(stream_seed) >> 1,
@@ -253,7 +253,7 @@ class _StepInputs:
     def train_sizes(self, stream_step: int) -> list[np.ndarray]:
         """(height, width) of the training images, float32 (2,) each."""
         epoch, _ = self._place(stream_step)
-        return [np.full(2, train_size(self.config, epoch), dtype=np.float32)] * self.sharding.batch_size
+        return [np.full(2, train_size(self.config, epoch), dtype=np.float32)] * self.sharding.local_batch_size
 
     @property
     def in_shards(self) -> bool:
@@ -380,7 +380,7 @@ def _normalised(images, config: DataConfig, mirror=0):
     return fn.crop_mirror_normalize(
         images,
         dtype=types.FLOAT,
-        output_layout="CHW",
+        output_layout="HWC",  # channels-last, as convolutions read it: `DaliSource` only renames the axes
         mean=[255 * value for value in mean],
         std=[255 * value for value in std],
         mirror=mirror,

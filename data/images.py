@@ -103,7 +103,7 @@ def list_splits(path: str | Path, exclude: str | Path = "") -> tuple[ImageList, 
             f"{path}: train/ has {len(train.classes)} classes, val/ {len(val.classes)}, "
             f"and they differ in {named}: both need the same ones; launch/prepare.py check can leave these out"
         )
-    return train, _numbered_as(train.classes, val)
+    return train, with_classes(val, train.classes)
 
 
 def list_validation(path: str | Path, exclude: str | Path = "") -> ImageList:
@@ -273,10 +273,22 @@ def numbered_classes(found: list[str]) -> tuple[list[str], np.ndarray]:
     return classes, np.array([label_of[class_name] for class_name in found], dtype=np.int64)
 
 
-def _numbered_as(classes: list[str], images: ImageList) -> ImageList:
-    """The images with labels that are places in `classes`, which are theirs in another order."""
+def with_classes(images: ImageList, classes: list[str]) -> ImageList:
+    """The images with labels that are places in `classes`, which may be theirs in another order.
+
+    DataError, with the first difference, if they are other classes.
+    """
     if images.classes == classes:
         return images
+    unknown = set(images.classes) - set(classes)
+    missing = set(classes) - set(images.classes)
+    if unknown or missing:
+        differences = [f"{name!r} is not the network's" for name in sorted(unknown)[:1]]
+        differences += [f"the network's {name!r} is not there" for name in sorted(missing)[:1]]
+        raise DataError(
+            f"{images.root}: found {len(images.classes)} classes, the network has {len(classes)}, and "
+            f"{', '.join(differences)}: labels are matched by name, so name the classes as in the network's training"
+        )
     label_of = {name: label for label, name in enumerate(classes)}
     new_labels = np.array([label_of[name] for name in images.classes], dtype=np.int64)
     return replace(images, classes=classes, labels=new_labels[images.labels])

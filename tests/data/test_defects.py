@@ -250,7 +250,7 @@ def test_a_broken_image_in_a_large_batch_is_named_and_kept_from_dali(tmp_path, c
 @pytest.mark.parametrize("batch_size", [4, 1])
 def test_the_error_comes_with_the_step_that_needs_the_image(photos, batch_size):
     """DALI is some steps ahead: an image that comes later, or that the first epoch leaves out, does not end it."""
-    sharding = TrainSharding(num_images=14, batch_size=batch_size, rank=0, world_size=1, seed=3)
+    sharding = TrainSharding(num_images=14, local_batch_size=batch_size, rank=0, world_size=1, seed=3)
     drawn = [sharding.indices(*divmod(step, sharding.steps))[0].tolist() for step in range(6 * sharding.steps)]
     first = {index: next(step for step, indices in enumerate(drawn) if index in indices) for index in range(14)}
     last, due = max(first.items(), key=lambda item: item[1])
@@ -260,7 +260,7 @@ def test_the_error_comes_with_the_step_that_needs_the_image(photos, batch_size):
     steps = 0
     with pytest.raises(DataError, match=rf"cannot read {broken} "):
         for epoch in range(6):
-            train.set_epoch(epoch)
+            train.go_to(epoch)
             for _ in train:
                 steps += 1
     assert steps == due >= 3
@@ -278,7 +278,7 @@ def test_an_image_is_looked_at_once(photos, monkeypatch):
     monkeypatch.setattr(dali, "find_defects", find)
     train, _ = build(photos, "dali")
     for epoch in range(4):
-        train.set_epoch(epoch)
+        train.go_to(epoch)
         taken(train)
     train.close()
     assert sorted(looked_at) == sorted(set(looked_at)) and len(looked_at) == 14

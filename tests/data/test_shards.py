@@ -113,7 +113,7 @@ def test_a_stored_state_belongs_to_its_shards(photos, shards, tmp_path):
 
 def test_an_order_over_shards_is_a_permutation_that_reads_few_shards_at_a_time():
     sizes = tuple([5] * 3 * SHARDS_AT_A_TIME + [2])
-    sharding = TrainSharding(num_images=sum(sizes), batch_size=1, rank=0, world_size=1, seed=0, shard_sizes=sizes)
+    sharding = TrainSharding(num_images=sum(sizes), local_batch_size=1, rank=0, world_size=1, seed=0, shard_sizes=sizes)
     shard_of = np.repeat(np.arange(len(sizes)), sizes)
     orders = [[int(sharding.indices(epoch, step)[0][0]) for step in range(sharding.steps)] for epoch in (0, 1)]
     assert orders[0] != orders[1]
