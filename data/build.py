@@ -10,7 +10,17 @@ import torch
 from data import dali
 from data.batch import DECODING_ON_GPU, ON_DISK, DataConfig, DataError, Loader, Split
 from data.folder import FolderSource
-from data.images import SPLITS, ImageList, has_split, list_splits, list_validation, require_local, with_classes
+from data.images import (
+    DALI_SCHEMES,
+    SPLITS,
+    ImageList,
+    has_split,
+    is_number,
+    list_splits,
+    list_validation,
+    require_schemes,
+    with_classes,
+)
 from data.loader import SplitLoader
 from data.sharding import Sharding, TrainSharding, ValSharding, local_batch_size
 from data.synthetic import SyntheticSource, synthetic_splits
@@ -48,8 +58,8 @@ def build_loaders(
         listed = dict(zip(SPLITS, list_splits(config.path, config.exclude), strict=True))
     else:
         listed = {"val": list_validation(config.path, config.exclude)}
-    if kind == "folder":
-        require_local(*listed.values())
+    if kind != "synthetic":
+        require_schemes(DALI_SCHEMES if kind == "dali" else (), *listed.values())
     if kind != "synthetic" and classes is not None:
         listed = {split: with_classes(images, list(classes)) for split, images in listed.items()}
     for note in _surprises(config, listed, order_is_given=classes is not None) if rank == 0 else ():
@@ -106,7 +116,7 @@ def _surprises(config: DataConfig, listed: dict[Split, ImageList], *, order_is_g
     """What a user might take for granted and is not so, in words."""
     notes = []
     images = next(iter(listed.values()))
-    numbers = [int(name) for name in images.classes if name.isdecimal()]
+    numbers = [int(name) for name in images.classes if is_number(name)]
     if len(numbers) == len(images.classes) and not order_is_given:
         orders_differ = sorted(images.classes, key=int) != sorted(images.classes)
         if orders_differ and "train" not in listed and not has_split(config.path, "train"):
