@@ -149,5 +149,5 @@ def _identity(
         "world_size": sharding.world_size,
         "num_images": sharding.num_images,
         "file_names": images.digest,
-        **(dali.identity(device) if kind == "dali" else {}),
+        **(dali.identity(config, device) if kind == "dali" else {}),
     }

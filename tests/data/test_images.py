@@ -423,6 +423,7 @@ def files_by_label(images) -> dict[int, bytes]:
     return {label: images.read(index) for index, label in enumerate(images.labels.tolist())}
 
 
+@pytest.mark.filterwarnings("ignore:.*the classes are numbers")
 @pytest.mark.parametrize("form", ["folder", "lists", "shards", "indexed"])
 def test_labels_follow_the_network_s_class_names_in_every_form(numbered, form):
     """Trained on the folder, whose classes are sorted as text: 0, 1, 10, 11, 2."""
