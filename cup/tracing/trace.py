@@ -162,13 +162,17 @@ class _Walk:
         return owner if is_its_work else None
 
     def _shared_layers(self) -> set[str]:
-        """Layers that run twice, or that share a parameter or buffer with something else."""
+        """Layers that run twice, or that share a parameter or buffer with something else.
+
+        Scalars (a batch norm's count of batches) are nothing to share: they have no channels.
+        """
         calls = Counter(layer for layer in self.layer_of.values() if layer is not None)
         layers = {layer: self.twin.get_submodule(layer) for layer in calls}
-        tensors = [
+        named = (
             *self.twin.named_parameters(remove_duplicate=False),
             *self.twin.named_buffers(remove_duplicate=False),
-        ]
+        )
+        tensors = [(name, tensor) for name, tensor in named if tensor.dim() > 0]
         users: dict[int, set[str]] = {}
         for name, tensor in tensors:
             users.setdefault(id(tensor), set()).add(name)

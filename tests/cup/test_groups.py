@@ -184,6 +184,7 @@ class Parts(nn.Module):
         self.down = nn.Conv2d(6, 8, 2, stride=2, padding_mode="reflect", padding=1, dilation=1)
         self.own_conv = OwnConv(8, 8, 3, padding=1)
         self.own_norm = OwnNorm(8)
+        self.counting_norm = CountingNorm(8)
         self.bare, self.bare_groups = nn.LayerNorm(8, elementwise_affine=False), nn.GroupNorm(4, 8, affine=False)
         self.one = nn.Conv2d(1, 8, 3)
         self.shifted = Shifted(8, 8, 1)
@@ -225,6 +226,14 @@ class Shifted(nn.Conv2d):
 
     def forward(self, x):
         return F.conv2d(x, self.weight, self.shift)
+
+
+class CountingNorm(nn.BatchNorm2d):
+    """Counts its batches itself, as timm's BatchNormAct2d does."""
+
+    def forward(self, x):
+        self.num_batches_tracked.add_(1)
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training)
 
 
 class OwnNorm(nn.BatchNorm2d):
@@ -316,6 +325,7 @@ FOLLOWED = {
     "layer scale": lambda s, x: s.head(s.b(s.scale * s.a(x))),
     "layer scale in a view": lambda s, x: s.head(s.b(s.a(x).mul(s.scale.reshape(1, -1, 1, 1)))),
     "subclasses of layers": lambda s, x: s.head(s.b(s.own_norm(s.own_conv(s.a(x))))),
+    "norm that counts its batches": lambda s, x: s.head(s.b(s.counting_norm(s.a(x)))),
     "tokens": lambda s, x: s.fc(s.embed(tokens(s, x))[:, 0]),
     "squeezed": lambda s, x: s.fc(F.adaptive_avg_pool2d(s.a(x), 1).squeeze(-1).squeeze(-1)),
     "new axes": lambda s, x: s.head(s.b(s.a(x).mean((2, 3))[:, :, None, None])),
