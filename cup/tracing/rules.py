@@ -102,8 +102,13 @@ def reads_no_width(node: fx.Node) -> bool:
 
     Sizes are looked after by `freeze_what_is_counted`.
     """
+    return _sizes_read(node)[0] is not None or answers_no_width(node)
+
+
+def answers_no_width(node: fx.Node) -> bool:
+    """Whether a node asks for something that is the same at every width: a rank, a type, a device."""
     name = node.args[1] if node.target is getattr else node.target
-    return _sizes_read(node)[0] is not None or name in _WIDTHLESS
+    return node.op in ("call_function", "call_method") and name in _WIDTHLESS
 
 
 def is_known(module: nn.Module) -> bool:
@@ -116,12 +121,21 @@ def _qualified_name(module: nn.Module) -> str:
 
 
 def freeze_what_is_counted(
-    nodes: Iterable[fx.Node], channels: Mapping[fx.Node, Channels | None], labels: Labels
+    nodes: Iterable[fx.Node],
+    asked: Iterable[fx.Node],
+    channels: Mapping[fx.Node, Channels | None],
+    labels: Labels,
 ) -> None:
     """Freeze what has its width read as a number: nobody knows what the number is for.
 
     A view that asks for just this width is no such reader; it has been checked by its rule.
+    asked: values that the network's own code took as numbers, to branch on or to count with.
     """
+    for node in asked:
+        source, dims = _sizes_read(node)
+        known = channels.get(source)
+        if known is not None and known.dim in dims:
+            labels.freeze([known], "the code uses its width as a number")
     for node in nodes:
         source, dims = _sizes_read(node)
         known = channels.get(source)
