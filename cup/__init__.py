@@ -19,8 +19,9 @@ from cup.planning.planners import (
     prunable_groups,
 )
 from cup.planning.schedule import has_reached, is_cut_epoch, reduction_at, threshold_at
-from cup.surgery import ParameterChange, Resized, apply_plan, shrink_to
+from cup.surgery import Resized, apply_plan, shrink_to
 from cup.tracing.groups import ChannelGroup, Place
+from cup.tracing.narrowing import ParameterChange
 from cup.tracing.trace import channel_groups
 
 __all__ = [

@@ -7,10 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from cup.tracing.groups import AxisName, ChannelGroup
+from cup.errors import CupError
+from cup.tracing.groups import AxisName, ChannelGroup, Masks
 from cup.tracing.meta import Sample, check_model, find_input_shape, hooked_modules, meta_copy, sample_of
+from cup.tracing.narrowing import narrow_layers
+from cup.tracing.retrace import freeze_what_breaks
 from cup.tracing.tracer import Trace, trace_forward
-from cup.tracing.walk import groups_of
+from cup.tracing.walk import groups_of, title
 
 
 def channel_groups(model: nn.Module, example_input: Any = None, *, allow_hooks: bool = False) -> list[ChannelGroup]:
@@ -27,17 +30,37 @@ def channel_groups(model: nn.Module, example_input: Any = None, *, allow_hooks: 
     twin = meta_copy(model)
     sample = find_input_shape(model) if example_input is None else sample_of(example_input)
     hooked = () if allow_hooks else hooked_modules(model)
-    twin.train()  # first, so that auxiliary heads are part of the graph
-    traces = {"training": _trace(twin, sample, hooked)}
-    groups = groups_of(traces["training"], sample)
+    training = _trace(twin.train(), sample, hooked)  # first, so that auxiliary heads are part of the graph
+    groups = groups_of(training, sample)
+    groups = freeze_what_breaks(groups, lambda masks: _difference(training, twin.train(), masks, sample, hooked))
     evaluation = _trace(twin.eval(), sample, hooked)
-    if evaluation.steps() != traces["training"].steps():
-        groups = _allowed_in_both(groups, groups_of(evaluation, sample))
-    return groups
+    if evaluation.steps() == training.steps():
+        return groups
+    groups = _allowed_in_both(groups, groups_of(evaluation, sample))
+    return freeze_what_breaks(groups, lambda masks: _difference(evaluation, twin.eval(), masks, sample, hooked))
 
 
 def _trace(twin: nn.Module, sample: Sample, hooked: Collection[str]) -> Trace:
     return trace_forward(copy.deepcopy(twin), sample, hooked)
+
+
+def _difference(full: Trace, twin: nn.Module, masks: Masks, sample: Sample, hooked: Collection[str]) -> str:
+    """What the code of a narrower copy does otherwise than that of the full network; "" for nothing."""
+    narrow = copy.deepcopy(twin)
+    try:
+        narrow_layers(narrow, masks)
+        steps = trace_forward(narrow, sample, hooked).steps()
+    except CupError as error:
+        return f"without some of its channels the network does not run: {error}"
+    if steps == full.steps():
+        return ""
+    nodes = list(full.graph.nodes)
+    differing = [node for node, before, now in zip(nodes, full.steps(), steps, strict=False) if before != now]
+    if len(steps) == len(nodes) and all(
+        before[:2] == now[:2] or before[0] == "get_attr" for before, now in zip(full.steps(), steps, strict=True)
+    ):
+        return f"{title(differing[0])} is given a number that depends on its width"
+    return "the network's code takes another path at other widths"
 
 
 def _allowed_in_both(groups: list[ChannelGroup], evaluated: list[ChannelGroup]) -> list[ChannelGroup]:

@@ -1,8 +1,8 @@
 """Trace a network's forward pass with torch.fx; every node of the graph knows the shape of its value.
 
 The network's code runs once, on stand-ins for its tensors. Each operation is noted in the graph, and done on the meta
-device at once, so that code that asks for a number (`if x.shape[-1] % 2`) gets it. Which numbers were asked for is noted
-too: where one is a width, its channels must stay.
+device at once, so that code that asks for a number (`if x.shape[-1] % 2`) gets it. It is noted which numbers were asked
+for: where one is a width, its channels must stay.
 
 Why torch.fx and not torch.export or torch.compile's front end: those write every size into their graph as a bare
 number, and nothing tells a 64 that is a width from a 64 that is something else.
@@ -10,7 +10,7 @@ number, and nothing tells a 64 that is a width from a 64 that is something else.
 
 import dataclasses
 import operator
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,7 +60,8 @@ def trace_forward(twin: nn.Module, sample: Sample, hooked: Collection[str] = ())
     """
     tracer = _Tracer(meta_input(sample, batch=2), hooked)
     try:
-        graph = tracer.trace(twin)
+        with _recorded_factories(tracer):
+            graph = tracer.trace(twin)
     except Exception as error:  # whatever a network's own code raises on stand-ins
         refusal = None if isinstance(error, fx.proxy.TraceError) else _refusal(twin, sample)
         if refusal is not None:
@@ -78,6 +79,30 @@ def _refusal(twin: nn.Module, sample: Sample) -> Exception | None:
     except Exception as error:
         return error
     return None
+
+
+@contextmanager
+def _recorded_factories(tracer: "_Tracer") -> Iterator[None]:
+    """Functions that make a tensor of a given size take stand-ins for sizes meanwhile; torch's own parser does not."""
+    originals = {name: getattr(torch, name) for name in _FACTORIES}
+
+    def recorded(original: Callable) -> Callable:
+        def make(*args: Any, **kwargs: Any) -> Any:
+            sizes = any(isinstance(value, fx.Proxy) for value in _tensors_in((args, kwargs)))
+            return tracer.create_proxy("call_function", original, args, kwargs) if sizes else original(*args, **kwargs)
+
+        return make
+
+    try:
+        for name, original in originals.items():
+            setattr(torch, name, recorded(original))
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(torch, name, original)
+
+
+_FACTORIES = ("zeros", "ones", "empty", "full", "rand", "randn", "arange", "linspace", "eye")
 
 
 class _StandIn(fx.Proxy):
@@ -210,6 +235,7 @@ class _Tracer(fx.Tracer):
 
     def _value(self, node: fx.Node) -> Any:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["value"])
+        args, kwargs = tuple(map(_on_meta, args)), {name: _on_meta(value) for name, value in kwargs.items()}
         with self._plain_modules(), torch.no_grad(), torch.device("meta"):
             if node.op == "get_attr":
                 value = operator.attrgetter(node.target)(self.root)
@@ -217,7 +243,7 @@ class _Tracer(fx.Tracer):
             if node.op == "call_module":
                 return _call(self.root.get_submodule(node.target), args, kwargs)
             if node.op == "call_method":
-                return getattr(args[0], node.target)(*map(_on_meta, args[1:]), **kwargs)
+                return getattr(args[0], node.target)(*args[1:], **kwargs)
             # Batch norm keeps the shape, and torch's own meta kernel for it is slow Python.
             return args[0] if node.target is F.batch_norm and args else node.target(*args, **kwargs)
 

@@ -65,20 +65,20 @@ class _Walk:
         if shape_of(node) is None or node.op in ("placeholder", "get_attr"):
             if node.meta.get("unknown"):  # several tensors in one value: a chunk, a split, attention, several heads
                 is_output = all(user.op == "output" for user in node.users)
-                self.labels.freeze(inputs, _IS_OUTPUT if is_output else f"{_title(node)} is not followed")
+                self.labels.freeze(inputs, _IS_OUTPUT if is_output else f"{title(node)} is not followed")
             elif not reads_no_width(node):
-                self.labels.freeze(inputs, f"{_title(node)} may read its width as a number")
+                self.labels.freeze(inputs, f"{title(node)} may read its width as a number")
             return None  # the network's input, a free parameter, a size: no channels that could go
         if layer in self.shared:
             reason = f"{layer} is used more than once or shares a parameter"
         elif _tensor_keywords(node):
-            reason = f"{_title(node)} is called with keywords"
+            reason = f"{title(node)} is called with keywords"
         else:
             module = None if layer is None else self.twin.get_submodule(layer)
-            operation = Operation(node, layer or _title(node), module, self.channels, self.twin)
+            operation = Operation(node, layer or title(node), module, self.channels, self.twin)
             if (rule := find_rule(operation)) is not None:
                 return rule(operation, self.labels)
-            reason = f"{_title(node)} is not followed"
+            reason = f"{title(node)} is not followed"
         self.labels.freeze(inputs, reason)
         self._freeze_output(layer, reason)
         return None
@@ -211,7 +211,7 @@ def _tensor_keywords(node: fx.Node) -> bool:
     return any(shape_of(n) is not None or n.meta.get("unknown") for n in values)
 
 
-def _title(node: fx.Node) -> str:
+def title(node: fx.Node) -> str:
     """What a node is called in a reason: a module's dotted name, or a function's."""
     if node.op == "call_module":
         return node.target
