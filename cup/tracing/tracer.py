@@ -84,6 +84,8 @@ def _refusal(twin: nn.Module, sample: Sample) -> Exception | None:
 @contextmanager
 def _recorded_factories(tracer: "_Tracer") -> Iterator[None]:
     """Functions that make a tensor of a given size take stand-ins for sizes meanwhile; torch's own parser does not."""
+    with torch.device("meta"):
+        torch.empty(0)  # torch's table of such functions is made once, at their first use: with the originals, then
     originals = {name: getattr(torch, name) for name in _FACTORIES}
 
     def recorded(original: Callable) -> Callable:

@@ -213,7 +213,7 @@ EXAMPLES = [
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_several_inputs_are_given_as_a_tuple_or_a_dict(example):
     groups = check_against_twin(randomise(Several(lambda logits, y: logits)), example)
-    assert set(frozen(groups)) == {"fc"} | ({"joint"} if len(example) == 3 else set())
+    assert set(frozen(groups)) == {"fc"}
     model = Several(lambda logits, y: logits)
     before = cup.complexity(model, example)
     plan = cup.plan_by_reduction(model, groups, 1.5)
