@@ -23,8 +23,9 @@ from cup.planning import (
     reduction_at,
     threshold_at,
 )
-from cup.surgery import ParameterChange, Resized, apply_plan, shrink_to, zero_filters
+from cup.surgery import Resized, apply_plan, shrink_to, zero_filters
 from cup.tracing.groups import ChannelGroup, Place
+from cup.tracing.narrowing import ParameterChange
 from cup.tracing.trace import channel_groups
 
 __all__ = [

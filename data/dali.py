@@ -41,11 +41,12 @@ def import_failure() -> ImportError | None:
     return None
 
 
-def identity(device: torch.device) -> dict[str, str]:
+def identity(config: DataConfig, device: torch.device) -> dict[str, str]:
     """What DALI itself adds to a loader's identity: its checkpoints fit only the same version and the same graph."""
     import nvidia.dali
 
-    return {"dali": nvidia.dali.__version__, "decoder": _decoder(device)}
+    decoder = _decoder(device) if config.channels == 3 else f"{_decoder(device)}, grey from colours"
+    return {"dali": nvidia.dali.__version__, "decoder": decoder}
 
 
 class DaliSource:
@@ -92,7 +93,7 @@ class DaliSource:
 
     def next_images(self) -> torch.Tensor:
         try:
-            images = next(self._iterator)[0]["images"]
+            images = next(self._iterator)[0]["images"].permute(0, 3, 1, 2)
         except DataError:
             raise
         except Exception as error:
@@ -136,7 +137,7 @@ class DaliSource:
             self._config,
             self._step_inputs(),
             _decoder(self._device),
-            batch_size=self._sharding.batch_size,
+            batch_size=self._sharding.local_batch_size,
             num_threads=self._threads,
             device_id=_device_id(self._device),
             seed=int(stream_seed) >> 1,
@@ -253,7 +254,7 @@ class _StepInputs:
     def train_sizes(self, stream_step: int) -> list[np.ndarray]:
         """(height, width) of the training images, float32 (2,) each."""
         epoch, _ = self._place(stream_step)
-        return [np.full(2, train_size(self.config, epoch), dtype=np.float32)] * self.sharding.batch_size
+        return [np.full(2, train_size(self.config, epoch), dtype=np.float32)] * self.sharding.local_batch_size
 
     @property
     def in_shards(self) -> bool:
@@ -289,7 +290,7 @@ def _train_graph(config: DataConfig, step_inputs: _StepInputs, decoder: str):
         random_aspect_ratio=list(config.crop_ratio),
         **_decoder_options(config, decoder, hints=True),
     )
-    images = fn.resize(images, size=size_hw, antialias=True)
+    images = fn.resize(_in_channels(images, config), size=size_hw, antialias=True)
     images = _colour_jittered(_auto_augmented(images, config), config)
     return _normalised(images, config, mirror=fn.random.coin_flip(probability=config.flip))
 
@@ -311,6 +312,7 @@ def _val_graph(config: DataConfig, step_inputs: _StepInputs, decoder: str):
 
     # Fancy upsampling: the GPU's pixels are then the CPU's, and an accuracy does not depend on the machine.
     images = fn.decoders.image(encoded, jpeg_fancy_upsampling=True, **_decoder_options(config, decoder, hints=False))
+    images = _in_channels(images, config)
     images = fn.resize(images, size=fn.cast(resized_hw, dtype=types.FLOAT), antialias=True)
     images = fn.slice(images, start=fn.cast(start_hw, dtype=types.INT32), shape=[config.image_size] * 2, axes=[0, 1])
     return _normalised(images, config)
@@ -329,7 +331,7 @@ def _decoder_options(config: DataConfig, decoder: str, hints: bool) -> dict[str,
 
     options = {
         "device": decoder,
-        "output_type": types.GRAY if config.channels == 1 else types.RGB,
+        "output_type": types.RGB,
         # As Pillow and with it torchvision's published accuracies: pixels as stored.
         "adjust_orientation": False,
     }
@@ -343,6 +345,15 @@ def _decoder_options(config: DataConfig, decoder: str, hints: bool) -> dict[str,
                 "host_memory_padding": config.decoder_host_memory,
             }
     return options
+
+
+def _in_channels(images, config: DataConfig):
+    """Grey is made of the colours, as by Pillow: decoding to grey heeds a PNG's gamma and leaves a JPEG's unclipped."""
+    from nvidia.dali import fn, types
+
+    if config.channels == 3:
+        return images
+    return fn.color_space_conversion(images, image_type=types.RGB, output_type=types.GRAY)
 
 
 def _auto_augmented(images, config: DataConfig):
@@ -380,7 +391,7 @@ def _normalised(images, config: DataConfig, mirror=0):
     return fn.crop_mirror_normalize(
         images,
         dtype=types.FLOAT,
-        output_layout="CHW",
+        output_layout="HWC",  # channels-last, as convolutions read it: `DaliSource` only renames the axes
         mean=[255 * value for value in mean],
         std=[255 * value for value in std],
         mirror=mirror,
