@@ -1,4 +1,4 @@
-"""Surgery: remove channels from a model in place, and say what became of every parameter."""
+"""Surgery: remove channels from a model in place, and map every old parameter to its new one."""
 
 import gc
 from collections.abc import Mapping, Sequence

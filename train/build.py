@@ -208,7 +208,7 @@ def _start_from(source: dict[str, Any], config: RunConfig, parts: _Parts) -> lis
     architecture, classes = stored_architecture(source), parts.architecture.num_classes
     if architecture.num_classes != classes:
         raise ConfigError(
-            f"model.checkpoint: {config.model.checkpoint} tells {architecture.num_classes} classes apart, the data set "
+            f"model.checkpoint: {config.model.checkpoint} has {architecture.num_classes} classes, the data set "
             f"has {classes}; allowed: equal numbers, for the classifier is trained further"
         )
     resizer, target = parts.resizer, config.prune.target_reduction

@@ -89,7 +89,7 @@ class ModelConfig:
     everything else begins anew. null = the full network, freshly initialised."""
 
     def __post_init__(self) -> None:
-        """Raises ConfigError for a name that nobody knows, ValueError for an empty file name."""
+        """Raises ConfigError for an unknown name, ValueError for an empty file name."""
         if self.checkpoint == "":
             raise ValueError("checkpoint: found '', allowed: a checkpoint file, or null")
         if self.name is None and self.checkpoint is None:
@@ -287,7 +287,7 @@ def all_settings() -> dict[str, tuple[type, dataclasses.Field]]:
 
 
 def _allowed(key: str) -> str:
-    """The type of a setting in words; for a section, that it is one."""
+    """The type of a setting, as an error names it; for a section, that it is one."""
     known = all_settings()
     if key not in known:
         return "settings, each a name and a value"

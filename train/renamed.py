@@ -44,7 +44,7 @@ def recipe_with_new_names(recipe: str) -> tuple[str, list[str]]:
     try:
         values = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return recipe, []  # whoever reads it says what is wrong with it
+        return recipe, []  # the parser reports what is wrong with it
     if not isinstance(values, dict):
         return recipe, []
     values, renamed = with_new_names(values)

@@ -36,7 +36,7 @@ def run(config: RunConfig, world: World, ledger: Ledger) -> dict[str, Any]:
         if world.is_main:
             ConsoleSink().write({"event": "note", "message": f"{start.directory} is finished, by this very job"})
         return start.done
-    signals = StopSignals(is_speaker=world.is_main)
+    signals = StopSignals(answers=world.is_main)
     built = build_run(config, start, world, ledger, lambda: signals.stop_wanted)
     trainer = built.trainer
     with signals:

@@ -104,7 +104,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
 def _locked(file: Path) -> int | None:
     """The file's descriptor, once no other process has it; None if the file is another one by then.
 
-    The kernel lets go of it when this process ends, however it ends.
+    The kernel releases it when this process ends, however it ends.
     """
     try:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)

@@ -38,13 +38,13 @@ NOT_TRAINING = ("startup", "eval", "save", "lost")
 
 
 class Stopped(Exception):
-    """Somebody asked the run to stop; it was saved after its last step. Raised on all ranks."""
+    """A signal asked the run to stop; it was saved after its last step. Raised on all ranks."""
 
 
 def fit(trainer: Trainer) -> dict[str, Any]:
     """Train from where `trainer.progress` stands to the last epoch; returns the closing event.
 
-    Raises Stopped, after a checkpoint, if somebody asked for it.
+    Raises Stopped, after a checkpoint, if a signal asked for it.
     """
     for epoch in range(trainer.progress.epoch + 1, trainer.config.epochs + 1):
         if trainer.so_far is None:

@@ -26,7 +26,7 @@ class Progress:
     compiled: bool = False
     """Whether the network's blocks ran compiled in the last epoch that began."""
     gpu_hours_before: float | None = 0.0
-    """Spent on the weights before this run started from them; None where nobody knows."""
+    """Spent on the weights before this run started from them; None where unknown."""
     best_top1: float = -1.0
     best_top5: float = -1.0
     last_line: dict[str, Any] = field(default_factory=dict)
@@ -55,7 +55,7 @@ class EpochSoFar:
     images: int = 0
     """In these steps, all ranks together."""
     is_trained: bool = False
-    """Whether only the evaluation is left: batch-norm statistics are averaged, the method has had its say."""
+    """Whether only the evaluation is left: batch-norm statistics are averaged, the method's epoch_end is done."""
 
     @classmethod
     def beginning(cls, ledger: Ledger, device: torch.device, threshold: float | None = None) -> "EpochSoFar":

@@ -25,7 +25,7 @@ class PruneConfig(SharedOptions):
         super().__post_init__()
         if self.method not in METHODS:
             raise ValueError(f"method: found {self.method!r}, allowed: {', '.join(METHODS)}")
-        build_method(self, epochs=1)  # so that a method's own demands are heard before anything else exists
+        build_method(self, epochs=1)  # settings that a method refuses are an error before anything else exists
 
     @property
     def shrinks(self) -> bool:

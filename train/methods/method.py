@@ -1,4 +1,4 @@
-"""The seam for pruning methods: what a method may do while a network trains, and what it is told."""
+"""The interface of pruning methods: what a method may do while a network trains, and when it is called."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,7 @@ class Method:
     """A pruning method. Every hook does nothing unless it is overridden.
 
     Decisions are made on rank 0 alone, where `epoch_start` and `epoch_end` are called; what follows from them reaches
-    the other ranks as an Action, of which `acted` tells all ranks. Epochs count from 1.
+    the other ranks as an Action; `acted` is called on all ranks. Epochs count from 1.
     """
 
     label: str = "method"

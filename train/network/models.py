@@ -33,7 +33,7 @@ def build_model(name: str, num_classes: int) -> nn.Module:
 
     name: a classification model of torchvision (`resnet50`), `timm:NAME`, or one of `lenet`, `mlp` (28 x 28 grey),
         `vgg16_cifar`, `resnet20_cifar`, `resnet32_cifar`, `resnet44_cifar`, `resnet56_cifar` (32 x 32).
-    Raises ConfigError for a name that nobody knows.
+    Raises ConfigError for an unknown name.
     """
     check_model_name(name)
     if name in OWN_MODELS:
