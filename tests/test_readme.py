@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import ROOT
+from launching import ROOT, train
 from pages import anchors, broken_links, code_blocks, commands
 
 import cup
 from launch import bench, evaluate, export, prepare, prune, report
+from train.checkpoint.file import load_checkpoint
 from train.config import parse_config
 from train.errors import ConfigError
 from train.renamed import NEW_NAMES
@@ -82,6 +83,15 @@ def test_every_older_name_of_a_setting_is_explained():
     same = {old for old, new in NEW_NAMES.items() if new == old.replace("cup.", "prune.")}
     assert [old for old in NEW_NAMES if old not in same and f"`{old}" not in page] == []
     assert [new for old, new in NEW_NAMES.items() if old not in same and f"`{new}" not in page] == []
+
+
+def test_the_entries_of_a_checkpoint_are_those_of_the_page(tmp_path: Path):
+    section = TEXT["docs/training.md"].partition("## What a checkpoint holds")[2].partition("\n## ")[0]
+    explained = {
+        entry for row in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE) for entry in re.findall(r"\w+", row)
+    }
+    train(tmp_path, train__epochs=1, prune__last_epoch=1)
+    assert explained == set(load_checkpoint(tmp_path / "tiny" / "last.pt"))
 
 
 def test_the_page_of_settings_is_current():
