@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 from data.batch import FILL, NORMALISATION, DataConfig, DataError, Split, train_size
-from data.defects import decode_failure, find_defects, unreadable
+from data.defects import decode_failure, find_defects, last_words, unreadable
 from data.images import ImageList
+from data.remote import require_answer
 from data.sharding import Sharding
 
 if TYPE_CHECKING:
@@ -47,6 +48,23 @@ def identity(config: DataConfig, device: torch.device) -> dict[str, str]:
 
     decoder = _decoder(device) if config.channels == 3 else f"{_decoder(device)}, grey from colours"
     return {"dali": nvidia.dali.__version__, "decoder": decoder}
+
+
+def read_failure(names: list[str]) -> str:
+    """Why DALI cannot read one of these files, in words; empty if it can. Takes as long as DALI tries."""
+    from nvidia.dali import fn, pipeline_def, types
+
+    @pipeline_def(batch_size=len(names), num_threads=1, device_id=None, prefetch_queue_depth=1)
+    def graph():
+        return fn.io.file.read(fn.external_source(name="names", ndim=1, dtype=types.UINT8))
+
+    pipeline = graph()
+    pipeline.feed_input("names", [np.frombuffer(os.fsencode(name), dtype=np.uint8) for name in names])
+    try:
+        pipeline.run()
+    except Exception as error:  # DALI's own of many kinds
+        return last_words(error)
+    return ""
 
 
 class DaliSource:
@@ -124,6 +142,7 @@ class DaliSource:
         self._looked_at.decoder.close()
 
     def _open(self) -> "DALIGenericIterator":
+        require_answer(self._images)
         os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", POOLED_FROM)  # read once, before DALI's first buffer
         from nvidia.dali.plugin.pytorch import DALIGenericIterator
 

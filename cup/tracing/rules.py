@@ -92,6 +92,45 @@ def find_rule(operation: Operation) -> Rule | None:
     return _LAYERS.get(type(layer)) or _MODULES.get(type(layer)) or _FOREIGN_MODULES.get(_qualified_name(layer))
 
 
+def layer_at(node: fx.Node, model: nn.Module) -> str | None:
+    """Dotted name of the module whose work this node is: a module call, or a subclass's own call of the function.
+
+    Only inside that module's forward, and with its own groups or shape: elsewhere, or with others, the function may do
+    anything with the weights.
+    """
+    if node.op == "call_module":
+        return node.target
+    kind = LAYER_FUNCTIONS.get(node.target) if node.op == "call_function" else None
+    stack = list(node.meta.get("nn_module_stack") or ())
+    value = node.args[0] if node.args else None
+    if kind is None or not stack or shape_of(value) is None or value.op == "get_attr":
+        return None
+    owner = stack[-1]
+    layer = model.get_submodule(owner)
+    read = {n.target for n in node.all_input_nodes if n.op == "get_attr"}
+    own = {f"{owner}.{name}" for name in ("weight", "bias", "running_mean", "running_var")}
+    if not isinstance(layer, kind) or f"{owner}.weight" not in read or not read <= own:
+        return None
+    position, name = _WIDTH_ARGUMENTS.get(node.target, (None, ""))
+    given = node.args[position] if position is not None and len(node.args) > position else node.kwargs.get(name)
+    wanted = getattr(layer, name, None)
+    as_layer = given == wanted or (isinstance(given, list | tuple) and tuple(given) == tuple(wanted))
+    return owner if as_layer or (given is None and wanted == 1) else None
+
+
+def arguments_besides_width(node: fx.Node, model: nn.Module) -> str:
+    """A node's arguments as text, without the number of groups or the shape that a layer hands to its function.
+
+    That number follows the layer's weights.
+    """
+    args, kwargs = list(node.args), dict(node.kwargs)
+    position, name = _WIDTH_ARGUMENTS.get(node.target, (None, ""))
+    if position is not None and layer_at(node, model) is not None:
+        del args[position : position + 1]
+        kwargs.pop(name, None)
+    return f"{args} {kwargs}"
+
+
 def has_width(module: nn.Module) -> bool:
     """Whether surgery changes something about the module, be it only an attribute."""
     return isinstance(module, tuple(_LAYERS))
@@ -522,6 +561,13 @@ LAYER_FUNCTIONS: dict[Any, tuple[type[nn.Module], ...]] = {
     F.prelu: (nn.PReLU,),
 }
 """Functions that do a layer's work, with the layers whose own weights they may be given (by a subclass's forward)."""
+
+_WIDTH_ARGUMENTS: dict[Any, tuple[int, str]] = {
+    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), (6, "groups")),
+    F.group_norm: (1, "num_groups"),
+    F.layer_norm: (1, "normalized_shape"),
+}
+"""The argument of a layer's function that changes with the layer's width: its position, and its name in both."""
 
 _SAME_MODULES = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.Softsign),

@@ -21,7 +21,7 @@ from torch import fx, nn
 
 from cup.errors import CupError
 from cup.tracing.meta import Sample, arguments, does_not_take, first_line, map_tensors, meta_input
-from cup.tracing.rules import answers_no_width, is_known
+from cup.tracing.rules import answers_no_width, arguments_besides_width, is_known
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +40,8 @@ class Trace:
 
     def steps(self) -> list[tuple[str, str, str]]:
         """(operation, what it is done to or by, arguments) of every node, comparable between traces of one network."""
-        return [(node.op, self._target(node), f"{node.args} {node.kwargs}") for node in self.graph.nodes]
+        nodes = self.graph.nodes
+        return [(node.op, self._target(node), arguments_besides_width(node, self.root)) for node in nodes]
 
     def _target(self, node: fx.Node) -> str:
         value = operator.attrgetter(node.target)(self.root) if node.op == "get_attr" else None
@@ -157,16 +158,13 @@ _PLAIN_ATTRIBUTES = ("dtype", "ndim", "layout", "requires_grad", "is_cuda", "is_
 class _Tracer(fx.Tracer):
     """Looks inside all modules but torch's own and those that have a rule."""
 
-    proxy_buffer_attributes = (
-        True  # else what is computed from a buffer is a constant, and nobody sees that it was read
-    )
-
     def __init__(self, inputs: Any, hooked: Collection[str]) -> None:
         super().__init__()
         self.asked: list[fx.Node] = []
         self.hooked: list[tuple[fx.Node, str]] = []
         self._inputs, self._hooked_modules = inputs, hooked
         self._computing = False
+        self._names: dict[int, str] = {}
 
     def answer(self, node: fx.Node) -> Any:
         """The plain value at a node, for code that cannot do without."""
@@ -183,6 +181,8 @@ class _Tracer(fx.Tracer):
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         """One placeholder for each tensor of the inputs; arguments that they do not name have their defaults."""
+        tensors = (*self.root.named_parameters(), *self.root.named_buffers())
+        self._names = {id(tensor): name for name, tensor in tensors}
         positional, named = arguments(map_tensors(self._inputs, self._placeholder))
         return lambda root: tuple(_tensors_in(root.forward(*positional, **named))), [self.root]
 
@@ -219,7 +219,13 @@ class _Tracer(fx.Tracer):
         return result
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
-        return attr_val if self._computing else super().getattr(attr, attr_val, parameter_proxy_cache)
+        """A stand-in for a parameter or buffer. As torch.fx's own, which looks through all of them each time."""
+        name = None if self._computing or not isinstance(attr_val, torch.Tensor) else self._names.get(id(attr_val))
+        if name is None:
+            return attr_val
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache[name]
 
     # --- values ---
 

@@ -20,6 +20,7 @@ from cup.tracing.rules import (
     find_rule,
     freeze_what_is_counted,
     has_width,
+    layer_at,
     reads_no_width,
     shape_of,
 )
@@ -31,6 +32,9 @@ def groups_of(trace: Trace, sample: Sample) -> list[ChannelGroup]:
     return _Walk(trace).groups(sample)
 
 
+Entries = list[tuple[str, np.ndarray]]
+"""(layer or free parameter, int64: the channel at each of its indices)."""
+
 _IS_OUTPUT = "it is an output of the network"
 
 
@@ -39,7 +43,7 @@ class _Walk:
 
     def __init__(self, trace: Trace) -> None:
         self.trace, self.nodes, self.twin = trace, list(trace.graph.nodes), trace.root
-        self.layer_of = {node: self._layer(node) for node in self.nodes}
+        self.layer_of = {node: layer_at(node, self.twin) for node in self.nodes}
         self.shared = self._shared_layers()
         self.labels = Labels()
         self.channels: dict[fx.Node, Channels | None] = {}
@@ -92,24 +96,6 @@ class _Walk:
             self.labels.producers.append((layer, labels_C))
             self.labels.frozen.append((labels_C, reason))
 
-    def _layer(self, node: fx.Node) -> str | None:
-        """Dotted name of the module whose work this node is: a module call, or a subclass's own call of the function.
-
-        Only inside that module's forward: elsewhere the function may be given other groups or shapes than the module's.
-        """
-        if node.op == "call_module":
-            return node.target
-        kind = LAYER_FUNCTIONS.get(node.target) if node.op == "call_function" else None
-        stack = list(node.meta.get("nn_module_stack") or ())
-        value = node.args[0] if node.args else None
-        if kind is None or not stack or shape_of(value) is None or value.op == "get_attr":
-            return None
-        owner = stack[-1]
-        read = {n.target for n in node.all_input_nodes if n.op == "get_attr"}
-        own = {f"{owner}.{name}" for name in ("weight", "bias", "running_mean", "running_var")}
-        is_its_work = isinstance(self.twin.get_submodule(owner), kind) and f"{owner}.weight" in read and read <= own
-        return owner if is_its_work else None
-
     def _shared_layers(self) -> set[str]:
         """Layers that run twice, or that share a parameter or buffer with something else.
 
@@ -146,13 +132,21 @@ class _Walk:
         reasons = {int(group_of[label]): reason for labels_C, reason in frozen for label in labels_C}
         residual = {int(group_of[label]) for labels_C in self.labels.residual for label in labels_C}
 
-        members: dict[int, list[tuple[str, np.ndarray]]] = {}
-        for layer, labels_C in self.labels.producers:
-            members.setdefault(int(group_of[labels_C[0]]), []).append((layer, labels_C))
+        found: dict[str, dict[int, Entries]] = {}
+        for role in ("producers", "followers", "consumers"):
+            found[role] = {}
+            for layer, labels_C in getattr(self.labels, role):
+                for group in np.unique(group_of[labels_C]).tolist():
+                    found[role].setdefault(group, []).append((layer, channel_of[labels_C]))
         network = self._network(sample, channel_of)
         return [
-            self._group(producers, channel_of, reasons.get(group, ""), group not in residual, network)
-            for group, producers in members.items()
+            self._group(
+                {role: groups.get(group, []) for role, groups in found.items()},
+                reasons.get(group, ""),
+                group not in residual,
+                network,
+            )
+            for group in found["producers"]
         ]
 
     def _network(self, sample: Sample, channel_of: np.ndarray) -> Network:
@@ -165,40 +159,30 @@ class _Walk:
         )
         return Network(sample, calls, np.ones(channel_of.max(initial=-1) + 1, dtype=bool))
 
-    def _group(
-        self,
-        producers: list[tuple[str, np.ndarray]],
-        channel_of: np.ndarray,
-        reason: str,
-        inner: bool,
-        network: Network,
-    ) -> ChannelGroup:
-        name, first_C = producers[0]
-        channels = list(dict.fromkeys(channel_of[first_C].tolist()))
-        number = {channel: index for index, channel in enumerate(channels)}
-        if not reason and len(number) == 1 < len(first_C):
+    def _group(self, entries: dict[str, Entries], reason: str, inner: bool, network: Network) -> ChannelGroup:
+        name, first_C = entries["producers"][0]
+        channels = np.array(list(dict.fromkeys(first_C.tolist())), dtype=np.int64)
+        if not reason and len(channels) == 1 < len(first_C):
             reason = "its channels are tied to each other"
-        for layer, labels_C in producers[1:]:
-            if not reason and set(channel_of[labels_C].tolist()) != set(channels):
+        for layer, channels_C in entries["producers"][1:]:
+            if not reason and set(channels_C.tolist()) != set(channels.tolist()):
                 reason = f"it shares only some of its channels with {layer}"
+        number = np.full(len(network.alive), -1, dtype=np.int64)
+        number[channels] = np.arange(len(channels))
 
-        def places(axis: AxisName, entries: list[tuple[str, np.ndarray]]) -> tuple[Place, ...]:
-            found = []
-            for layer, labels_C in entries:
-                index = np.array([number.get(channel, -1) for channel in channel_of[labels_C].tolist()], dtype=np.int64)
-                if (index >= 0).any():
-                    found.append(Place(layer, axis, index))
-            return tuple(found)
+        def places(axis: AxisName, role: str) -> tuple[Place, ...]:
+            indices = ((layer, number[channels_C]) for layer, channels_C in entries[role])
+            return tuple(Place(layer, axis, index_C) for layer, index_C in indices if (index_C >= 0).any())
 
         return ChannelGroup(
             name=name,
             width=len(channels),
-            producers=places("out", producers),
-            followers=places("out", self.labels.followers),
-            consumers=places("in", self.labels.consumers),
+            producers=places("out", "producers"),
+            followers=places("out", "followers"),
+            consumers=places("in", "consumers"),
             inner=inner,
             frozen=reason,
-            numbers=np.array(channels, dtype=np.int64),
+            numbers=channels,
             network=network,
         )
 

@@ -84,6 +84,8 @@ def train_epoch(
     loop.loader.go_to(epoch - 1, so_far.step)
     if loop.guard is not None:
         loop.guard.begin(state)
+    if state.ema is not None:
+        state.ema.begin()
     first_step, batches = so_far.step, iter(loop.loader)
     for step in range(first_step, steps):
         with loop.ledger.charge("data_wait"):
@@ -190,6 +192,7 @@ def _finish_training(trainer: Trainer, epoch: int) -> None:
     world.average_buffers(state.model)
     if state.ema is not None:
         world.average_buffers(state.ema)
+        state.ema.copy_counters(state.model)
     _act(trainer, epoch, lambda view: trainer.method.epoch_end(epoch, view))
     trainer.so_far.is_trained = True
 

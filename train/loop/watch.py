@@ -1,7 +1,7 @@
 """When to save, stop or give up in the middle of an epoch: looked at about once a second, decided alike by all ranks.
 
-A signal may reach one rank alone, and clocks differ, so the ranks all-reduce what they know; not at every step, but when
-rank 0 says so: it measures how many steps a second takes, and sends the number of steps to the next look along.
+A signal may reach one rank alone, and clocks differ, so the ranks all-reduce what they know. Not at every step, but
+when rank 0 says so: it measures how many steps a second takes, and sends the number of steps to the next look along.
 """
 
 import time
