@@ -4,6 +4,7 @@ import importlib.util
 import re
 import shlex
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from launch import bench, evaluate, export, prepare, prune, report
 from train.checkpoint.file import load_checkpoint
 from train.config import parse_config
 from train.errors import ConfigError
+from train.log.ledger import Kind
 from train.renamed import NEW_NAMES
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -96,6 +98,11 @@ def test_the_entries_of_a_checkpoint_are_those_of_the_page(tmp_path: Path):
     }
     train(tmp_path, train__epochs=1, prune__last_epoch=1)
     assert explained == set(load_checkpoint(tmp_path / "tiny" / "last.pt"))
+
+
+def test_the_kinds_of_seconds_are_those_of_the_ledger():
+    section = TEXT["docs/report.md"].partition("## How seconds become GPU hours")[2].partition("\n## ")[0]
+    assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == list(get_args(Kind))
 
 
 def test_the_page_of_settings_is_current():
