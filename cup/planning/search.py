@@ -12,7 +12,7 @@ from cup.planning.cuts import ChooseWidth, GroupCut, cut_view, plan_from, some_p
 from cup.planning.options import PlanOptions, round_up
 
 REDUCTION_TOLERANCE = 0.01
-"""How far above a target FLOPs reduction a plan may land, relative."""
+"""Relative tolerance around a target FLOPs reduction."""
 
 MOST_PAIRED_GROUPS = 24
 """Networks of up to so many groups are small enough to try all pairs of steps."""
