@@ -74,7 +74,7 @@ class EpochSoFar:
         """
         so_far = ranks[min(world.rank, len(ranks) - 1)]
         so_far = replace(so_far, loss_sum=so_far.loss_sum.to(world.device), skipped=so_far.skipped.to(world.device))
-        # Once an epoch's training has ended, its method has acted: no step comes after that, however many there are now.
+        # Once an epoch's training has ended, its method has acted: no step comes after that.
         step = steps if so_far.is_trained else min(math.floor(so_far.step / batch_ratio), steps)
         if (len(ranks), step) != (world.size, so_far.step):  # other ranks, another batch, or images lost or added
             kept = max(so_far.step - float(so_far.skipped), 1)
