@@ -80,6 +80,19 @@ def test_the_settings_that_it_names_exist(name: str):
     assert unknown == []
 
 
+def test_the_settings_that_the_code_tells_a_user_to_give_exist():
+    known = set(re.findall(r"^\| `([\w.]+)` \|", TEXT["docs/configuration.md"], re.MULTILINE)) | set(NEW_NAMES)
+    sources = [path for room in ("cup", "data", "launch", "train") for path in (ROOT / room).rglob("*.*")]
+    told = {
+        (str(path.relative_to(ROOT)), setting)
+        for path in sources
+        if path.suffix in (".py", ".yaml", ".sh")
+        for setting in re.findall(r"--([a-z]+(?:\.[a-z_]+)+)", path.read_text(encoding="utf-8"))
+    }
+    assert len(told) > 20
+    assert sorted((path, setting) for path, setting in told if setting not in known) == []
+
+
 def test_every_older_name_of_a_setting_is_explained():
     rows = [row.split(" | ") for row in TEXT["docs/methods.md"].splitlines() if row.startswith("| `")]
     renamed = {old: new for old, new in NEW_NAMES.items() if new != old.replace("cup.", "prune.")}

@@ -56,7 +56,7 @@ class World:
     def broadcast(self, value: Any) -> Any:
         """Rank 0's `value` (what JSON can hold) on every rank. All ranks call it."""
         if self.size == 1:
-            return value
+            return json.loads(json.dumps(value))  # what JSON cannot hold fails with one rank as with many
         # JSON in a tensor of bytes: torch's object collectives would unpickle what arrives.
         data = _to_bytes(json.dumps(value).encode()) if self.is_main else None
         length = torch.tensor([0 if data is None else len(data)])

@@ -15,7 +15,7 @@ NEW_RUN = (
 )
 AFTER_NONFINITE = (
     f"lower optim.lr, or take bf16 in place of fp16, {NEW_RUN}, or go on and leave such steps out with "
-    "--train.loop.nonfinite skip"
+    "--train.nonfinite skip"
 )
 AFTER_SKIPPING = f"look at the data, or lower optim.lr {NEW_RUN}"
 

@@ -48,13 +48,13 @@ class Watch:
         self.restart()
 
     def restart(self) -> None:
-        """Look after the next step: what comes now takes another time a step than what was before."""
+        """Look after the next step: the time of a step is about to change."""
         self._steps = 0
         self._steps_to_look = 1
         self._looked_at = self._clock()
 
     def saved(self) -> None:
-        """A checkpoint was written, or tried to be."""
+        """A checkpoint was attempted."""
         self._saved_at = self._clock()
 
     def step(self, is_broken: Callable[[], bool]) -> Decision | None:
@@ -63,7 +63,7 @@ class Watch:
         return self.look(is_broken) if self._steps >= self._steps_to_look else None
 
     def look(self, is_broken: Callable[[], bool] = lambda: False) -> Decision:
-        """What is to be done now; costs one exchange of a few bytes between the hosts."""
+        """Decide what to do now. All ranks call it; one all-reduce of a few bytes on the CPU."""
         broken, now = is_broken(), self._clock()
         save_due, steps_to_look = False, 0
         if self._world.is_main:

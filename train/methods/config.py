@@ -40,5 +40,5 @@ METHODS: dict[str, Callable[[PruneConfig, int, Measured | None], Method]] = {
 
 
 def build_method(config: PruneConfig, epochs: int, measured: Measured | None = None) -> Method:
-    """The method that `config` names, at the beginning of a run. Raises ValueError for settings at odds."""
+    """The method that `config` names, at the beginning of a run. Raises ValueError for settings that conflict."""
     return METHODS[config.method](config, epochs, measured)
