@@ -48,6 +48,11 @@ def lines_of(path: str | Path) -> Iterator[bytes]:
             yield line.removesuffix(b"\n").removesuffix(b"\r")
 
 
+def why_not(error: Exception) -> str:
+    """What the operating system says, without the name, which the caller tells; else the error's own words."""
+    return getattr(error, "strerror", None) or str(error)
+
+
 def refuse_link(path: Path) -> None:
     """DataError if a link stands at a name that is about to be made, replaced or removed."""
     if path.is_symlink():
@@ -75,4 +80,4 @@ def cannot_write(path: Path, error: OSError) -> DataError:
     """The error to raise where a file or folder cannot be written."""
     if error.errno in FULL:
         return DataError(f"{path}: no space left on {path.absolute().parent}: make room, or choose another place")
-    return DataError(f"{path}: cannot be written ({error.strerror or error}): choose another place")
+    return DataError(f"{path}: cannot be written ({why_not(error)}): choose another place")

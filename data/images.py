@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from data.batch import DataError, Split
-from data.files import MOST_IMAGE_BYTES, lines_of, read_bounded
+from data.files import MOST_IMAGE_BYTES, lines_of, read_bounded, why_not
 from data.shards import MANIFEST, MOST_DIGITS, TarPlaces, read_shards
 
 EXCLUDE_FILE = "exclude.txt"
@@ -259,7 +259,7 @@ def _list_lines(file: Path) -> ImageList:
     try:
         lines = [line.decode() for line in _without_mark(lines_of(file))]
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: cannot be read ({error})") from error
+        raise DataError(f"{file}: cannot be read ({why_not(error)})") from error
     for number, line in enumerate(lines, start=1):
         if line.strip():
             *name, class_name = line.strip().rsplit("\t" if "\t" in line else None, maxsplit=1)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from data.batch import DataError, Split
-from data.files import FULL, cannot_write
+from data.files import FULL, cannot_write, why_not
 from data.images import SPLITS, ImageList, in_words, list_splits, numbered_classes, require_schemes
 from data.prepare.atomic import is_there, write_data_set
 from data.prepare.progress import tracked
@@ -115,7 +115,7 @@ def _named_in_errors(tar: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in FULL:
             raise cannot_write(tar.with_suffix(".idx"), error) from error
-        raise DataError(f"{tar}: cannot be indexed ({error})") from error
+        raise DataError(f"{tar}: cannot be indexed ({why_not(error)})") from error
 
 
 def _require_place_for_shards(source: Path, path: Path) -> None:

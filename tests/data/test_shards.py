@@ -508,6 +508,7 @@ def test_keys_may_hold_dots(tmp_path):
     members = {}
     for number, key in enumerate(("set/1.5", "set/1.6", "set/1.6.b", "set/2", "v1.0/a")):
         members |= {f"{key}.jpg": b"pixels %d" % number, f"{key}.cls": b"%d" % number}
+    members["set/1.5."] = b"of no kind"
     for split in ("train", "val"):
         write_members(tmp_path / split, members)
     index_shards(tmp_path)
