@@ -67,7 +67,9 @@ def write_whole(file: Path, content: bytes) -> None:
     unfinished = file.with_name(f".{file.name}.part")
     for path in (file, unfinished):
         refuse_link(path)
-    descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o666)
+    # Never the file that an earlier attempt left: it may have another name elsewhere, or be a pipe by now.
+    unfinished.unlink(missing_ok=True)
+    descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         with os.fdopen(descriptor, "wb") as target:
             target.write(content)

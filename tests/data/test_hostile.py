@@ -138,6 +138,15 @@ def test_a_link_at_an_index_or_a_manifest_is_not_written_through(foreign, victim
     assert f"train/{name}: is a link, to {victim}/{to}, and is" in refused(["index", str(foreign)], capsys)
 
 
+@pytest.mark.parametrize("what", ["another name of a file", "pipe"])
+@pytest.mark.parametrize("name", [".0.idx.part", ".manifest.json.part"])
+def test_what_stands_at_a_working_name_is_replaced_and_not_written_to(foreign, victim, name, what):
+    place = foreign / "train" / name
+    os.mkfifo(place) if what == "pipe" else os.link(victim / "thesis.tex", place)
+    assert index_shards(foreign)
+    assert list_split(foreign, "train").names == ["0.tar/a.jpg"]
+
+
 @pytest.mark.parametrize("name", ["../../victim/backup.tar", "/etc/backup.tar", "..", "", "a\0.tar", "thesis.tex"])
 def test_a_manifest_names_tar_files_in_its_folder_alone(foreign, victim, capsys, name):
     """It used to have an index written beside what it names."""
