@@ -8,6 +8,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -51,6 +52,15 @@ def lines_of(path: str | Path) -> Iterator[bytes]:
 def why_not(error: Exception) -> str:
     """What the operating system says, without the name, which the caller tells; else the error's own words."""
     return getattr(error, "strerror", None) or str(error)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns what the operating system says, inside, of a place that cannot be looked at into a DataError."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{error.filename or path}: cannot be read ({why_not(error)})") from error
 
 
 def refuse_link(path: Path) -> None:
