@@ -26,7 +26,10 @@ from cup.tracing.rules import answers_no_width, arguments_besides_width, is_know
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """One forward pass as a graph; `node.meta` holds "shape" for a tensor, "unknown" for what may hold tensors.
+    """One forward pass as a graph.
+
+    `node.meta` holds "shape" for a tensor, "unknown" where several may be in the value, and "constant": whether it is
+    computed from parameters and buffers alone.
 
     root: the traced copy of the network, with the constants that its code made.
     asked: nodes whose value the code took as a plain number.
@@ -236,6 +239,8 @@ class _Tracer(fx.Tracer):
 
     def _note(self, node: fx.Node, value: Any) -> None:
         node.meta["value"] = value
+        before = node.all_input_nodes
+        node.meta["constant"] = node.op != "placeholder" and all(n.meta["constant"] for n in before)
         if isinstance(value, torch.Tensor):
             node.meta["shape"] = tuple(value.shape)
         elif not isinstance(value, _PLAIN):
