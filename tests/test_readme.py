@@ -60,7 +60,8 @@ def test_every_page_is_reached_from_the_front_page():
 @each_page
 def test_the_files_that_it_names_exist(name: str):
     rooms = r"(?<![\w/-])(?:launch|train|cup|data|tests|results|docs|\.ci)/[\w./-]*\w"
-    missing = sorted(named for named in set(re.findall(rooms, TEXT[name])) if not (ROOT / named).exists())
+    named = set(re.findall(rooms, TEXT[name])) - TO_BE_WRITTEN
+    missing = sorted(file for file in named if not (ROOT / file).exists())
     assert missing == []
 
 
@@ -129,6 +130,10 @@ def test_the_page_of_settings_is_current():
 def test_the_scripts_that_its_commands_start_exist(name: str):
     scripts = [word for line in commands(TEXT[name]) for word in line.split() if word.endswith((".py", ".sh"))]
     assert [script for script in scripts if not (ROOT / script).exists()] == []
+
+
+TO_BE_WRITTEN = {"cup/criteria/read_least.py", "train/methods/one_shot.py"}
+"""The files that docs/extending.md tells how to write."""
 
 
 @pytest.mark.parametrize(

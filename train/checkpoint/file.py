@@ -1,7 +1,7 @@
 """Checkpoints: written whole or not at all, read without executing anything.
 
 One file holds, in the order in which they are needed: which network it is and the plans so far (they rebuild its
-shape), then tensors and the state of everything that has some. A run writes all of it (saving.py); what
+shape), then tensors and the state of everything that has some. A run writes all of it (saver.py); what
 launch/prune.py writes is a network alone: no optimizer, and no configuration where no run trained it.
 
 The file is torch.save's zip archive with a checksum as the archive's comment (`unzip -z last.pt` shows it): a file of
