@@ -281,6 +281,19 @@ def test_tied_weights_stay_tied():
     assert optimizer.state[model.c2.weight]["momentum_buffer"].shape == model.c2.weight.shape
 
 
+def test_a_second_use_that_is_not_followed_freezes_the_layer():
+    model, images = built(Idioms(lambda s, y, x: s.c2(F.relu(s.gate(y))) + s.joined(torch.cat([s.c2(input=y), x], 1))))
+    assert frozen(check_against_twin(model, images))["c2"] == "c2 is called with keywords"
+
+
+def test_layers_that_share_only_a_bias_stay():
+    model, images = built(Idioms(lambda s, y, x: s.norm(s.tied(F.relu(s.c2(y))))))
+    model.tied.bias = model.c2.bias
+    groups = check_against_twin(model, images)
+    assert frozen(groups)["c2"] == "c2 shares a parameter"
+    assert frozen(groups)["tied"] == "tied shares a parameter"
+
+
 class GroupsOfItsOwn(nn.GroupNorm):
     """Gives the function other groups than its own."""
 
