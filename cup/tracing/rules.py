@@ -684,7 +684,7 @@ _FUNCTIONS: dict[Any, Rule] = {
     **dict.fromkeys((operator.mul, operator.imul, torch.mul, "mul", "mul_"), _elementwise),
     **dict.fromkeys((operator.truediv, torch.div, "div", "div_"), _elementwise),
     **dict.fromkeys((operator.pow, operator.ipow, torch.pow, "pow", "pow_"), _elementwise),
-    **dict.fromkeys((torch.maximum, torch.minimum, "maximum", "minimum", torch.max, torch.min), _elementwise),
+    **dict.fromkeys((torch.maximum, torch.minimum, "maximum", "minimum"), _elementwise),
     **dict.fromkeys((operator.gt, operator.ge, operator.lt, operator.le), _elementwise),
     **dict.fromkeys((torch.where, torch.lerp, "lerp", "where"), _elementwise),
     **dict.fromkeys((torch.addcmul, torch.addcdiv, "addcmul", "addcdiv"), _add),

@@ -10,11 +10,13 @@ number, and nothing tells a 64 that is a width from a 64 that is something else.
 
 import dataclasses
 import operator
+import random
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
@@ -53,7 +55,8 @@ class Trace:
         name = node.target.rpartition(".")[2]
         if name in self.root.get_submodule(node.target.rpartition(".")[0])._buffers:
             return str(node.target)
-        return f"a constant {tuple(value.shape)} {'' if value.is_meta else value.tolist()}"
+        entries = b"" if value.is_meta else value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return f"a constant {tuple(value.shape)} {hash(entries)}"
 
 
 def trace_forward(twin: nn.Module, sample: Sample, hooked: Collection[str] = ()) -> Trace:
@@ -64,7 +67,7 @@ def trace_forward(twin: nn.Module, sample: Sample, hooked: Collection[str] = ())
     """
     tracer = _Tracer(meta_input(sample, batch=2), hooked)
     try:
-        with _recorded_factories(tracer):
+        with _recorded_factories(tracer), _same_chance():
             graph = tracer.trace(twin)
     except Exception as error:  # whatever a network's own code raises on stand-ins
         refusal = None if isinstance(error, fx.proxy.TraceError) else _refusal(twin, sample)
@@ -83,6 +86,21 @@ def _refusal(twin: nn.Module, sample: Sample) -> Exception | None:
     except Exception as error:
         return error
     return None
+
+
+@contextmanager
+def _same_chance() -> Iterator[None]:
+    """Code that throws dice (stochastic depth in Python) does the same in every trace; the caller's dice stay."""
+    python, array = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            random.seed(0)
+            np.random.seed(0)
+            torch.default_generator.manual_seed(0)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(array)
 
 
 @contextmanager

@@ -91,8 +91,16 @@ class _Walk:
                 return self._as_before(layer, operation.value, result) if has_width(module) else result
             reason = f"{title(node)} is not followed"
         self.labels.freeze(inputs, reason)
+        if layer is not None:
+            self.labels.freeze(self.first_use.get(self._weight(layer), ()), reason)
+            self.first_use[self._weight(layer)] = (None, None)
         self._freeze_output(layer, reason)
         return None
+
+    def _weight(self, layer: str) -> int | str:
+        """What tells the layer from all others, but for those that have its weight."""
+        weight = getattr(self.twin.get_submodule(layer), "weight", None)
+        return layer if weight is None else id(weight)
 
     def _read(self, node: fx.Node) -> Channels | None:
         """A free parameter or buffer with one long axis has channels: those of the values that it is combined with."""
@@ -107,8 +115,7 @@ class _Walk:
 
     def _as_before(self, layer: str, value: Channels | None, result: Channels | None) -> Channels | None:
         """Where the layer, or another with its weight, ran before: tie what it reads and gives to what it did then."""
-        weight = getattr(self.twin.get_submodule(layer), "weight", None)
-        key = layer if weight is None else id(weight)
+        key = self._weight(layer)
         if key not in self.first_use:
             self.first_use[key] = (value, result)
             return result
@@ -148,21 +155,21 @@ class _Walk:
         ]
 
     def _shared_layers(self) -> set[str]:
-        """Layers that share a parameter or buffer with something else than a layer of their kind.
+        """Layers that share a parameter or buffer with something else than a layer of their kind with the same weight.
 
         Scalars (a batch norm's count of batches) are nothing to share: they have no channels.
         """
         layers = {layer: self.twin.get_submodule(layer) for layer in self.layer_of.values() if layer is not None}
         tensors = [(name, tensor) for name, tensor in self._named_tensors() if tensor.dim() > 0]
-        users: dict[int, set[tuple[Any, str]]] = {}
+        users: dict[int, set[tuple[Any, ...]]] = {}
         for name, tensor in tensors:
             owner, _, attribute = name.rpartition(".")
-            kind = type(layers[owner]) if owner in layers else name
-            users.setdefault(id(tensor), set()).add((kind, attribute))
+            user = (type(layers[owner]), attribute, self._weight(owner)) if owner in layers else (name,)
+            users.setdefault(id(tensor), set()).add(user)
         for node in self.nodes:
             if node.op == "get_attr" and not all(map(self._is_in_layer, node.users)):
                 tensor = operator.attrgetter(node.target)(self.twin)
-                users.setdefault(id(tensor), set()).add(("something that reads it as a tensor", ""))
+                users.setdefault(id(tensor), set()).add(("something that reads it as a tensor",))
         return {
             owner
             for name, tensor in tensors

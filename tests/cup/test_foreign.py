@@ -1,9 +1,11 @@
 """Other people's networks: code that no network of ours has, each kind at its smallest. Twins in float64."""
 
 import copy
+import random
 from dataclasses import dataclass
 from types import MethodType
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -108,6 +110,30 @@ def test_a_convolution_that_scales_by_its_width_keeps_what_it_reads():
 
 def test_a_comparison_of_widths_that_shrink_together_freezes_nothing():
     assert set(frozen(check_against_twin(*built(Chain(alike))))) == {"fc"}
+
+
+def test_code_that_throws_dice_is_traced_alike_each_time_and_moves_nobodys_dice():
+    def dice(s, y):
+        return y * 2 if random.random() + np.random.rand() + float(torch.rand(())) > 1.5 else y
+
+    model = Chain(dice)
+    for _ in range(8):
+        random.random()
+        before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+        assert set(frozen(cup.channel_groups(model, torch.empty(1, 3, 8, 8)))) == {"fc"}
+        assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
+
+
+@pytest.mark.parametrize(
+    ("middle", "reason"),
+    [
+        (lambda s, y: y.flatten(2).view(len(y), 16, 8, 8), "view to a fixed size 16"),
+        (lambda s, y: y.flatten(2).view(len(y), y.shape[1] * 1, 8, 8), "view to a size that is computed"),
+        (lambda s, y: y * torch.max(y), "max is not followed"),
+    ],
+)
+def test_the_reason_is_true(middle, reason):
+    assert frozen(check_against_twin(*built(Chain(middle))))["c1"] == reason
 
 
 # --- code that asks for sizes ---
@@ -253,6 +279,19 @@ def test_tied_weights_stay_tied():
     model(images).sum().backward()
     optimizer.step()
     assert optimizer.state[model.c2.weight]["momentum_buffer"].shape == model.c2.weight.shape
+
+
+def test_a_second_use_that_is_not_followed_freezes_the_layer():
+    model, images = built(Idioms(lambda s, y, x: s.c2(F.relu(s.gate(y))) + s.joined(torch.cat([s.c2(input=y), x], 1))))
+    assert frozen(check_against_twin(model, images))["c2"] == "c2 is called with keywords"
+
+
+def test_layers_that_share_only_a_bias_stay():
+    model, images = built(Idioms(lambda s, y, x: s.norm(s.tied(F.relu(s.c2(y))))))
+    model.tied.bias = model.c2.bias
+    groups = check_against_twin(model, images)
+    assert frozen(groups)["c2"] == "c2 shares a parameter"
+    assert frozen(groups)["tied"] == "tied shares a parameter"
 
 
 class GroupsOfItsOwn(nn.GroupNorm):
