@@ -27,6 +27,7 @@ from train.build import _data_notes, _fitted
 from train.checkpoint.file import CheckpointError, load_checkpoint, save_checkpoint
 from train.cli import exit_code_of
 from train.config import RunConfig, parse_config
+from train.config_file import create_run_dir
 from train.errors import ConfigError, TrainError
 from train.log.ledger import Ledger
 from train.log.rundir import RunDir, read_log
@@ -40,7 +41,7 @@ from train.network.models import build_model
 from train.network.optim import OptimConfig, build_optimizer, learning_rate, reset_state
 from train.network.precision import Precision
 from train.network.state import TrainState
-from train.start import create_run_dir, find_run_dir
+from train.start import find_run_dir
 from train.world import World, _attempt, announce_failure, explain_lost_rank, open_world
 
 
@@ -285,7 +286,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(CheckpointError, match="No space left"):
+    with pytest.raises(CheckpointError, match="no space left"):
         save_checkpoint(path, {"epoch": 2})
     monkeypatch.undo()
     assert torch.load(path, weights_only=True)["epoch"] == 1  # no whole checkpoint, which load_checkpoint would ask for
@@ -350,7 +351,7 @@ def config_in(root: Path, **changes: str) -> RunConfig:
 def choose_run_dir(config: RunConfig) -> RunDir:
     """What a run does at its start."""
     run_dir = find_run_dir(config)
-    create_run_dir(run_dir, config)
+    create_run_dir(run_dir, config, run_id=None)
     return run_dir
 
 
@@ -414,8 +415,8 @@ def test_a_kill_while_the_configuration_is_written_is_no_obstacle(tmp_path: Path
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "replace", full_disk)
-    with pytest.raises(TrainError, match="No space left"):
-        create_run_dir(RunDir(tmp_path / "other"), config_in(tmp_path))
+    with pytest.raises(TrainError, match="no space left"):
+        create_run_dir(RunDir(tmp_path / "other"), config_in(tmp_path), run_id=None)
     assert not list((tmp_path / "other").iterdir())
 
 
@@ -432,10 +433,10 @@ def test_two_processes_cannot_write_one_log(tmp_path: Path):
     first = JsonLines(tmp_path / "log.jsonl")
     first.write({"event": "run"})
     with pytest.raises(TrainError, match="another process"):
-        JsonLines(tmp_path / "log.jsonl", keep_bytes=0)
+        JsonLines(tmp_path / "log.jsonl")
     assert read_log(tmp_path / "log.jsonl") == [{"event": "run"}]
     first.close()
-    JsonLines(tmp_path / "log.jsonl", keep_bytes=0).close()
+    JsonLines(tmp_path / "log.jsonl").close()
     assert read_log(tmp_path / "log.jsonl") == []
 
 
