@@ -1,5 +1,6 @@
 """From a configuration and a start to a trainer that is complete."""
 
+import copy
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cup import REDUCTION_TOLERANCE, complexity, has_reached, prunable_groups
@@ -184,6 +186,7 @@ def _build_parts(config: RunConfig, world: World, classes: Sequence[str] | None)
         smallest = train_size(config.data, 0)
         example = dataclasses.replace(architecture, input_shape=(channels, smallest, smallest)).example_input()
         complexity(model, example)
+    require_trainable(model, config, world.size)
     model.to(world.device, memory_format=MEMORY_FORMAT)
     torch.manual_seed(config.run.seed + world.rank)  # dropout differs between ranks
     torch.backends.cudnn.benchmark = world.device.type == "cuda"
@@ -194,6 +197,28 @@ def _build_parts(config: RunConfig, world: World, classes: Sequence[str] | None)
     precision = Precision(config.train.precision, world.device)
     state = TrainState(model, model, build_optimizer(model, config.optim), precision, ema)
     return _Parts(architecture, train_loader, val_loader, resizer, state)
+
+
+def require_trainable(model: nn.Module, config: RunConfig, ranks: int) -> None:
+    """Raises ConfigError if batch norm would see a single value a channel, of which there is no deviation.
+
+    That is one image a piece where the maps are 1 x 1, with the smallest images of the run.
+    """
+    local = config.data.batch_size // ranks
+    if local // min(config.train.accumulate, local) > 1:
+        return
+    side = train_size(config.data, 0)
+    try:
+        with torch.no_grad():
+            copy.deepcopy(model).to("meta").train()(torch.zeros(1, config.data.channels, side, side, device="meta"))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ConfigError(
+            f"data.batch_size: found {config.data.batch_size}, which on {ranks} ranks with train.accumulate "
+            f"{config.train.accumulate} makes pieces of one image, and batch norm at 1 x 1 maps needs two: raise "
+            "data.batch_size or lower train.accumulate"
+        ) from error
 
 
 def _begin(

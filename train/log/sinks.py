@@ -208,7 +208,7 @@ class TensorBoard:
         self._print_failure, threading.excepthook = threading.excepthook, self._thread_failed
 
     def write(self, event: Event) -> None:
-        if event["event"] == "run":
+        if event["event"] == "run" and "config" in event:  # a log of the oldest version lacks it
             self._writer.add_text("config", f"```\n{yaml.safe_dump(event['config'], sort_keys=False)}```")
         elif event["event"] == "epoch":
             self._write_epoch(event)
