@@ -105,7 +105,7 @@ def cut_run(folder: Path, ranks: int, model: Undisturbed, at_s: float) -> dict[s
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cuts", type=int, default=20)
+    parser.add_argument("--cuts", type=int, default=20, help="that hit a run before its end")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--out", type=Path, help="JSON")
@@ -117,10 +117,12 @@ def main() -> int:
     generator, runs = random.Random(options.seed), []
     with tempfile.TemporaryDirectory() as folder:
         model = undisturbed(Path(folder) / "undisturbed", options.ranks)
-        for number in range(options.cuts):
-            at_s = generator.uniform(0.1, 1) * model.seconds
-            runs.append(cut_run(Path(folder) / f"run-{number}", options.ranks, model, at_s))
-            print(number + 1, runs[-1], flush=True)
+        latest = model.seconds
+        while sum(run["was_running"] for run in runs) < options.cuts:
+            at_s = generator.uniform(0.1, 1) * latest
+            runs.append(cut_run(Path(folder) / f"run-{len(runs)}", options.ranks, model, at_s))
+            latest = latest if runs[-1]["was_running"] else at_s
+            print(len(runs), runs[-1], flush=True)
     if options.out:
         machine = {"python": platform.python_version(), "torch": torch.__version__, "kernel": platform.release()}
         source = {"commit": commit(), "seed": options.seed, "undisturbed_s": round(model.seconds, 1)}

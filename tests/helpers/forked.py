@@ -33,6 +33,8 @@ import launch.train  # noqa: E402, F401
 import train.cli  # noqa: E402
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+NOBODY = 65534
+"""An ordinary user, for whom something can be unreadable."""
 # Long enough for a rank that has lost another to say so (train/cli.py lets it linger).
 ENDS_WITHIN_S = 20
 
@@ -172,6 +174,10 @@ def serve() -> None:
         def in_rank(rank: int, request: dict = request) -> None:
             os.chdir(request["cwd"])
             os.environ.update(request["env"])
+            if request["as_nobody"]:
+                os.setgroups([])
+                os.setgid(NOBODY)
+                os.setuid(NOBODY)
 
         output, errors = Path(request["output"]), Path(request["errors"])
         running = Ranks(request["arguments"], request["ranks"], output, in_rank, errors, request["script"])

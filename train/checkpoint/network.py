@@ -62,12 +62,9 @@ def load_network(path: Path) -> StoredNetwork:
     content = load_checkpoint(path)
     try:
         architecture = stored_architecture(content)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    model = build_model(architecture.name, architecture.num_classes)
-    dense = cup.complexity(model, architecture.example_input())
-    plans = stored_plans(content)
-    try:
+        model = build_model(architecture.name, architecture.num_classes)
+        dense = cup.complexity(model, architecture.example_input())
+        plans = stored_plans(content)
         # Only a network that was cut has to be one that can be traced.
         groups = cup.channel_groups(model, architecture.example_input()) if plans else []
         for plan in plans:

@@ -1,5 +1,6 @@
 """The seconds of a run so far, written every second by a thread, so that a killed process is in the account."""
 
+import errno
 import json
 import math
 import threading
@@ -64,12 +65,18 @@ def read_alive(path: Path) -> tuple[dict[str, float] | None, str | None]:
     except FileNotFoundError:
         return None, None
     except OSError as error:
+        if error.errno == errno.EFBIG:
+            return None, _no_word(path)
         raise TrainError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError):
         alive = None
     if not fits(alive, {"wall_s": float, "rank_s": float, "at": float}) or not _is_possible(alive):
-        return None, f"{path} does not say seconds that a run can have spent: what it stands for is not counted as lost"
+        return None, _no_word(path)
     return {"at": -math.inf, **alive}, None
+
+
+def _no_word(path: Path) -> str:
+    return f"{path} does not say seconds that a run can have spent: what it stands for is not counted as lost"
 
 
 def _is_possible(alive: dict[str, Any]) -> bool:

@@ -81,6 +81,7 @@ EVENTS = {
     },
     "done": {
         **COST,
+        "directory": str,
         **{f"dense_{key}": float for key in ("flops", "macs", "params")},
         "epoch": EPOCH,
         "top1": float,
