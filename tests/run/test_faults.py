@@ -5,10 +5,9 @@ import os
 import shutil
 import socket
 import stat
-import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -204,32 +203,30 @@ def test_a_garbage_line_is_refused_with_the_way_out(root: Path, undisturbed: lis
 # Files that cannot be read
 
 
-@pytest.fixture
-def shared(original: Path) -> Iterator[Path]:
-    """The root of a copy that belongs to an ordinary user, where that user may go."""
-    with tempfile.TemporaryDirectory() as folder:
-        shutil.copytree(original / "tiny", Path(folder) / "tiny")
-        for path in (Path(folder), *Path(folder).rglob("*")):
-            if os.geteuid() == 0:
-                os.chown(path, 65534, 65534)
-        yield Path(folder)
-
-
 @pytest.mark.parametrize("name", ["last.pt", "config.yaml", "log.jsonl", "alive.json"])
-def test_what_a_user_may_not_read_is_told_and_nothing_is_moved(shared: Path, name: str):
-    before = contents(shared)
-    (shared / "tiny" / name).chmod(0)
-    recipe = options(**BROKEN_OFF, run__root=shared)
-    Path(shared / "tiny.yaml").write_text(TINY.read_text())
-    recipe[1] = str(shared / "tiny.yaml")
-    (shared / "tiny.yaml").chmod(0o644)
-    result = launch("launch/train.py", recipe, shared, as_nobody=True)
+def test_what_a_user_may_not_read_is_told_and_nothing_is_moved(root: Path, name: str):
+    before = contents(root)
+    (root / "tiny" / name).chmod(0)
+    result = launch("launch/train.py", options(**BROKEN_OFF, run__root=root), root, is_ordinary=True)
     assert result.returncode == 1, result.stderr
     [line] = result.stderr.splitlines()
-    assert f"cannot read {shared}/tiny/{name}: Permission denied" in line
-    (shared / "tiny.yaml").unlink()
-    assert contents(shared) == before
-    assert stat.S_IMODE((shared / "tiny" / name).stat().st_mode) == 0
+    assert f"cannot read {root}/tiny/{name}: Permission denied" in line
+    assert contents(root) == before
+    assert stat.S_IMODE((root / "tiny" / name).stat().st_mode) == 0
+
+
+@pytest.mark.parametrize("folder", ["runs", "runs/tiny"])
+def test_a_folder_that_may_not_be_looked_into_is_told(root: Path, folder: str):
+    (root / "runs").mkdir()
+    (root / "tiny").rename(root / "runs/tiny")
+    before = contents(root)
+    (root / folder).chmod(0)
+    result = launch("launch/train.py", options(**BROKEN_OFF, run__root=root / "runs"), root, is_ordinary=True)
+    (root / folder).chmod(0o755)
+    assert result.returncode == 1, result.stderr
+    [line] = result.stderr.splitlines()
+    assert f"cannot look into {root}/runs: " in line and "Permission denied" in line
+    assert contents(root) == before
 
 
 def test_an_error_of_the_drive_is_no_damage(root: Path, monkeypatch: pytest.MonkeyPatch):
@@ -484,6 +481,17 @@ def launch_ascii(arguments: list[str], cwd: Path) -> Any:
 
     ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
     return start("launch/train.py", arguments, cwd, **ascii_only)
+
+
+def test_batch_norm_of_one_value_a_channel_is_a_line_before_training(tmp_path: Path, capfd: pytest.CaptureFixture):
+    """ResNet-18's last maps are 1 x 1 for images of 32 pixels."""
+    small = {"model__name": "resnet18", "data__channels": 3, "data__image_size": 32, "data__resize_size": 32}
+    small |= {"prune__method": "none", "run__root": tmp_path, "train__epochs": 1}
+    for changes in ({"data__batch_size": 1}, {"data__batch_size": 5, "train__accumulate": 3}):
+        assert launch_train.main(options(**small, **changes)) == 2
+        [line] = capfd.readouterr().err.splitlines()
+        assert "data.batch_size: found" in line and "batch norm" in line
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -142,10 +142,22 @@ def made_step(config: TrainConfig) -> tuple[nn.Module, float]:
 
 def test_a_batch_in_pieces_makes_the_step_of_the_whole_batch():
     whole, loss = made_step(TrainConfig())
-    pieces, loss_of_pieces = made_step(TrainConfig(accumulate=3))  # 3 + 3 + 1 images
+    pieces, loss_of_pieces = made_step(TrainConfig(accumulate=3))  # 3 + 2 + 2 images
     assert loss_of_pieces == pytest.approx(loss, rel=1e-6)
     for one, other in zip(whole.parameters(), pieces.parameters(), strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_pieces_are_as_even_as_can_be():
+    """Batch norm takes a piece at a time, and of one value a channel there is no deviation."""
+    sizes: list[int] = []
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    optimizer = build_optimizer(model, OptimConfig(lr=0.5))
+    state = TrainState(model, model, optimizer, Precision("fp32", torch.device("cpu")))
+    for images, pieces in ((13, 4), (2, 5)):
+        training_step(state, torch.randn(images, 3, 2, 2), torch.arange(images) % 3, TrainConfig(accumulate=pieces))
+    assert sizes == [4, 3, 3, 3, 1, 1]
 
 
 def test_gradients_are_clipped_to_the_norm_asked_for():
