@@ -221,6 +221,9 @@ def differing_keys(one: dict[str, Any], other: dict[str, Any], prefix: str = "")
 
 def _section(name: str, kind: type[T], values: dict[str, Any]) -> T:
     """The dataclass of these values, with the dataclasses inside it. `name`: dotted, for errors."""
+    for key, value in values.items():
+        if any(isinstance(one, float) and not math.isfinite(one) for one in (value, *_entries(value))):
+            raise ConfigError(f"{name}.{key}: found {value!r}, allowed: finite numbers")
     inner = {f.name: f.default_factory for f in dataclasses.fields(kind) if dataclasses.is_dataclass(f.default_factory)}
     try:
         settings = {
@@ -232,6 +235,10 @@ def _section(name: str, kind: type[T], values: dict[str, Any]) -> T:
         raise ConfigError(f"{name}.{error}") from error
     except TypeError as error:
         raise ConfigError(f"{name}: a configuration of another version ({error})") from error
+
+
+def _entries(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, list | tuple) else ()
 
 
 def _of_data(*names: str) -> list[str]:

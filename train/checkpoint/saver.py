@@ -13,14 +13,15 @@ from torch import nn
 from train.checkpoint.file import save_checkpoint
 from train.checkpoint.network import plans_to_store
 from train.config import RunConfig
+from train.config_file import create_run_dir
 from train.errors import TrainError
+from train.files import why_unwritten
 from train.log.rundir import RunDir
 from train.loop.nonfinite import AFTER_NONFINITE
 from train.loop.progress import Progress
 from train.loop.trainer import Trainer
 from train.network.models import Architecture
 from train.network.widths import AllowedWidths
-from train.start import create_run_dir
 
 
 class Saver:
@@ -30,6 +31,7 @@ class Saver:
         self,
         config: RunConfig,
         run_dir: RunDir,
+        run_id: str | None,
         architecture: Architecture,
         global_batch_size: int,
         allowed_widths: AllowedWidths | None,
@@ -42,7 +44,7 @@ class Saver:
         self._config = config
         self._global_batch_size = global_batch_size
         self._allowed_widths = allowed_widths
-        self._run_dir = run_dir
+        self._run_dir, self._run_id = run_dir, run_id
         self._architecture = architecture
         self._best = _best(progress)  # what lies in best.pt
         self.failure = ""
@@ -75,7 +77,7 @@ class Saver:
             raise TrainError(f"the weights are not finite after step {trainer.progress.step}: {AFTER_NONFINITE}")
         wrote_best, failures = False, []
         try:
-            create_run_dir(self._run_dir, self._config)  # which may have gone since
+            create_run_dir(self._run_dir, self._config, self._run_id)  # which may have gone since
             trainer.sinks.sync_log()
             content = self._content(trainer, ranks)
             if is_best:
@@ -89,7 +91,8 @@ class Saver:
         except TrainError as error:
             failures.append(str(error))
         except OSError as error:  # what a network drive answers to the simplest question: EIO, ESTALE, EACCES
-            failures.append(f"could not write in {self._run_dir.path}: {error}")
+            why = why_unwritten(error, self._run_dir.log)
+            failures.append(f"could not write in {self._run_dir.path}: {why}")
         return {"best": wrote_best, "failures": failures}
 
     def _content(self, trainer: Trainer, ranks: list[dict[str, Any]]) -> dict[str, Any]:
@@ -97,7 +100,9 @@ class Saver:
         buffers = [rank["buffers"] or {"model": {}, "ema": {}} for rank in ranks]
         return {
             "architecture": dataclasses.asdict(self._architecture),
+            "run_id": self._run_id,
             "config": self._config.to_dict(),
+            "classes": trainer.loop.loader.classes and list(trainer.loop.loader.classes),
             "plans": plans_to_store(trainer.resizer.plans),
             "widths": trainer.resizer.widths,
             "allowed_widths": self._allowed_widths,
@@ -105,7 +110,7 @@ class Saver:
             "progress": dict(vars(trainer.progress)),
             "batch_size": self._global_batch_size,
             "gpu_hours": None if before is None else before + trainer.ledger.gpu_hours(trainer.ledger.total_s),
-            "log_bytes": trainer.sinks.log_bytes,
+            "log": trainer.sinks.log_text,
             "model": _with_means(state.model.state_dict(), [own["model"] for own in buffers]),
             "ema": state.ema and _with_means(state.ema.state_dict(), [own["ema"] for own in buffers]),
             "optimizer": state.optimizer.state_dict(),

@@ -210,7 +210,6 @@ def _evaluate(trainer: Trainer, epoch: int) -> Evaluation:
 def _act(trainer: Trainer, epoch: int, decide: Decide) -> Outcome | None:
     """Carry out what the method decides, and write what was done."""
     ledger, progress = trainer.ledger, trainer.progress
-    trainer.watch.heartbeat()
     started = ledger.seconds["resize"]
     with ledger.charge("resize"):
         outcome = trainer.resizer.act(decide, trainer.state, trainer.world)
@@ -219,7 +218,6 @@ def _act(trainer: Trainer, epoch: int, decide: Decide) -> Outcome | None:
             trainer.world.on_every_rank(lambda: trainer.method.acted(outcome.action, view))
         trainer.world.synchronize()
     seconds = ledger.seconds["resize"] - started
-    trainer.watch.heartbeat()
     if outcome is None:
         return None
     plan = outcome.action.plan
