@@ -103,6 +103,8 @@ def _check_not_in_ddp(model: nn.Module) -> None:
 
 def _is_in_ddp(model: nn.Module) -> bool:
     """By the class's home, for nothing here imports it: the wrapper knows the model, but not the model its wrapper."""
+    if not any(type(holder) is dict and holder.get("module") is model for holder in gc.get_referrers(model)):
+        return False  # no wrapper of any kind: looking at the type of every object takes much longer
     return any(
         type(thing).__module__ == "torch.nn.parallel.distributed" and getattr(thing, "module", None) is model
         for thing in gc.get_objects()

@@ -290,7 +290,7 @@ def explain_lost_rank(error: Exception) -> str | None:
 
     The message is that rank's own error where it left one (`announce_failure`).
     """
-    signs = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    signs = ("gloo", "remote worker", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
     if not isinstance(error, dist.DistError) and not (
         isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
     ):

@@ -351,7 +351,7 @@ def test_a_finished_run_is_not_begun_again_by_the_job_that_finished_it(
     first = begin(tmp_path, run__resume="never")
     capsys.readouterr()
     assert begin(tmp_path, run__resume="never")["time_s"] == first["time_s"]
-    assert f"{tmp_path / 'tiny'} is finished" in capsys.readouterr().out
+    assert f"{tmp_path / 'tiny'} was finished by this job" in capsys.readouterr().out
     assert not (tmp_path / "tiny-2").exists()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # torchrun without --rdzv-id: any job may be called so
     assert RunDir(Path(begin(tmp_path)["directory"])).path == tmp_path / "tiny-2"
