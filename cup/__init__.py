@@ -19,12 +19,11 @@ from cup.planning import (
     plan_by_counts,
     plan_by_reduction,
     plan_by_threshold,
-    prunable_groups,
     reduction_at,
     threshold_at,
 )
 from cup.surgery import ParameterChange, Resized, apply_plan, shrink_to, zero_filters
-from cup.tracing.groups import ChannelGroup, Place
+from cup.tracing.groups import ChannelGroup, Place, prunable_groups
 from cup.tracing.trace import channel_groups
 
 __all__ = [

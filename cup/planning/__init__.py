@@ -1,6 +1,6 @@
 """Which channels stay: planners that turn rankings into a plan, and the schedules that say when and how hard to cut."""
 
-from cup.planning.cuts import GroupCut, cut_groups, prunable_groups
+from cup.planning.cuts import GroupCut, cut_groups
 from cup.planning.options import PlanOptions, round_up
 from cup.planning.planners import plan_by_counts, plan_by_reduction, plan_by_threshold
 from cup.planning.schedule import has_reached, is_cut_epoch, reduction_at, threshold_at
@@ -16,7 +16,6 @@ __all__ = [
     "plan_by_counts",
     "plan_by_reduction",
     "plan_by_threshold",
-    "prunable_groups",
     "reduction_at",
     "round_up",
     "threshold_at",
