@@ -82,6 +82,7 @@ def build_run(config: RunConfig, start: Start, world: World, ledger: Ledger, sto
     begun = world.on_every_rank(lambda: _begin(fitted, stored, source, parts, ledger, world))
     allowed_widths, width_notes = _allowed_widths(fitted, begun, parts, world)
     method = build_method(fitted.prune, fitted.train.epochs, allowed_widths)
+    method.begin(parts.resizer.view(parts.state.model))
     if stored is not None:
         world.on_every_rank(lambda: restore_method(stored, method, fitted.prune.method))
     compiler = _build_compiler(fitted, method, parts)

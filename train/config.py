@@ -24,7 +24,7 @@ from data import DataConfig
 from data.batch import DECODING_ON_GPU, ON_DISK
 from train.errors import ConfigError
 from train.loop.config import TrainConfig
-from train.methods import PruneConfig
+from train.methods import METHODS, PruneConfig
 from train.network.models import check_model_name
 from train.network.optim import OptimConfig
 from train.renamed import NEW_NAMES, options_with_new_names, with_new_names
@@ -131,6 +131,8 @@ class RunConfig:
         of_a_method = [key for key in all_settings() if key.startswith("prune.") and key != "prune.method"]
         rules = [
             (not prune.shrinks, of_a_method, "prune.method: none"),
+            (prune.shrinks, _of_other_methods(prune.method), f"prune.method: {prune.method}"),
+            (prune.method == "prune_train", ["prune.criterion"], "prune.method: prune_train, which has its own"),
             (prune.criterion != "cup", ["prune.features", "prune.use_bias"], f"prune.criterion: {prune.criterion}"),
             (prune.hard_ramp.kind == "reduction", RAMP_IN_T, "prune.hard_ramp.kind: reduction"),
             (self.optim.schedule == "cosine", ["optim.milestones", "optim.gamma"], "optim.schedule: cosine"),
@@ -232,6 +234,12 @@ def _section(name: str, kind: type[T], values: dict[str, Any]) -> T:
         raise ConfigError(f"{name}.{error}") from error
     except TypeError as error:
         raise ConfigError(f"{name}: a configuration of another version ({error})") from error
+
+
+def _of_other_methods(method: str) -> list[str]:
+    """The settings that only methods other than this one have."""
+    sections = [f"prune.{name}." for name in METHODS if name != method]
+    return [key for key in all_settings() if key.startswith(tuple(sections))]
 
 
 def _of_data(*names: str) -> list[str]:

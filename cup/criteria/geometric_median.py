@@ -17,7 +17,7 @@ from cup.tracing.groups import ChannelGroup, Masks
 class GeometricMedian:
     """The filter whose Euclidean distances to all others have the smallest sum goes first, ties from the highest id.
 
-    Others can stand in for a filter in the middle of them (the paper, equation 6). Heights are those sums. A filter is
+    Others can stand in for a filter in the middle of them. Heights are those sums. A filter is
     all weights that write a channel, in all conv and linear layers of the group together; what reads channels that are
     gone already is left out. The paper's optional first stage, by norm, is not part of it.
     """

@@ -18,7 +18,7 @@ class MaxAbs:
 
     Heights are those weights. They count all conv and linear layers that write or read the group, so a cut at height t
     removes a channel only if none of its weights is above t in any of them; of a residual stream the union of the
-    layers' live channels stays (the paper, section 4.2). Connections to channels that are gone already are left out.
+    layers' live channels stays, as in the paper. Connections to channels that are gone already are left out.
     """
 
     def rank(self, group: ChannelGroup, view: View, masks: Masks) -> Ranking:

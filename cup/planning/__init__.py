@@ -5,6 +5,7 @@ from cup.planning.options import PlanOptions, round_up
 from cup.planning.planners import plan_by_counts, plan_by_reduction, plan_by_threshold
 from cup.planning.schedule import has_reached, is_cut_epoch, reduction_at, threshold_at
 from cup.planning.search import REDUCTION_TOLERANCE
+from cup.planning.uniform import uniform_widths, uniform_widths_at
 
 __all__ = [
     "REDUCTION_TOLERANCE",
@@ -19,4 +20,6 @@ __all__ = [
     "reduction_at",
     "round_up",
     "threshold_at",
+    "uniform_widths",
+    "uniform_widths_at",
 ]
