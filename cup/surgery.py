@@ -81,17 +81,18 @@ def shrink_to(model: nn.Module, widths: Mapping[str, int], example_input: torch.
 def plan_first_channels(groups: Sequence[ChannelGroup], widths: Mapping[str, int]) -> PrunePlan:
     """The plan that `shrink_to` applies: every named group keeps its first channels, the others all of theirs.
 
-    Raises CupError for an unknown group or a width outside 1..the width now.
+    Raises CupError for an unknown or frozen group and for a width outside 1..the width now.
     """
-    known = {group.name: group.width for group in groups}
+    known = {group.name: group for group in groups}
     for name, width in widths.items():
         if name not in known:
             raise CupError(f"no channel group {name!r} in this network; there are: {', '.join(known)}")
-        if not 1 <= width <= known[name]:
-            raise CupError(f"width of {name}: found {width}, allowed: 1 to {known[name]}")
-    return PrunePlan(
-        {name: tuple(range(width)) for name, width in widths.items()}, {name: known[name] for name in widths}
-    )
+        if not 1 <= width <= known[name].width:
+            raise CupError(f"width of {name}: found {width}, allowed: 1 to {known[name].width}")
+        if known[name].frozen and width < known[name].width:
+            raise CupError(f"{name} must keep its width: {known[name].frozen}")
+    kept = {name: tuple(range(width)) for name, width in widths.items()}
+    return PrunePlan(kept, {name: known[name].width for name in widths})
 
 
 def zero_filters(model: nn.Module, plan: PrunePlan, groups: Sequence[ChannelGroup]) -> None:

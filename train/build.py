@@ -31,6 +31,7 @@ from train.loop.progress import Progress
 from train.loop.trainer import Trainer, TrainLoop
 from train.loop.watch import Watch
 from train.methods import Method, PruneConfig, build_method
+from train.narrowing import plan_narrowing
 from train.network.compiling import BlockCompiler
 from train.network.models import Architecture, build_model
 from train.network.optim import build_optimizer
@@ -166,7 +167,8 @@ def _build_parts(config: RunConfig, world: World) -> _Parts:
     )
     model = build_model(architecture.name, architecture.num_classes)
     prune = config.prune
-    resizer = Resizer(model, architecture.example_input(), prune.scope if prune.shrinks else None, prune.momentum)
+    changes_widths = prune.shrinks or config.model.narrowed is not None
+    resizer = Resizer(model, architecture.example_input(), prune.scope if changes_widths else None, prune.momentum)
     if config.data.start_size:  # says so if the network does not take the smallest images
         smallest = train_size(config.data, 0)
         example = dataclasses.replace(architecture, input_shape=(channels, smallest, smallest)).example_input()
@@ -198,6 +200,9 @@ def _begin(
     if source is not None:
         notes = _start_from(source, config, parts)
         progress.gpu_hours_before = source["gpu_hours"]
+    elif (plan := plan_narrowing(config.model, parts.resizer.groups, config.prune.scope)) is not None:
+        parts.resizer.replay(parts.state, [plan])
+        notes = [f"{config.model.narrowed}: {config.model.name} at FR {parts.resizer.reduction:.2f}"]
     return Restored(progress, so_far=None, allowed_widths=None, notes=notes)
 
 

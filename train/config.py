@@ -87,15 +87,38 @@ class ModelConfig:
     checkpoint: str | None = None
     """Checkpoint to start from, usually one that launch/prune.py wrote: its network at its widths, with its weights;
     everything else begins anew. null = the full network, freshly initialised."""
+    width: float = 1.0
+    """Begin with this share of the channels of each group in prune.scope, fresh weights: a uniformly thinner network.
+    FLOPs reduction is measured against the full network."""
+    widths: str | None = None
+    """Begin at the widths in this file, with fresh weights: those that a checkpoint ended with, or group name ->
+    channels as JSON or YAML. null = at full width."""
 
     def __post_init__(self) -> None:
-        """Raises ConfigError for a name that nobody knows, ValueError for an empty file name."""
-        if self.checkpoint == "":
-            raise ValueError("checkpoint: found '', allowed: a checkpoint file, or null")
+        """Raises ConfigError for a name that nobody knows, ValueError for what is out of range or at odds."""
+        for name in ("checkpoint", "widths"):
+            if getattr(self, name) == "":
+                raise ValueError(f"{name}: found '', allowed: a file, or null")
+        if not 0 < self.width <= 1:
+            raise ValueError(f"width: found {self.width!r}, allowed: above 0, up to 1")
+        shapes = {
+            "checkpoint": self.checkpoint,
+            "width": None if self.width == 1 else self.width,
+            "widths": self.widths,
+        }
+        if len(given := [name for name, value in shapes.items() if value is not None]) > 1:
+            raise ValueError(f"{given[1]}: found {shapes[given[1]]!r} beside {given[0]}, allowed: one of them")
         if self.name is None and self.checkpoint is None:
             object.__setattr__(self, "name", "resnet50")
         if self.name is not None:
             check_model_name(self.name)
+
+    @property
+    def narrowed(self) -> str | None:
+        """What report and log call a network that is narrow from its first step; None for the full one."""
+        if self.widths is not None:
+            return f"from scratch at the widths of {self.widths}"
+        return None if self.width == 1 else f"uniformly thinner, width {self.width:g}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +152,8 @@ class RunConfig:
         data, prune = self.data, self.prune
         on_gpu = self.run.device == "cuda" or (self.run.device == "auto" and torch.cuda.is_available())
         of_a_method = [key for key in all_settings() if key.startswith("prune.") and key != "prune.method"]
+        if self.model.width < 1:
+            of_a_method.remove("prune.scope")
         rules = [
             (not prune.shrinks, of_a_method, "prune.method: none"),
             (prune.shrinks, _of_other_methods(prune.method), f"prune.method: {prune.method}"),
