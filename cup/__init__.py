@@ -26,7 +26,6 @@ from cup.planning import (
     uniform_widths_at,
 )
 from cup.surgery import (
-    ParameterChange,
     Resized,
     apply_plan,
     filters_that_go,
@@ -36,6 +35,7 @@ from cup.surgery import (
     zero_filters,
 )
 from cup.tracing.groups import ChannelGroup, Place, prunable_groups
+from cup.tracing.narrowing import ParameterChange
 from cup.tracing.trace import channel_groups
 
 __all__ = [

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from cup.errors import CupError
-from cup.surgery import ParameterChange, Resized, apply_plan, select
+from cup.surgery import Resized, apply_plan
+from cup.tracing.narrowing import ParameterChange, select
 
 
 def carry_optimizer(optimizer: torch.optim.Optimizer, resized: Resized) -> None:

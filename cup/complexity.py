@@ -22,7 +22,16 @@ from cup.errors import CupError
 from cup.plan import PrunePlan
 from cup.tracing.groups import Call, ChannelGroup, alive_after, keep_masks
 from cup.tracing.layers import CONVS, TRANSPOSED_CONVS, find_layer, weight_of
-from cup.tracing.meta import does_not_take, meta_copy, meta_input
+from cup.tracing.meta import (
+    Sample,
+    arguments,
+    check_model,
+    does_not_take,
+    meta_copy,
+    meta_input,
+    sample_of,
+    tensors_in,
+)
 
 OUTSIDE = "(products outside of layers)"
 
@@ -51,13 +60,15 @@ class Complexity:
     """Parameters of the whole network, each counted once."""
 
 
-def complexity(model: nn.Module, example_input: torch.Tensor) -> Complexity:
-    """Count `model` on one sample shaped like example_input (N, ...); the model is neither run nor changed.
+def complexity(model: nn.Module, example_input: Any) -> Complexity:
+    """Count `model` on one sample shaped like example_input; the model is neither run nor changed.
 
+    example_input: as of `channel_groups`: tensor (N, ...), or a tuple or dict of several inputs.
     Layers stand in the order of their first call; products outside of layers are one more, named OUTSIDE, at the end.
-    Raises CupError if the model does not take such inputs.
+    Raises CupError if the model does not take such inputs, or is a wrapper around a network.
     """
-    return _count(meta_copy(model), meta_input(example_input.shape[1:], batch=1))
+    check_model(model)
+    return _count(meta_copy(model), sample_of(example_input))
 
 
 def flops_after(model: nn.Module, groups: Sequence[ChannelGroup], plan: PrunePlan, now: Complexity) -> int:
@@ -164,28 +175,32 @@ def _removed_parameters(model: nn.Module, groups: Sequence[ChannelGroup], plan: 
     return removed
 
 
-def _count(twin: nn.Module, sample: torch.Tensor) -> Complexity:
-    """Run a meta twin once and add up what its modules see; the twin is used up."""
+def _count(twin: nn.Module, sample: Sample) -> Complexity:
+    """Run a meta twin once on one sample and add up what its modules see; the twin is used up."""
     names = {module: name for name, module in twin.named_modules()}
     costs: dict[str, LayerCost] = {}
 
-    def count(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    def count(module: nn.Module, inputs: tuple[Any, ...], named_inputs: dict[str, Any], output: Any) -> None:
         name = names[module]
         counted = isinstance(module, _COUNTED)
-        flops, macs = _cost(module, tuple(inputs[0].shape), tuple(output.shape)) if counted else (0, 0)
+        read = next(tensors_in((inputs, named_inputs)), None)
+        written = next(tensors_in(output), None)  # of a pooling's values and indices the values
+        flops, macs = _cost(module, tuple(read.shape), tuple(written.shape)) if counted else (0, 0)
         before = costs.get(name, LayerCost(name, type(module).__name__, 0, 0, _own_parameters(module)))
         costs[name] = LayerCost(name, before.kind, before.flops + flops, before.macs + macs, before.params)
 
     for module in twin.modules():
         if isinstance(module, _COUNTED) or not any(True for _ in module.children()):
-            module.register_forward_hook(count)
+            module.register_forward_hook(count, with_kwargs=True)
         if type(module) in _BATCH_NORMS:
             module.forward = lambda value: value  # shapes pass unchanged; torch's own meta kernel is slow Python
+    twin.requires_grad_(False)  # torch's counter wants the history of every parameter's view that needs gradients
+    positional, named = arguments(meta_input(sample, batch=1))
     try:
         with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as products:
-            twin.eval()(sample)
+            twin.eval()(*positional, **named)
     except Exception as error:  # whatever a network's own code raises for a wrong shape
-        raise CupError(does_not_take(twin, sample.shape[1:], error)) from error
+        raise CupError(does_not_take(twin, sample, error)) from error
     outside = products.get_total_flops() // 2 - sum(cost.macs for cost in costs.values())
     if outside > 0:
         costs[OUTSIDE] = LayerCost(OUTSIDE, "products", 2 * outside, outside, 0)

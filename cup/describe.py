@@ -1,19 +1,21 @@
 """The channel groups of a model as a table for people."""
 
-import torch
+from typing import Any
+
 from torch import nn
 
 from cup.tracing.groups import ChannelGroup, Place
 from cup.tracing.trace import channel_groups
 
 
-def describe(model: nn.Module, example_input: torch.Tensor | None = None) -> str:
+def describe(model: nn.Module, example_input: Any = None, *, allow_hooks: bool = False) -> str:
     """One line a channel group: name, width, its layers, and whether and why it may shrink.
 
+    The arguments are those of `channel_groups`.
     A width of 32 x 4 means 32 channels of four filters each, bound together by a grouped convolution or group norm.
     """
     rows = [("group", "width", "written by", "read by", "may shrink")]
-    rows += [_row(group) for group in channel_groups(model, example_input)]
+    rows += [_row(group) for group in channel_groups(model, example_input, allow_hooks=allow_hooks)]
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows

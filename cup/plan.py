@@ -14,7 +14,7 @@ class PrunePlan:
 
     kept: group name -> sorted kept indices. Groups that keep all their channels may be named.
     widths: group name -> channels before the cut, for the same names.
-    threshold: the height of the cut, where one height made the plan.
+    threshold: the height of the cut; for a target reduction, that from which the search took its last steps.
     note: what a reader should know, e.g. that a target could not be reached; not part of the digest.
     """
 

@@ -1,7 +1,9 @@
-"""Surgery: remove channels from a model in place, and say what became of every parameter."""
+"""Surgery: remove channels from a model in place, and map every old parameter to its new one."""
 
+import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,21 +12,10 @@ from torch import nn
 from cup.errors import CupError
 from cup.plan import PrunePlan
 from cup.tracing.groups import ChannelGroup, check_groups, keep_masks, narrow_groups
-from cup.tracing.layers import AxisName, find_layer, set_widths, weight_dim
+from cup.tracing.layers import find_layer, weight_dim
+from cup.tracing.meta import check_model
+from cup.tracing.narrowing import ParameterChange, narrow_layers
 from cup.tracing.trace import channel_groups
-
-
-@dataclass(frozen=True, eq=False)
-class ParameterChange:
-    """What became of one parameter: new = old with the indices of each named axis selected.
-
-    axes: dimension -> int64 kept indices, on the parameter's device.
-    """
-
-    name: str
-    old: nn.Parameter
-    new: nn.Parameter
-    axes: Mapping[int, torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,29 +37,23 @@ def apply_plan(model: nn.Module, plan: PrunePlan, groups: Sequence[ChannelGroup]
     """Remove the channels that `plan` does not keep, in place.
 
     Parameters are replaced by narrower ones (dtype, device, memory format, requires_grad and hooks kept, gradients
-    dropped), batch-norm statistics are sliced, the layers' channel attributes follow. Take the model out of DDP first.
-    Every rank calls it with the same plan.
+    dropped), batch-norm statistics are sliced, the layers' channel attributes follow. Every rank calls it with the same
+    plan, on the bare model: a DDP wrapper is dropped first and made anew after.
     groups: from `channel_groups(model)`; traced here if not given.
     Raises CupError, with the model left as it was, for a plan of another network, one that was applied already, and
-    one that names frozen or unknown groups.
+    one that names frozen or unknown groups; and for a model that a DDP wrapper holds.
     """
+    check_model(model)
+    _check_not_in_ddp(model)
     groups_before = list(channel_groups(model) if groups is None else groups)
     check_groups(model, groups_before)
     _check_plan(plan, groups_before)
     shrinking = [(group, plan.kept[group.name]) for group in groups_before if group.name in plan.removed]
-    indices: dict[str, dict[AxisName, torch.Tensor]] = {}
-    for (module, axis), mask in keep_masks(shrinking).items():
-        indices.setdefault(module, {})[axis] = torch.from_numpy(mask.nonzero()[0])
-    narrowed = [
-        _narrowed(model, name, axes) for name, axes in indices.items()
-    ]  # all of it before any of it is installed
-    for layer in narrowed:
-        _install(model, layer)
-    changes = tuple(change for layer in narrowed for change in layer.changes)
+    changes = narrow_layers(model, keep_masks(shrinking))
     return Resized(plan, changes, narrow_groups(groups_before, dict(plan.kept)), groups_before)
 
 
-def shrink_to(model: nn.Module, widths: Mapping[str, int], example_input: torch.Tensor | None = None) -> Resized:
+def shrink_to(model: nn.Module, widths: Mapping[str, int], example_input: Any = None) -> Resized:
     """Bring groups to the given widths in place, keeping their first channels: the shape to load stored weights into.
 
     widths: group name -> channels; groups that it does not name keep theirs.
@@ -137,23 +122,21 @@ def filters_that_go(plan: PrunePlan, groups: Sequence[ChannelGroup]) -> dict[str
     return {name: torch.from_numpy(np.concatenate(parts)) for name, parts in indices.items()}
 
 
-def select(tensor: torch.Tensor, axes: Mapping[int, torch.Tensor]) -> torch.Tensor:
-    """A new tensor with the given indices of each named dimension, in the memory format of the old one."""
-    with torch.no_grad():
-        narrowed = tensor.detach()
-        for dim, index in axes.items():
-            narrowed = narrowed.index_select(dim, index.to(tensor.device))
-        # Not .contiguous(): for a 1x1 kernel any order of the strides counts as contiguous, and would get lost.
-        return torch.empty_like(narrowed, memory_format=_memory_format(tensor)).copy_(narrowed)
+def _check_not_in_ddp(model: nn.Module) -> None:
+    """DDP's hooks would stay on the parameters that go, and the ranks train on, each for itself."""
+    if not _is_in_ddp(model):
+        return
+    gc.collect()  # it may be garbage that waits
+    if _is_in_ddp(model):
+        raise CupError(f"DDP holds this {type(model).__name__}: drop the wrapper, apply the plan, wrap the model again")
 
 
-def _memory_format(tensor: torch.Tensor) -> torch.memory_format:
-    """The format whose strides the tensor has."""
-    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
-    if channels_last is None:
-        return torch.contiguous_format
-    strides = torch.empty(tensor.shape, device="meta", memory_format=channels_last).stride()
-    return channels_last if tensor.stride() == strides else torch.contiguous_format
+def _is_in_ddp(model: nn.Module) -> bool:
+    """By the class's home, for nothing here imports it: the wrapper knows the model, but not the model its wrapper."""
+    return any(
+        type(thing).__module__ == "torch.nn.parallel.distributed" and getattr(thing, "module", None) is model
+        for thing in gc.get_objects()
+    )
 
 
 def _check_plan(plan: PrunePlan, groups: Sequence[ChannelGroup]) -> None:
@@ -174,59 +157,3 @@ def _check_plan(plan: PrunePlan, groups: Sequence[ChannelGroup]) -> None:
             raise CupError(
                 f"{name} keeps {channels}; allowed: sorted channels out of 0..{group.width - 1}, at least one"
             )
-
-
-@dataclass(frozen=True, eq=False)
-class _NarrowedLayer:
-    """New tensors of one layer, or free parameter, not installed yet. entries: of its "out" axis, if that shrinks."""
-
-    name: str
-    changes: tuple[ParameterChange, ...]
-    statistics: Mapping[str, torch.Tensor]
-    entries: int
-
-
-def _narrowed(model: nn.Module, name: str, axes: Mapping[AxisName, torch.Tensor]) -> _NarrowedLayer:
-    """The layer's tensors along its "out" axis, its "in" axis or both; the layer itself stays as it is."""
-    layer = find_layer(model, name)
-    weight_axes = {weight_dim(layer, axis): index for axis, index in axes.items()}
-    if isinstance(layer, nn.Parameter):
-        return _NarrowedLayer(name, (_change(model, name, weight_axes),), {}, 0)
-    changes = [_change(model, f"{name}.weight", weight_axes)] if layer.weight is not None else []
-    if "out" not in axes:
-        return _NarrowedLayer(name, tuple(changes), {}, 0)
-    entries = {0: axes["out"]}
-    if getattr(layer, "bias", None) is not None:
-        changes.append(_change(model, f"{name}.bias", entries))
-    statistics = {key: getattr(layer, key, None) for key in ("running_mean", "running_var")}
-    statistics = {key: select(value, entries) for key, value in statistics.items() if value is not None}
-    return _NarrowedLayer(name, tuple(changes), statistics, len(axes["out"]))
-
-
-def _change(model: nn.Module, name: str, axes: Mapping[int, torch.Tensor]) -> ParameterChange:
-    name = name.removeprefix(".")  # of a network that is one layer
-    try:
-        old = model.get_parameter(name)
-    except AttributeError as error:
-        raise CupError(
-            f"{name} is computed from other parameters, by a mask or a parametrization: trace again"
-        ) from error
-    new = nn.Parameter(select(old, axes), requires_grad=old.requires_grad)
-    vars(new).update(vars(old))  # what a user has noted on the parameter
-    return ParameterChange(name, old, new, dict(axes))
-
-
-def _install(model: nn.Module, narrowed: _NarrowedLayer) -> None:
-    for change in narrowed.changes:
-        owner, _, attribute = change.name.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, change.new)
-        if change.old.requires_grad:  # a hook on the tensor would be lost without a word with the old one
-            for hook in (change.old._backward_hooks or {}).values():
-                change.new.register_hook(hook)
-            for hook in (change.old._post_accumulate_grad_hooks or {}).values():
-                change.new.register_post_accumulate_grad_hook(hook)
-    layer = find_layer(model, narrowed.name)
-    if not isinstance(layer, nn.Parameter):
-        for key, value in narrowed.statistics.items():
-            setattr(layer, key, value)
-        set_widths(layer, narrowed.entries)

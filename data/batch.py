@@ -37,9 +37,9 @@ class DataError(Exception):
 class Batch(NamedTuple):
     """One step of one rank: every batch has the same size, and padding is marked, never counted.
 
-    images: float32 (B, channels, size, size) on the loader's device, normalised per channel; size is the epoch's
-        `train_size` in training, image_size in validation.
-    labels: int64 (B,) on the loader's device, index of the class folder in sorted order.
+    images: float32 (B, channels, size, size) in channels-last memory format on the loader's device, normalised per
+        channel; size is the epoch's `train_size` in training, image_size in validation.
+    labels: int64 (B,) on the loader's device, index into the loader's `classes`.
     valid: bool (B,) on the loader's device; False marks padding at the end of a validation set.
     """
 
@@ -54,6 +54,8 @@ class Loader(Protocol):
     kind: str
     """dali, folder or synthetic."""
     num_classes: int
+    classes: tuple[str, ...] | None
+    """Names of the classes, by label; None where the images are made."""
     num_images: int
     """Images in the whole split, all ranks together."""
     num_excluded: int
@@ -66,18 +68,17 @@ class Loader(Protocol):
     def __len__(self) -> int:
         """Steps of an epoch; equal on all ranks."""
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch (0, 1, ...) of the next iteration; training orders it anew by (seed, epoch).
+    def go_to(self, epoch: int, step: int = 0) -> None:
+        """Make the next iteration begin at this step of this epoch (0, 1, ...), each of which has its own order.
 
-        Of the epoch that it stands in the middle of, after a `load_state_dict` or a `break`, the rest follows;
-        `go_to` starts it over.
+        Where it would begin there anyway, as after a `load_state_dict`, the random state stays as it is.
         """
 
-    def go_to(self, epoch: int, step: int) -> None:
-        """Make the next iteration begin at this step of this epoch; where it would anyway, the random state stays."""
-
     def __iter__(self) -> Iterator[Batch]:
-        """One epoch of batches, to be taken to its end. A batch may be overwritten by the next one: do not keep it."""
+        """The batches from the loader's position to the end of the epoch; without a `go_to` the next epoch follows.
+
+        A batch may be overwritten by the next one: do not keep it.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's position and random state as plain data; equal states give bit-equal batches from there on."""
@@ -106,7 +107,7 @@ class DataConfig:
     loader: Literal["auto", "dali", "folder", "synthetic"] = "auto"
     """auto = DALI where it imports, else folder with a warning; folder = torchvision; synthetic = made, no disk."""
     batch_size: int = 256
-    """Images a step, all ranks together; a multiple of the number of ranks."""
+    """Global batch size: images a step, all ranks together; a multiple of the number of ranks."""
     image_size: int = 224
     """Side of the square network input, pixels."""
     resize_size: int = 256

@@ -10,9 +10,19 @@ import torch
 from data import dali
 from data.batch import DECODING_ON_GPU, ON_DISK, DataConfig, DataError, Loader, Split
 from data.folder import FolderSource
-from data.images import SPLITS, ImageList, has_split, list_splits, list_validation, require_local
+from data.images import (
+    DALI_SCHEMES,
+    SPLITS,
+    ImageList,
+    has_split,
+    is_number,
+    list_splits,
+    list_validation,
+    require_schemes,
+    with_classes,
+)
 from data.loader import SplitLoader
-from data.sharding import Sharding, TrainSharding, ValSharding, batch_size_per_rank
+from data.sharding import Sharding, TrainSharding, ValSharding, local_batch_size
 from data.synthetic import SyntheticSource, synthetic_splits
 
 MOST_THREADS = 8
@@ -30,12 +40,15 @@ def build_loaders(
     seed: int,
     local_world_size: int | None = None,
     splits: Sequence[Split] = SPLITS,
+    classes: Sequence[str] | None = None,
 ) -> list[Loader]:
     """This rank's loaders, training and validation; every rank calls it, with the same config and seed.
 
     local_world_size: ranks that share this machine's cores; all of them if not given. splits: which loaders, in this
-    order; for validation alone no training images need be there.
-    Raises DataError if the data set, the batch size or the chosen loader does not work. Threads and worker processes
+    order; for validation alone no training images need be there. classes: names of a network's classes, in the order of
+    its outputs, which labels then follow; the data set's own order if not given. Made images have none.
+    Raises DataError if the data set, the batch size or the chosen loader does not work, or if `classes` are not those
+    of the data set. Threads and worker processes
     start with the first iteration.
     """
     kind = _choose(config, warn=rank == 0)
@@ -45,12 +58,15 @@ def build_loaders(
         listed = dict(zip(SPLITS, list_splits(config.path, config.exclude), strict=True))
     else:
         listed = {"val": list_validation(config.path, config.exclude)}
-    if kind == "folder":
-        require_local(*listed.values())
-    for note in _surprises(config, listed) if rank == 0 else ():
+    if kind != "synthetic":
+        require_schemes(DALI_SCHEMES if kind == "dali" else (), *listed.values())
+    if kind != "synthetic" and classes is not None:
+        listed = {split: with_classes(images, list(classes)) for split, images in listed.items()}
+    for note in _surprises(config, listed, order_is_given=classes is not None) if rank == 0 else ():
         warnings.warn(note, stacklevel=2)
     threads = config.threads or default_threads(local_world_size or world_size)
-    ranks = {"batch_size": batch_size_per_rank(config.batch_size, world_size), "rank": rank, "world_size": world_size}
+    local = local_batch_size(config.batch_size, world_size)
+    ranks = {"local_batch_size": local, "rank": rank, "world_size": world_size}
     loaders = []
     for split in splits:
         images = listed[split]
@@ -96,12 +112,12 @@ def _choose(config: DataConfig, *, warn: bool) -> str:
     return "folder"
 
 
-def _surprises(config: DataConfig, listed: dict[Split, ImageList]) -> list[str]:
+def _surprises(config: DataConfig, listed: dict[Split, ImageList], *, order_is_given: bool) -> list[str]:
     """What a user might take for granted and is not so, in words."""
     notes = []
     images = next(iter(listed.values()))
-    numbers = [int(name) for name in images.classes if name.isdecimal()]
-    if len(numbers) == len(images.classes):
+    numbers = [int(name) for name in images.classes if is_number(name)]
+    if len(numbers) == len(images.classes) and not order_is_given:
         orders_differ = sorted(images.classes, key=int) != sorted(images.classes)
         if orders_differ and "train" not in listed and not has_split(config.path, "train"):
             notes.append(
@@ -133,5 +149,5 @@ def _identity(
         "world_size": sharding.world_size,
         "num_images": sharding.num_images,
         "file_names": images.digest,
-        **(dali.identity(device) if kind == "dali" else {}),
+        **(dali.identity(config, device) if kind == "dali" else {}),
     }

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 from data.batch import FILL, NORMALISATION, DataConfig, DataError, Split, train_size
-from data.defects import decode_failure, find_defects, unreadable
+from data.defects import decode_failure, find_defects, last_words, unreadable
 from data.images import ImageList
+from data.remote import require_answer
 from data.sharding import Sharding
 
 if TYPE_CHECKING:
@@ -41,11 +42,29 @@ def import_failure() -> ImportError | None:
     return None
 
 
-def identity(device: torch.device) -> dict[str, str]:
+def identity(config: DataConfig, device: torch.device) -> dict[str, str]:
     """What DALI itself adds to a loader's identity: its checkpoints fit only the same version and the same graph."""
     import nvidia.dali
 
-    return {"dali": nvidia.dali.__version__, "decoder": _decoder(device)}
+    decoder = _decoder(device) if config.channels == 3 else f"{_decoder(device)}, grey from colours"
+    return {"dali": nvidia.dali.__version__, "decoder": decoder}
+
+
+def read_failure(names: list[str]) -> str:
+    """Why DALI cannot read one of these files, in words; empty if it can. Takes as long as DALI tries."""
+    from nvidia.dali import fn, pipeline_def, types
+
+    @pipeline_def(batch_size=len(names), num_threads=1, device_id=None, prefetch_queue_depth=1)
+    def graph():
+        return fn.io.file.read(fn.external_source(name="names", ndim=1, dtype=types.UINT8))
+
+    pipeline = graph()
+    pipeline.feed_input("names", [np.frombuffer(os.fsencode(name), dtype=np.uint8) for name in names])
+    try:
+        pipeline.run()
+    except Exception as error:  # DALI's own of many kinds
+        return last_words(error)
+    return ""
 
 
 class DaliSource:
@@ -92,7 +111,7 @@ class DaliSource:
 
     def next_images(self) -> torch.Tensor:
         try:
-            images = next(self._iterator)[0]["images"]
+            images = next(self._iterator)[0]["images"].permute(0, 3, 1, 2)
         except DataError:
             raise
         except Exception as error:
@@ -123,6 +142,7 @@ class DaliSource:
         self._looked_at.decoder.close()
 
     def _open(self) -> "DALIGenericIterator":
+        require_answer(self._images)
         os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", POOLED_FROM)  # read once, before DALI's first buffer
         from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
@@ -136,7 +156,7 @@ class DaliSource:
             self._config,
             self._step_inputs(),
             _decoder(self._device),
-            batch_size=self._sharding.batch_size,
+            batch_size=self._sharding.local_batch_size,
             num_threads=self._threads,
             device_id=_device_id(self._device),
             seed=int(stream_seed) >> 1,
@@ -253,7 +273,7 @@ class _StepInputs:
     def train_sizes(self, stream_step: int) -> list[np.ndarray]:
         """(height, width) of the training images, float32 (2,) each."""
         epoch, _ = self._place(stream_step)
-        return [np.full(2, train_size(self.config, epoch), dtype=np.float32)] * self.sharding.batch_size
+        return [np.full(2, train_size(self.config, epoch), dtype=np.float32)] * self.sharding.local_batch_size
 
     @property
     def in_shards(self) -> bool:
@@ -289,7 +309,7 @@ def _train_graph(config: DataConfig, step_inputs: _StepInputs, decoder: str):
         random_aspect_ratio=list(config.crop_ratio),
         **_decoder_options(config, decoder, hints=True),
     )
-    images = fn.resize(images, size=size_hw, antialias=True)
+    images = fn.resize(_in_channels(images, config), size=size_hw, antialias=True)
     images = _colour_jittered(_auto_augmented(images, config), config)
     return _normalised(images, config, mirror=fn.random.coin_flip(probability=config.flip))
 
@@ -311,6 +331,7 @@ def _val_graph(config: DataConfig, step_inputs: _StepInputs, decoder: str):
 
     # Fancy upsampling: the GPU's pixels are then the CPU's, and an accuracy does not depend on the machine.
     images = fn.decoders.image(encoded, jpeg_fancy_upsampling=True, **_decoder_options(config, decoder, hints=False))
+    images = _in_channels(images, config)
     images = fn.resize(images, size=fn.cast(resized_hw, dtype=types.FLOAT), antialias=True)
     images = fn.slice(images, start=fn.cast(start_hw, dtype=types.INT32), shape=[config.image_size] * 2, axes=[0, 1])
     return _normalised(images, config)
@@ -329,7 +350,7 @@ def _decoder_options(config: DataConfig, decoder: str, hints: bool) -> dict[str,
 
     options = {
         "device": decoder,
-        "output_type": types.GRAY if config.channels == 1 else types.RGB,
+        "output_type": types.RGB,
         # As Pillow and with it torchvision's published accuracies: pixels as stored.
         "adjust_orientation": False,
     }
@@ -343,6 +364,15 @@ def _decoder_options(config: DataConfig, decoder: str, hints: bool) -> dict[str,
                 "host_memory_padding": config.decoder_host_memory,
             }
     return options
+
+
+def _in_channels(images, config: DataConfig):
+    """Grey is made of the colours, as by Pillow: decoding to grey heeds a PNG's gamma and leaves a JPEG's unclipped."""
+    from nvidia.dali import fn, types
+
+    if config.channels == 3:
+        return images
+    return fn.color_space_conversion(images, image_type=types.RGB, output_type=types.GRAY)
 
 
 def _auto_augmented(images, config: DataConfig):
@@ -380,7 +410,7 @@ def _normalised(images, config: DataConfig, mirror=0):
     return fn.crop_mirror_normalize(
         images,
         dtype=types.FLOAT,
-        output_layout="CHW",
+        output_layout="HWC",  # channels-last, as convolutions read it: `DaliSource` only renames the axes
         mean=[255 * value for value in mean],
         std=[255 * value for value in std],
         mirror=mirror,

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
@@ -70,7 +71,7 @@ class FolderSource:
             indices_B, _ = self._sharding.indices(self._epoch, self._step)
             raise decode_failure(self._images, indices_B, error) from error
         self._step += 1
-        return self._normalise(images.to(self._device, non_blocking=True))
+        return self._normalise(images.to(self._device, non_blocking=True).permute(0, 3, 1, 2))
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -107,7 +108,7 @@ def _ignore_signals(worker: int) -> None:
 
 @cache
 def _train_transform(config: DataConfig, size: int) -> v2.Transform:
-    """Pillow image -> uint8 (channels, size, size), augmented."""
+    """Pillow image -> Pillow image of that size, augmented."""
     steps = [
         v2.RandomResizedCrop(size, scale=config.crop_scale, ratio=config.crop_ratio, antialias=True),
         v2.RandomHorizontalFlip(config.flip),
@@ -118,14 +119,13 @@ def _train_transform(config: DataConfig, size: int) -> v2.Transform:
         steps.append(v2.TrivialAugmentWide(fill=FILL))
     if any(config.color_jitter):
         steps.append(v2.ColorJitter(*config.color_jitter))
-    return v2.Compose([*steps, v2.PILToTensor()])
+    return v2.Compose(steps)
 
 
 @cache
 def _val_transform(config: DataConfig) -> v2.Transform:
-    """Pillow image -> uint8 (channels, size, size)."""
-    resize = v2.Resize(config.resize_size, antialias=True)
-    return v2.Compose([resize, v2.CenterCrop(config.image_size), v2.PILToTensor()])
+    """Pillow image -> its centre, a Pillow image of image_size."""
+    return v2.Compose([v2.Resize(config.resize_size, antialias=True), v2.CenterCrop(config.image_size)])
 
 
 class _Steps:
@@ -147,7 +147,7 @@ class _Steps:
 
 
 class _Images(Dataset):
-    """(epoch, index) -> one decoded, augmented image, uint8 (channels, size, size)."""
+    """(epoch, index) -> one decoded, augmented image, uint8 (size, size, channels)."""
 
     def __init__(self, config: DataConfig, images: ImageList, split: Split, seed: int) -> None:
         self._config = config
@@ -160,8 +160,13 @@ class _Images(Dataset):
         epoch, index = key
         pixels = open_image(self._images.read(index), self._mode)
         if not self._training:
-            return _val_transform(self._config)(pixels)
+            return _as_tensor(_val_transform(self._config)(pixels))
         # torchvision draws from the global generator only, which here is a worker's own.
         sample_seed = np.random.SeedSequence([self._seed, epoch, index]).generate_state(1, np.uint64)
         torch.random.default_generator.manual_seed(int(sample_seed[0]) >> 1)
-        return _train_transform(self._config, train_size(self._config, epoch))(pixels)
+        return _as_tensor(_train_transform(self._config, train_size(self._config, epoch))(pixels))
+
+
+def _as_tensor(image: Image.Image) -> torch.Tensor:
+    """uint8 (height, width, channels), as Pillow stores it."""
+    return torch.from_numpy(np.array(image)).view(image.height, image.width, -1)

@@ -4,6 +4,8 @@ import codecs
 import hashlib
 import io
 import os
+import re
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,12 +15,15 @@ from PIL import Image, UnidentifiedImageError
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from data.batch import DataError, Split
-from data.shards import MANIFEST, TarPlaces, read_shards
+from data.files import MOST_IMAGE_BYTES, lines_of, read_bounded
+from data.shards import MANIFEST, MOST_DIGITS, TarPlaces, read_shards
 
 EXCLUDE_FILE = "exclude.txt"
 SPLITS: tuple[Split, ...] = ("train", "val")
 # What Pillow and DALI both decode; MPO is the JPEG of cameras that store several pictures in it.
 FORMATS = {"JPEG", "MPO", "PNG", "BMP", "PPM", "TIFF", "WEBP", "JPEG2000"}
+SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+DALI_SCHEMES = ("s3", "gs")
 EXPECTED = "PATH/train/CLASS/*.jpg and PATH/val/CLASS/*.jpg, file lists PATH/train.txt and PATH/val.txt, or shards"
 
 
@@ -54,11 +59,10 @@ class ImageList:
         return self.path(index) if self.places is None else f"{self.places.shard_path(index)}: {self.names[index]}"
 
     def read(self, index: int) -> bytes:
-        """The image's bytes as stored. OSError if they cannot be read."""
+        """The image's bytes as stored. OSError if they cannot be read, or are too many for an image."""
         if self.places is not None:
             return self.places.read(index)
-        with open(self.path(index), "rb", opener=_open_at_once) as file:
-            return file.read()
+        return read_bounded(self.path(index), MOST_IMAGE_BYTES)
 
     @property
     def shard_sizes(self) -> tuple[int, ...]:
@@ -73,11 +77,6 @@ class ImageList:
         """
         parts = [os.fsencode("\n".join(part)) for part in (self.names, self.classes, map(str, self.shard_sizes))]
         return hashlib.sha256(b"\0".join([*parts, self.labels.astype("<i8").tobytes()])).hexdigest()[:16]
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    """A named pipe is empty then; without the flag, opening one waits for a writer for ever."""
-    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def list_splits(path: str | Path, exclude: str | Path = "") -> tuple[ImageList, ImageList]:
@@ -103,7 +102,7 @@ def list_splits(path: str | Path, exclude: str | Path = "") -> tuple[ImageList, 
             f"{path}: train/ has {len(train.classes)} classes, val/ {len(val.classes)}, "
             f"and they differ in {named}: both need the same ones; launch/prepare.py check can leave these out"
         )
-    return train, _numbered_as(train.classes, val)
+    return train, with_classes(val, train.classes)
 
 
 def list_validation(path: str | Path, exclude: str | Path = "") -> ImageList:
@@ -153,8 +152,7 @@ def read_exclude_list(file: Path, must_exist: bool) -> dict[str, str]:
     A line each, the reason behind a tab. DataError if the list cannot be read, or is not there though it must be.
     """
     try:
-        # Not splitlines(): names may hold what else it takes for the end of a line.
-        lines = os.fsdecode(file.read_bytes().removeprefix(codecs.BOM_UTF8)).replace("\r\n", "\n").split("\n")
+        lines = [os.fsdecode(line) for line in _without_mark(lines_of(file))]
     except FileNotFoundError as error:
         if must_exist:
             raise DataError(f"exclude: there is no {file}; launch/prepare.py check writes such a list") from error
@@ -164,17 +162,27 @@ def read_exclude_list(file: Path, must_exist: bool) -> dict[str, str]:
     return {name: reason for name, _, reason in (line.partition("\t") for line in lines) if name}
 
 
+def scheme_of(name: str) -> str:
+    """What an image's name begins with where it is no file here, such as s3 of s3://bucket/key.jpg; else empty."""
+    found = SCHEME.match(name)
+    return found[1].lower() if found else ""
+
+
 def is_remote(name: str) -> bool:
-    """Whether an image lies in object storage, such as s3://bucket/key.jpg."""
-    return "://" in name
+    """Whether an image is no file here, but lies in object storage."""
+    return bool(scheme_of(name))
 
 
-def require_local(*splits: ImageList) -> None:
-    """DataError if an image lies in object storage, where only DALI reads."""
+def require_schemes(allowed: Collection[str], *splits: ImageList) -> None:
+    """DataError if an image's name begins with a scheme other than these, which are those that the caller reads."""
     for images in splits:
-        remote = next(filter(is_remote, images.names), None)
-        if remote:
-            raise DataError(f"{remote} lies in object storage, which is read in training with the loader 'dali' only")
+        for name in filter(is_remote, images.names):
+            if scheme_of(name) not in allowed:
+                raise DataError(
+                    f"{name}: {scheme_of(name)}:// is not read here; files of this machine are, and in training with "
+                    f"the loader 'dali' {' and '.join(f'{scheme}://' for scheme in DALI_SCHEMES)}: mount or copy the "
+                    "images"
+                )
 
 
 def is_image_name(name: str) -> bool:
@@ -249,7 +257,7 @@ def _list_lines(file: Path) -> ImageList:
     """
     names, found = [], []
     try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
+        lines = [line.decode() for line in _without_mark(lines_of(file))]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: cannot be read ({error})") from error
     for number, line in enumerate(lines, start=1):
@@ -265,18 +273,40 @@ def _list_lines(file: Path) -> ImageList:
     return ImageList(root=file.parent, names=names, labels=labels, classes=classes)
 
 
+def _without_mark(lines: Iterator[bytes]) -> Iterator[bytes]:
+    """The lines of a text, the first without the mark that some editors begin a UTF-8 file with."""
+    return (line.removeprefix(codecs.BOM_UTF8) if number == 0 else line for number, line in enumerate(lines))
+
+
+def is_number(class_name: str) -> bool:
+    """Whether a class is called by a number, which sorts as such."""
+    return class_name.isdecimal() and len(class_name) <= MOST_DIGITS
+
+
 def numbered_classes(found: list[str]) -> tuple[list[str], np.ndarray]:
     """The classes in sorted order, those that are all numbers by number, and the label int64 (N,) of each image."""
-    numeric = all(class_name.isdecimal() for class_name in found)
+    numeric = all(map(is_number, found))
     classes = sorted(set(found), key=lambda name: (int(name) if numeric else 0, name))  # 1 and 01 are two classes
     label_of = {class_name: label for label, class_name in enumerate(classes)}
     return classes, np.array([label_of[class_name] for class_name in found], dtype=np.int64)
 
 
-def _numbered_as(classes: list[str], images: ImageList) -> ImageList:
-    """The images with labels that are places in `classes`, which are theirs in another order."""
+def with_classes(images: ImageList, classes: list[str]) -> ImageList:
+    """The images with labels that are places in `classes`, which may be theirs in another order.
+
+    DataError, with the first difference, if they are other classes.
+    """
     if images.classes == classes:
         return images
+    unknown = set(images.classes) - set(classes)
+    missing = set(classes) - set(images.classes)
+    if unknown or missing:
+        differences = [f"{name!r} is not the network's" for name in sorted(unknown)[:1]]
+        differences += [f"the network's {name!r} is not there" for name in sorted(missing)[:1]]
+        raise DataError(
+            f"{images.root}: found {len(images.classes)} classes, the network has {len(classes)}, and "
+            f"{', '.join(differences)}: labels are matched by name, so name the classes as in the network's training"
+        )
     label_of = {name: label for label, name in enumerate(classes)}
     new_labels = np.array([label_of[name] for name in images.classes], dtype=np.int64)
     return replace(images, classes=classes, labels=new_labels[images.labels])

@@ -22,7 +22,7 @@ class ImageSource(Protocol):
         """Make `next_images` give this step's images next; costs nothing where it would do so anyway."""
 
     def next_images(self) -> torch.Tensor:
-        """Images of the next step, float32 (B, channels, size, size), normalised, on the loader's device."""
+        """Images of the next step as in `Batch`, on the loader's device."""
 
     def state_dict(self) -> dict[str, Any]:
         """What epoch and step do not say, such as the state of random generators; plain data."""
@@ -52,6 +52,7 @@ class SplitLoader:
     ) -> None:
         self.kind = kind
         self.num_classes = len(images.classes)
+        self.classes = None if kind == "synthetic" else tuple(images.classes)
         self.num_images = len(images.names)
         self.num_excluded = images.num_excluded
         self.unmatched = images.unmatched
@@ -67,17 +68,11 @@ class SplitLoader:
     def __len__(self) -> int:
         return self._sharding.steps
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next iteration; the epoch that a loaded state stands in keeps its position."""
-        if epoch != self._epoch:
-            self._epoch, self._step = epoch, 0
-
-    def go_to(self, epoch: int, step: int) -> None:
-        """Choose the place of the next iteration, for which no state is needed."""
+    def go_to(self, epoch: int, step: int = 0) -> None:
         self._epoch, self._step = epoch, step
 
     def __iter__(self) -> Iterator[Batch]:
-        """The rest of the epoch; without another `set_epoch` the next iteration takes the epoch after it."""
+        """The rest of the epoch; without a `go_to` the next iteration takes the epoch after it."""
         if self._step < len(self):
             self._source.start(self._epoch, self._step)
         while self._step < len(self):

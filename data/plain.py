@@ -13,13 +13,15 @@ from PIL import Image
 
 LONGEST_SIDE = 65500
 """libjpeg's limit; libpng's is higher."""
+ADOBE_BYTES = 12
+"""Of Adobe's segment; a shorter one is none to libjpeg."""
 ANIMATION = b"acTL"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 """By colour type."""
 PNG_BITS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
 
-SOF0, SOF1, SOF2, DHT, EOI, SOS, DQT, DRI, COM = 0xC0, 0xC1, 0xC2, 0xC4, 0xD9, 0xDA, 0xDB, 0xDD, 0xFE
+SOF0, SOF1, SOF2, DHT, EOI, SOS, DQT, DRI, APP14, COM = 0xC0, 0xC1, 0xC2, 0xC4, 0xD9, 0xDA, 0xDB, 0xDD, 0xEE, 0xFE
 IGNORED = {*range(0xE0, 0xF0), COM}
 NEXT_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 """After entropy-coded data, in which 0xFF is followed by 0 or by a restart marker."""
@@ -51,6 +53,7 @@ class _Jpeg:
         # Component -> (sampling factors across and down, quantisation table)
         self._components: dict[int, tuple[int, int, int]] = {}
         self._begun: set[int] = set()
+        self._is_adobe = False
         self._blocks = self._coded_bytes = 0
 
     def is_whole(self) -> bool:
@@ -63,6 +66,7 @@ class _Jpeg:
             if len(body) != end - place - 4:
                 return False
             self._is_progressive |= kind == SOF2
+            self._is_adobe |= kind == APP14 and body.startswith(b"Adobe") and len(body) >= ADOBE_BYTES
             if kind not in IGNORED and not (kind in readers and readers[kind](body)):
                 return False
             place = end
@@ -74,8 +78,10 @@ class _Jpeg:
                 self._coded_bytes += place - end
         is_end = content[place : place + 2] == bytes([0xFF, EOI])  # what follows is read by no decoder
         is_complete = bool(self._components) and self._begun == self._components.keys()
+        # Adobe stores CMYK inverted. Without its mark Pillow takes it as it is, DALI as inverted.
+        has_known_colours = len(self._components) < 4 or self._is_adobe
         bits_of_a_block = 1 if self._is_progressive else 2  # at least: its DC code, and an AC code that ends it
-        return is_end and is_complete and 8 * self._coded_bytes >= bits_of_a_block * self._blocks
+        return is_end and is_complete and has_known_colours and 8 * self._coded_bytes >= bits_of_a_block * self._blocks
 
     def _quantisation(self, body: bytes) -> bool:
         place = 0

@@ -14,8 +14,8 @@ and few enough that a step's reads lie close together."""
 # Shape suffixes: _B = images a step and rank, _N = images of the whole split.
 
 
-def batch_size_per_rank(batch_size: int, world_size: int) -> int:
-    """Images a step of one rank; DataError if the ranks cannot share the global batch equally."""
+def local_batch_size(batch_size: int, world_size: int) -> int:
+    """Images a step of one rank, from those of all ranks together; DataError if they cannot be shared equally."""
     if batch_size % world_size:
         fit = batch_size // world_size * world_size or world_size
         raise DataError(
@@ -34,7 +34,7 @@ class TrainSharding:
     """
 
     num_images: int
-    batch_size: int
+    local_batch_size: int
     """Images a step of one rank."""
     rank: int
     world_size: int
@@ -47,13 +47,14 @@ class TrainSharding:
         if self.steps == 0:
             raise DataError(
                 f"the training set has {self.num_images} images, fewer than one batch of "
-                f"{self.batch_size * self.world_size}: lower batch_size to at most {self.num_images}, or add images"
+                f"{self.local_batch_size * self.world_size}: lower batch_size to at most {self.num_images}, "
+                "or add images"
             )
 
     @property
     def steps(self) -> int:
         """Steps of an epoch, equal on all ranks."""
-        return self.num_images // (self.batch_size * self.world_size)
+        return self.num_images // (self.local_batch_size * self.world_size)
 
     def stream_step(self, epoch: int, step: int) -> int:
         """Place in the endless stream of steps; two places are equal where they give the same batch."""
@@ -61,9 +62,9 @@ class TrainSharding:
 
     def indices(self, epoch: int, step: int) -> tuple[np.ndarray, np.ndarray]:
         """This rank's images of one step: indices int64 (B,), valid bool (B,), here all True."""
-        first = (step * self.world_size + self.rank) * self.batch_size
+        first = (step * self.world_size + self.rank) * self.local_batch_size
         order_N = _permutation(self.num_images, self.shard_sizes, self.seed, epoch)
-        return order_N[first : first + self.batch_size], np.ones(self.batch_size, dtype=bool)
+        return order_N[first : first + self.local_batch_size], np.ones(self.local_batch_size, dtype=bool)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +76,7 @@ class ValSharding:
     """
 
     num_images: int
-    batch_size: int
+    local_batch_size: int
     """Images a step of one rank."""
     rank: int
     world_size: int
@@ -83,7 +84,7 @@ class ValSharding:
     @property
     def steps(self) -> int:
         """Steps of an epoch, equal on all ranks."""
-        return -(-self.num_images // (self.batch_size * self.world_size))
+        return -(-self.num_images // (self.local_batch_size * self.world_size))
 
     def stream_step(self, epoch: int, step: int) -> int:
         """Place in the endless stream of steps; the epoch makes no difference here."""
@@ -91,8 +92,8 @@ class ValSharding:
 
     def indices(self, epoch: int, step: int) -> tuple[np.ndarray, np.ndarray]:
         """This rank's images of one step: indices int64 (B,), valid bool (B,), False = padding."""
-        first = (step * self.world_size + self.rank) * self.batch_size
-        positions_B = np.arange(first, first + self.batch_size)
+        first = (step * self.world_size + self.rank) * self.local_batch_size
+        positions_B = np.arange(first, first + self.local_batch_size)
         return np.minimum(positions_B, self.num_images - 1), positions_B < self.num_images
 
 

@@ -11,20 +11,20 @@ has the exact order, the resume in the middle of an epoch and the exclude list o
 reads close together (data/sharding.py), and the kernel is told of them ahead.
 """
 
+import errno
 import json
 import os
-import re
-import tarfile
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from data.batch import DataError
+from data.files import MOST_IMAGE_BYTES, lines_of, read_bounded, write_whole
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
@@ -33,8 +33,11 @@ MANIFEST_ENTRIES = {
     "shards": {"file": str, "images": int, "bytes": int},
 }
 INDEX_VERSION = "v1.2"
-LABEL_EXTENSION = "cls"
+LABEL_EXTENSIONS = ("cls", "json", "txt", "index")
+"""Of the files that may hold a sample's class: what counts first, first. Ours have .cls files."""
+MOST_MANIFEST_BYTES = 1 << 28
 OPEN_SHARDS = 64
+MOST_DIGITS = 18
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +63,8 @@ class TarPlaces:
     def read(self, index: int) -> bytes:
         """One image's bytes; OSError if the shard cannot be read or ends before them."""
         size = int(self.size[index])
+        if size > MOST_IMAGE_BYTES:
+            raise OSError(errno.EFBIG, f"found {size:,} bytes, at most {MOST_IMAGE_BYTES:,} are read")
         # Held by name while it is read: another thread may push it out of the cache, which closes it once unused.
         file = _opened(self.shard_path(index))
         content = os.pread(file.descriptor, size, int(self.offset[index]))
@@ -118,8 +123,8 @@ def read_manifest(root: Path) -> dict[str, Any]:
     file = root / MANIFEST
     again = f"make the shards again, or, if others made them, remove it and run launch/prepare.py index {root.parent}"
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        manifest = json.loads(read_bounded(file, MOST_MANIFEST_BYTES).decode())
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{file}: cannot be read ({error}): {again}") from error
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != MANIFEST_FORMAT:
@@ -131,6 +136,13 @@ def read_manifest(root: Path) -> dict[str, Any]:
     names = [entry["name"] for entry in manifest["classes"]]
     if len(set(names)) < len(names):
         raise DataError(f"{file}: two of the 'classes' have one name: {again}")
+    files = [entry["file"] for entry in manifest["shards"]]
+    outside = [name for name in files if Path(name).name != name or Path(name).suffix != ".tar" or "\0" in name]
+    if outside or len(set(files)) < len(files):
+        wrong = (
+            f"{outside[0]!r} is no name of a tar file in its folder" if outside else "two of the 'shards' are one file"
+        )
+        raise DataError(f"{file}: {wrong}: {again}")
     return manifest
 
 
@@ -187,92 +199,65 @@ def write_manifest(
         "shards": shards,
     }
     # ASCII: a class folder's name need not be UTF-8, and its bytes come back from escapes only.
-    _write_whole(root / MANIFEST, json.dumps(content, indent=None if with_labels else 1, ensure_ascii=True) + "\n")
+    text = json.dumps(content, indent=None if with_labels else 1, ensure_ascii=True) + "\n"
+    write_whole(root / MANIFEST, text.encode())
 
 
-def write_index(tar: Path) -> bool:
-    """Write TAR's index beside it: a line a sample, for each of its files extension, offset, size and name.
+class IndexedFile(NamedTuple):
+    """One file of a sample, as an index has it."""
 
-    Returns whether it wrote: it does nothing if that is what lies there. Raises tarfile.TarError if it is no whole tar
-    file.
-    """
-    samples: dict[str, list[str]] = {}
-    with tarfile.open(tar, "r:") as members:
-        for member in members:
-            folder, slash, file = member.name.rpartition("/")
-            stem, _, extension = file.partition(".")  # WebDataset's key ends at the first dot
-            if member.isfile() and stem and extension:
-                # A blank ends a field.
-                extension, name = (re.sub(r"\s", "_", text) for text in (extension, member.name))
-                place = f"{extension} {member.offset_data} {member.size} {name}"
-                samples.setdefault(f"{folder}{slash}{stem}", []).append(place)
-    lines = [f"{INDEX_VERSION} {len(samples)}", *(" ".join(files) for files in samples.values())]
-    index, text = tar.with_suffix(".idx"), "\n".join(lines) + "\n"
-    if index.is_file() and index.read_bytes() == os.fsencode(text):
-        return False
-    _write_whole(index, text)
-    return True
+    extension: str
+    offset: int
+    """Bytes from the beginning of the tar file."""
+    size: int
+    """Bytes."""
+    name: str
+
+
+def kind_of(extension: str) -> str:
+    """What follows the last dot, in small letters: what a file is."""
+    return extension.rpartition(".")[2].lower()
 
 
 def read_index(file: Path) -> list[tuple[str, int, int]]:
     """Name, offset and size of every image; DataError if it is no such index, or a sample has no image or several."""
-    return _of_every_sample(file, _image_of)
+    images = []
+    for sample in samples_of(file):  # a million images: nothing more is kept of each
+        image = _image_of(sample, file)
+        images.append((image.name, image.offset, image.size))
+    return images
 
 
-def read_classes(tar: Path) -> list[str]:
-    """What stands in the .cls file of every sample, by TAR's index. DataError where one has none or an empty one."""
-    labels = _of_every_sample(tar.with_suffix(".idx"), _label_of)
-    with tar.open("rb") as content:
-        found = [os.pread(content.fileno(), size, offset).decode().strip() for _, offset, size in labels]
-    if "" in found:
-        raise DataError(f"{tar}: the .{LABEL_EXTENSION} file of sample {found.index('') + 1} is empty: make it again")
-    return found
-
-
-def _of_every_sample(file: Path, chosen: Callable[[list[list[str]]], list[str]]) -> list[tuple[str, int, int]]:
-    """Name, offset and size of the file that is `chosen` of each sample's, [extension, offset, size, name] each."""
+def samples_of(file: Path) -> Iterator[list[IndexedFile]]:
+    """The files of each sample of an index; DataError, at its end at the latest, if it is none or not whole."""
+    found = 0
     try:
-        header, *lines = os.fsdecode(file.read_bytes()).splitlines()
-        version, count = header.split()
-        if (version, int(count)) != (INDEX_VERSION, len(lines)):
-            raise ValueError(
-                f"{version} with {len(lines)} of {count} samples, expected {INDEX_VERSION} with all of them"
-            )
-        found = []
-        for line in lines:  # a million images: nothing more is kept of each
-            _, offset, size, name = chosen(_quartered(line.split(" ")))
-            found.append((name, int(offset), int(size)))
-    except LookupError as error:
-        raise DataError(f"{file}: {error}") from error
+        lines = lines_of(file)
+        version, count = next(lines, b"").decode().split()
+        for line in lines:
+            found += 1
+            fields = os.fsdecode(line).split(" ")
+            if len(fields) % 4:
+                raise ValueError(f"found {len(fields)} fields in a line, expected 4 for each file")
+            quarters = [fields[start : start + 4] for start in range(0, len(fields), 4)]
+            yield [IndexedFile(kind, int(offset), int(size), name) for kind, offset, size, name in quarters]
+        if (version, int(count)) != (INDEX_VERSION, found):
+            raise ValueError(f"{version} with {found} of {count} samples, expected {INDEX_VERSION} with all of them")
     except (OSError, ValueError) as error:
         raise DataError(
             f"{file}: cannot be read as an index of a shard ({error}): launch/prepare.py index {file.parent.parent} "
             "writes it anew"
         ) from error
-    return found
 
 
-def _quartered(fields: list[str]) -> list[list[str]]:
-    if len(fields) % 4:
-        raise ValueError(f"found {len(fields)} fields in a line, expected 4 for each file")
-    return [fields[start : start + 4] for start in range(0, len(fields), 4)]
-
-
-def _image_of(files: list[list[str]]) -> list[str]:
-    """The file of a sample that is not its label; of several, such as more labels, the one named as an image."""
-    images = [file for file in files if file[0].lower() != LABEL_EXTENSION]
+def _image_of(sample: list[IndexedFile], index: Path) -> IndexedFile:
+    """The file of a sample that is none of its labels; of several, such as masks, the one named as an image."""
+    images = [file for file in sample if kind_of(file.extension) not in LABEL_EXTENSIONS]
     if len(images) > 1:
-        images = [file for file in images if f".{file[0].lower()}" in IMG_EXTENSIONS]
+        images = [file for file in images if f".{kind_of(file.extension)}" in IMG_EXTENSIONS]
     if len(images) != 1:
-        raise LookupError(f"found {len(images)} images in the sample of {files[0][-1]}, expected one")
+        raise DataError(f"{index}: found {len(images)} images in the sample of {sample[0].name}, expected one")
     return images[0]
-
-
-def _label_of(files: list[list[str]]) -> list[str]:
-    labels = [file for file in files if file[0].lower() == LABEL_EXTENSION]
-    if len(labels) != 1:
-        raise LookupError(f"the sample of {files[0][-1]} has no .{LABEL_EXTENSION} file, which must hold its class")
-    return labels[0]
 
 
 def _checked_labels(labels: Any, num_images: int, num_classes: int, root: Path) -> list[int]:
@@ -289,14 +274,7 @@ def _checked_labels(labels: Any, num_images: int, num_classes: int, root: Path) 
 def _label_in(name: str, num_classes: int) -> int:
     """The label at the beginning of a name of our own; `num_classes`, which no image can have, where there is none."""
     prefix = name.split("-", 1)[0]
-    return min(int(prefix), num_classes) if prefix.isdecimal() else num_classes
-
-
-def _write_whole(file: Path, text: str) -> None:
-    """Write the file in one step, so that an interrupted attempt leaves no half of it."""
-    unfinished = file.with_name(f".{file.name}.part")
-    unfinished.write_bytes(os.fsencode(text))  # a name in a tar file need not be UTF-8
-    unfinished.replace(file)
+    return min(int(prefix), num_classes) if prefix.isdecimal() and len(prefix) <= MOST_DIGITS else num_classes
 
 
 def _is_entry(entry: Any, types: dict[str, type]) -> bool:

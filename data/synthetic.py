@@ -57,7 +57,9 @@ class SyntheticSource:
             config.synthetic_classes, config.channels, PATTERN_SIZE, PATTERN_SIZE, generator=generator
         )
         noises = torch.randn(NOISES, config.channels, config.image_size, config.image_size, generator=generator)
-        self._patterns, self._noises = patterns.to(device), (noises / 2**0.5).to(device)
+        self._patterns, self._noises = (
+            images.to(device, memory_format=torch.channels_last) for images in (patterns, noises / 2**0.5)
+        )
         split_number = ("train", "val").index(split)
         self._noise_pairs_N2 = np.random.Generator(np.random.PCG64([seed, split_number])).integers(
             NOISES, size=(len(images.names), 2)

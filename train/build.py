@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cup import REDUCTION_TOLERANCE, complexity, has_reached, prunable_groups
 from data import Loader, build_loaders, prepare_data, train_size
@@ -33,6 +32,7 @@ from train.loop.watch import Watch
 from train.methods import Method, PruneConfig, build_method
 from train.narrowing import plan_narrowing
 from train.network.compiling import BlockCompiler
+from train.network.ema import MovingAverage
 from train.network.models import Architecture, build_model
 from train.network.optim import build_optimizer
 from train.network.precision import Precision
@@ -176,10 +176,7 @@ def _build_parts(config: RunConfig, world: World) -> _Parts:
     model.to(world.device, memory_format=MEMORY_FORMAT)
     torch.manual_seed(config.run.seed + world.rank)  # dropout differs between ranks
     torch.backends.cudnn.benchmark = world.device.type == "cuda"
-    ema = None
-    if config.train.ema_decay > 0:
-        average = get_ema_multi_avg_fn(config.train.ema_decay)
-        ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+    ema = MovingAverage(model, config.train.ema_decay) if config.train.ema_decay > 0 else None
     precision = Precision(config.train.precision, world.device)
     state = TrainState(model, model, build_optimizer(model, config.optim), precision, ema)
     return _Parts(architecture, train_loader, val_loader, resizer, state)
@@ -214,7 +211,7 @@ def _start_from(source: dict[str, Any], config: RunConfig, parts: _Parts) -> lis
     architecture, classes = stored_architecture(source), parts.architecture.num_classes
     if architecture.num_classes != classes:
         raise ConfigError(
-            f"model.checkpoint: {config.model.checkpoint} tells {architecture.num_classes} classes apart, the data set "
+            f"model.checkpoint: {config.model.checkpoint} has {architecture.num_classes} classes, the data set "
             f"has {classes}; allowed: equal numbers, for the classifier is trained further"
         )
     resizer, target = parts.resizer, config.prune.target_reduction

@@ -95,7 +95,7 @@ class ModelConfig:
     channels as JSON or YAML. null = at full width."""
 
     def __post_init__(self) -> None:
-        """Raises ConfigError for a name that nobody knows, ValueError for what is out of range or at odds."""
+        """Raises ConfigError for an unknown name, ValueError for settings out of range or in conflict."""
         for name in ("checkpoint", "widths"):
             if getattr(self, name) == "":
                 raise ValueError(f"{name}: found '', allowed: a file, or null")
@@ -320,7 +320,7 @@ def all_settings() -> dict[str, tuple[type, dataclasses.Field]]:
 
 
 def _allowed(key: str) -> str:
-    """The type of a setting in words; for a section, that it is one."""
+    """The type of a setting, as an error names it; for a section, that it is one."""
     known = all_settings()
     if key not in known:
         return "settings, each a name and a value"

@@ -1,5 +1,6 @@
 """Settings whose names have changed: recipes, command lines and stored configurations of earlier versions are read."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -15,36 +16,32 @@ NEW_NAMES = {
     **{f"cup.{name}": f"prune.{name}" for name in UNCHANGED},
     "model.from": "model.checkpoint",
 }
-OLD_SECTIONS = {name.partition(".")[0] for name in NEW_NAMES}
 
 
 def with_new_names(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Nested settings with today's names, and a phrase for each that had an older one. The input is not changed."""
-    renamed: list[str] = []
-    result: dict[str, Any] = {}
-    for section, settings in values.items():
-        if section not in OLD_SECTIONS or not isinstance(settings, dict):
-            result[section] = settings
-            continue
-        kept = {}
-        for key, value in settings.items():
-            old = f"{section}.{key}"
-            if old in NEW_NAMES:
-                _put(result, NEW_NAMES[old].split("."), _new_value(old, value))
-                renamed.append(_phrase(old))
-            else:
-                kept[key] = value
-        if kept or section != "cup":
-            result[section] = {**result.get(section, {}), **kept}
+    """Nested settings with today's names, and a phrase for each that had an older one. The input is not changed.
+
+    Where a setting has a value under both names, the one under today's name counts.
+    """
+    result = copy.deepcopy(values)
+    renamed = []
+    for old, new in NEW_NAMES.items():
+        section, key = old.split(".")
+        settings = result.get(section)
+        if isinstance(settings, dict) and key in settings:
+            _put(result, new.split("."), _new_value(old, settings.pop(key)))
+            renamed.append(_phrase(old))
+    if result.get("cup") == {}:
+        del result["cup"]
     return result, renamed
 
 
 def recipe_with_new_names(recipe: str) -> tuple[str, list[str]]:
-    """What --config reads in place of the file `recipe`: the same, or its settings under their new names, as YAML."""
+    """What --config reads: the recipe's path, or its content as YAML with today's names where it has older ones."""
     try:
         values = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return recipe, []  # whoever reads it says what is wrong with it
+        return recipe, []  # the parser reports what is wrong with it
     if not isinstance(values, dict):
         return recipe, []
     values, renamed = with_new_names(values)
@@ -58,11 +55,12 @@ def options_with_new_names(argv: list[str]) -> tuple[list[str], list[str]]:
     rest = iter(argv)
     for word in rest:
         option, equals, value = word.partition("=")
-        name = option.removeprefix("--")
+        name = option.removeprefix("--") if word.startswith("--") else ""
         if name != "config" and name not in NEW_NAMES:
             words.append(word)
             continue
-        given = [value] if equals else list(next(([value] for value in rest), []))
+        following = value if equals else next(rest, None)
+        given = [] if following is None else [following]
         if name == "config" and given:
             recipe, phrases = recipe_with_new_names(given[0])
             words += ["--config", recipe]
@@ -77,7 +75,7 @@ def _put(values: dict[str, Any], path: list[str], value: Any) -> None:
     *owners, key = path
     for owner in owners:
         values = values.setdefault(owner, {})
-    values[key] = value
+    values.setdefault(key, value)
 
 
 def _new_value(old: str, value: Any) -> Any:

@@ -33,7 +33,7 @@ class Outcome:
     """What an action did.
 
     removed: group -> channels that went, or with a soft action were zeroed; empty where nothing did.
-    digests: one a rank, all equal.
+    digests: one a rank, all equal; empty where nothing was removed.
     """
 
     action: Action
@@ -86,7 +86,8 @@ class Resizer:
     def act(self, decide: Decide, state: TrainState, world: World) -> Outcome | None:
         """Ask for an action on rank 0 and carry it out on all ranks. All ranks call it.
 
-        state: changed in place; its `parallel` is wrapped anew after a cut. Returns None where there is nothing to do.
+        state: changed in place; its `parallel` is wrapped anew after a cut. Returns None where no action was asked for,
+        an outcome that removed nothing where its plan keeps all channels.
         Raises ResizeError on every rank if the ranks do not end with equal bits.
         """
         action = self._broadcast(decide, state, world)
@@ -150,5 +151,8 @@ def _groups(model: torch.nn.Module, example_input: torch.Tensor, scope: str | No
             raise
         return []
     if scope is not None and not cup.prunable_groups(groups, scope):
-        raise cup.CupError(f"no layer of {type(model).__name__} may shrink with prune.scope {scope}")
+        raise cup.CupError(
+            f"no layer of {type(model).__name__} may shrink with prune.scope {scope}, cup.describe says why; take "
+            "--prune.scope all, or --prune.method none"
+        )
     return groups

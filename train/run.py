@@ -24,6 +24,8 @@ from train.start import Start, find_start
 from train.world import World, torchrun_job
 
 OWN_SIGNAL_WITHIN_S = 5.0
+PACKAGES = ("torch", "torchvision", "timm", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
+"""Of which the log holds the versions, where they are installed."""
 
 
 def run(config: RunConfig, world: World, ledger: Ledger) -> dict[str, Any]:
@@ -34,9 +36,10 @@ def run(config: RunConfig, world: World, ledger: Ledger) -> dict[str, Any]:
     start = Start(**world.on_rank_zero(lambda: vars(find_start(config, torchrun_job()))))
     if start.done is not None:
         if world.is_main:
-            ConsoleSink().write({"event": "note", "message": f"{start.directory} is finished, by this very job"})
+            message = f"{start.directory} was finished by this job already: nothing to do"
+            ConsoleSink().write({"event": "note", "message": message})
         return start.done
-    signals = StopSignals(is_speaker=world.is_main)
+    signals = StopSignals(answers=world.is_main)
     built = build_run(config, start, world, ledger, lambda: signals.stop_wanted)
     trainer = built.trainer
     with signals:
@@ -53,7 +56,7 @@ def run(config: RunConfig, world: World, ledger: Ledger) -> dict[str, Any]:
             _require_saved(built.saver, start.run_dir)
             _await_own_signal(signals)
             return _stopped_event(trainer, start.run_dir)
-        except BaseException:  # whatever it was: the wait for a rank that is gone may have taken minutes
+        except BaseException:  # the minutes that a rank waited for a dead one count, too
             built.heartbeat(at_once=True)
             raise
         finally:
@@ -86,8 +89,8 @@ def _require_saved(saver: Saver, run_dir: RunDir) -> None:
 def _await_own_signal(signals: StopSignals) -> None:
     """Let torchrun signal this rank, too, before it ends.
 
-    When machines come or go, each torchrun stops its own ranks, which stop all of them. Ranks that end well before
-    their own torchrun has asked them to would look to it like the end of the whole job.
+    One signalled rank stops all ranks. A rank that exits before its own torchrun has signalled it looks to that one
+    like a normal end of the job.
     """
     if os.environ.get("TORCHELASTIC_RUN_ID") is not None:
         signals.wait(OWN_SIGNAL_WITHIN_S)
@@ -125,7 +128,10 @@ def _first_line(built: Run, run_dir: RunDir) -> dict[str, Any]:
         "world_size": world.size,
         "devices": world.all_gather(device),
         "device": world.device.type,
-        "versions": {"python": platform.python_version(), **_versions("torch", "torchvision", "nvidia-dali-cuda130")},
+        "versions": {
+            "python": platform.python_version(),
+            **_versions("torch", "torchvision", "timm", "nvidia-dali-cuda130", "nvidia-dali-cuda120"),
+        },
         "train_images": trainer.loop.loader.num_images,
         "val_images": trainer.val_loader.num_images,
         "dense_flops": dense.flops,

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGHUP as a wish to stop: the loop finishes its step, saves and ends.
+"""SIGTERM, SIGINT and SIGHUP ask a run to stop: the loop finishes its step, saves and ends.
 
 The interpreter runs a signal handler only when the main thread is back in Python, and a rank may be deep in a
 collective that never ends. So the signals also wake a thread, which ends the process at a second Ctrl-C.
@@ -24,9 +24,9 @@ class StopSignals:
     Processes that are started meanwhile get the usual handlers. Entered by another thread it does nothing.
     """
 
-    def __init__(self, is_speaker: bool = True) -> None:
-        """is_speaker: whether this process answers a Ctrl-C on stderr; one of all ranks is enough."""
-        self._is_speaker = is_speaker
+    def __init__(self, answers: bool = True) -> None:
+        """answers: whether this process acknowledges a Ctrl-C on stderr; one of all ranks is enough."""
+        self._answers = answers
         self._wanted = threading.Event()
         self._before: dict[signal.Signals, object] = {}
         self._pipe: tuple[int, int] | None = None
@@ -72,7 +72,7 @@ class StopSignals:
             if number[0] == signal.SIGINT:
                 if interrupted_at is None:
                     interrupted_at = time.monotonic()
-                    if self._is_speaker:
+                    if self._answers:
                         with suppress(OSError):  # os.write, for the main thread may hold the lock of sys.stderr
                             os.write(2, HEARD)
                 if time.monotonic() - interrupted_at > SECOND_AFTER_S:

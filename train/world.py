@@ -56,7 +56,7 @@ class World:
     def broadcast(self, value: Any) -> Any:
         """Rank 0's `value` (what JSON can hold) on every rank. All ranks call it."""
         if self.size == 1:
-            return value
+            return json.loads(json.dumps(value))  # what JSON cannot hold fails with one rank as with many
         # JSON in a tensor of bytes: torch's object collectives would unpickle what arrives.
         data = _to_bytes(json.dumps(value).encode()) if self.is_main else None
         length = torch.tensor([0 if data is None else len(data)])
@@ -256,7 +256,7 @@ def all_reduce_wait_s(parallel: nn.Module) -> float | None:
     """Seconds that a step waits for the all-reduce of gradients with nothing left to compute meanwhile.
 
     As DDP itself measured it at the last step that it sampled: one of the first ten since `World.wrap`, later every
-    hundredth. Its mean would not do, for it counts the first step, in which the ranks compile and wait for each other.
+    hundredth. DDP's own mean includes the first step, in which the ranks compile and wait for each other.
     None for one process, and before the second step.
     """
     if not isinstance(parallel, nn.parallel.DistributedDataParallel):
@@ -339,7 +339,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _number(variable: str, otherwise: int) -> int:
-    """A variable of torchrun's. Raises ConfigError if somebody set it to something else."""
+    """A variable of torchrun's. Raises ConfigError for a value that is no number."""
     text = os.environ.get(variable, str(otherwise))
     if not text.isdecimal():
         raise ConfigError(f"{variable}: found {text!r} in the environment, allowed: a whole number, as torchrun sets")

@@ -12,7 +12,7 @@ from cup.tracing.groups import ChannelGroup, Masks
 
 @dataclass(frozen=True)
 class BatchNormScale:
-    """The channel with the smallest absolute batch-norm factor goes first, ties from the highest id.
+    """The channel with the smallest absolute batch-norm factor goes first; of equal factors the highest id.
 
     Heights are those factors, added up where several batch norms follow a group. Masks change nothing. Network slimming
     trains with an L1 penalty on the factors, which is no part of the criterion.

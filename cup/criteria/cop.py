@@ -22,7 +22,7 @@ TOP = 3
 
 @dataclass(frozen=True)
 class Cop:
-    """The globally least important filter goes first, again and again, ties from the first group and the highest id.
+    """The globally least important filter goes first, again and again; of equals the first group's highest id.
 
     The importance of filter i in layer l is (1 - r_i) + (1 - log2 C_l / max log2 C) + (1 - log2 P_l / max log2 P). r_i
     is the mean of its three largest correlations with other filters of the layer; C_l and P_l are FLOPs (2 per

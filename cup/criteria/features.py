@@ -54,7 +54,7 @@ class GroupFeatures:
         return np.concatenate([np.empty((self._width, 0)), *columns], axis=1, dtype=np.float64)
 
     def gram(self, masks: Masks | None = None) -> Gram:
-        """Products of the rows under these masks. What a change of masks leaves as it was is not computed again."""
+        """Products of the rows under these masks. Blocks whose mask is unchanged are cached."""
         changed = [self._update(index, block, masks) for index, block in enumerate(self._blocks)]
         if any(changed) or self._gram is None:
             products_CC, squares_C = np.zeros((self._width, self._width)), np.zeros(self._width)
@@ -99,9 +99,9 @@ class _BlockGram:
 
 
 def gram_of(rows_CX: np.ndarray, stays: np.ndarray) -> Gram:
-    """Products of the columns of these rows that stay, in float64.
+    """Products of the columns that stay, in float64.
 
-    The rows are centred, so that distances lose no digits as the difference of squares.
+    The rows are centred first: |a|² + |b|² - 2ab would cancel digits otherwise.
     """
     count = len(rows_CX)
     products_CC, squares_C = np.zeros((count, count)), np.zeros(count)

@@ -15,9 +15,9 @@ from cup.tracing.groups import ChannelGroup, Masks
 
 @dataclass(frozen=True)
 class GeometricMedian:
-    """The filter whose Euclidean distances to all others have the smallest sum goes first, ties from the highest id.
+    """The filter whose distances to all others have the smallest sum goes first; of equal sums the highest id.
 
-    Others can stand in for a filter in the middle of them. Heights are those sums. A filter is
+    Others can stand in for a filter in the middle of them. Heights are those sums of Euclidean distances. A filter is
     all weights that write a channel, in all conv and linear layers of the group together; what reads channels that are
     gone already is left out. The paper's optional first stage, by norm, is not part of it.
     """

@@ -12,7 +12,7 @@ from cup.tracing.groups import ChannelGroup, Masks
 
 @dataclass(frozen=True)
 class L1:
-    """The filter with the smallest sum of absolute weights goes first, ties from the highest id.
+    """The filter with the smallest sum of absolute weights goes first; of equal sums the highest id.
 
     Heights are those sums. They run over all conv and linear layers that write the group, and leave out what reads
     channels that are gone already (Li et al.'s greedy strategy; `PlanOptions.sequential=False` is their independent

@@ -12,7 +12,7 @@ from cup.tracing.groups import ChannelGroup, Masks
 
 @dataclass(frozen=True)
 class L2:
-    """The filter with the smallest norm goes first, ties from the highest id.
+    """The filter with the smallest norm goes first; of equal norms the highest id.
 
     Heights are those norms, over all weights that write a channel, in all conv and linear layers of the group together;
     what reads channels that are gone already is left out. Biases and outgoing weights do not count.

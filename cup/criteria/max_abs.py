@@ -14,7 +14,7 @@ from cup.tracing.groups import ChannelGroup, Masks, Place
 
 @dataclass(frozen=True)
 class MaxAbs:
-    """The channel whose largest absolute weight is the smallest goes first, ties from the highest id.
+    """The channel whose largest absolute weight is the smallest goes first; of equal ones the highest id.
 
     Heights are those weights. They count all conv and linear layers that write or read the group, so a cut at height t
     removes a channel only if none of its weights is above t in any of them; of a residual stream the union of the

@@ -18,8 +18,9 @@ class Ranking:
     """A group's channels from the first that goes to the last that stays. Every planner works on rankings alone.
 
     order_C: int64 (C,), ids; a group is narrowed by removing a prefix, so the sets kept at smaller widths are nested.
-    heights: float64 (C - 1,), ascending, from 0: the loss that each removal costs, comparable across groups. A
-        threshold t removes the channels with heights up to t; the last channel in the order always stays.
+    heights: float64 (C - 1,), ascending, from 0: the loss that each removal costs, comparable across groups, in the
+        criterion's own unit (CUP: Ward distance of features; L1: sum of absolute weights). A threshold t removes the
+        channels with heights up to t; the last channel in the order always stays.
     tree: SciPy's linkage matrix (C - 1, 4) that the order comes from, where there is one; for drawings.
 
     Raises CupError where order_C is no permutation or the heights are not as above.
@@ -50,7 +51,7 @@ class Ranking:
 
 
 def lowest_first(scores_C: np.ndarray) -> Ranking:
-    """The channel with the lowest score (finite, from 0) goes first, ties from the highest id; heights are the scores.
+    """The channel with the lowest score (finite, from 0) goes first, of equals the highest id; heights are the scores.
 
     Raises CupError as `Ranking` does.
     """
@@ -60,7 +61,7 @@ def lowest_first(scores_C: np.ndarray) -> Ranking:
 
 @runtime_checkable
 class Criterion(Protocol):
-    """Which channels go first. Any object with this method will do, as `PlanOptions.criterion` for one.
+    """Which channels go first. Any object with this method can be `PlanOptions.criterion`.
 
     Planners share one object between all groups and plans, so it keeps no state of a model; what is expensive to
     compute goes into `view.remember`.

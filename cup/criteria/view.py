@@ -18,8 +18,7 @@ class View:
     """A network at one moment, read only. What was read is kept: once the weights have changed, take a new view.
 
     model: in no parallel wrapper. groups: from `channel_groups(model)`, at the model's widths.
-    dense: cost at full width; that of the model as it is if not given. now: cost of the model as it is; counted when
-        it is first asked for if not given.
+    dense: cost at full width; by default the current cost. now: the current cost; by default counted at first use.
     """
 
     def __init__(

@@ -17,7 +17,7 @@ from cup.tracing.groups import ChannelGroup, Masks
 
 @dataclass(frozen=True)
 class Ward:
-    """Of two clusters that merge, the representative with the smaller feature norm goes, ties the higher id.
+    """Where two clusters merge, the representative with the smaller feature norm goes; of equal norms the higher id.
 
     Heights are those of Ward's merges. A cut at height t so leaves one filter of each cluster that the dendrogram has
     there: the one with the largest norm.

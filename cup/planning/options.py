@@ -1,4 +1,4 @@
-"""What all planners are told."""
+"""The options that all planners share."""
 
 import itertools
 from bisect import bisect_left

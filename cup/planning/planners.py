@@ -57,9 +57,9 @@ def plan_by_reduction(
 ) -> PrunePlan:
     """The cut whose FLOPs reduction lands within 1% of `target`: above it where it can, or as near as there is.
 
-    Bisection on the height t; where a small step of t jumps over the target, the first groups in network order take
-    the deeper of the two neighbouring cuts and the rest the shallower one, and if need be single channels come back or
-    go. If even the deepest cut stays short, or no widths are found near, `note` says so.
+    Bisects the height t. Where a small step of t jumps over the target, groups move from the shallower to the deeper
+    of the two cuts one by one, in network order; then single channels are given back or taken. If even the deepest cut
+    stays short, or no widths are found near, `note` says so.
     dense_flops: FLOPs (the paper's counting) that the reduction is measured against; the model's own if not given.
     Raises CupError for a target <= 1.
     """

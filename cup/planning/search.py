@@ -12,7 +12,7 @@ from cup.planning.cuts import ChooseWidth, GroupCut, cut_view, plan_from, some_p
 from cup.planning.options import PlanOptions, round_up
 
 REDUCTION_TOLERANCE = 0.01
-"""How far above a target FLOPs reduction a plan may land, relative."""
+"""Relative tolerance around a target FLOPs reduction."""
 
 MOST_PAIRED_GROUPS = 24
 """Networks of up to so many groups are small enough to try all pairs of steps."""
@@ -39,7 +39,7 @@ class _Candidate:
 
     @property
     def top(self) -> float:
-        """The greatest height in its rankings, from 1: a cut there makes all groups as narrow as they may get."""
+        """The largest height in its rankings, at least 1: a cut there makes all groups as narrow as they may get."""
         return max(cut.ranking.heights.max(initial=1.0) for cut in self.cuts)
 
 
@@ -59,8 +59,8 @@ class _Search:
     def bracket(self) -> tuple[_Candidate, _Candidate]:
         """Two cuts around the target, shallow below it and deep at or above it, near it or one step apart.
 
-        The rankings of one trial, cut at other heights, tell about where the next trial should be. deep falls short of
-        the target only where the smallest widths there are do.
+        The rankings of one trial, cut at other heights, tell about where the next trial should be. deep is below
+        the target only if the smallest allowed widths are.
         """
         low, shallow = 0.0, self._at_height(0.0)
         high = 2 * shallow.top
@@ -82,7 +82,7 @@ class _Search:
                 high, deep = t, last
 
     def _guess(self, cuts: Sequence[GroupCut], low: float, high: float) -> float:
-        """The height between low and high at which these rankings, as they are, would land inside the tolerance."""
+        """The height between low and high at which these rankings would land within the tolerance, if they stayed."""
         inside = self.target * (1 + REDUCTION_TOLERANCE / 2)
         first, last = low, high
         for _ in range(20):

@@ -43,6 +43,12 @@ class Labels:
         self.count += count
         return np.arange(self.count - count, self.count)
 
+    def frozen_fresh(self, count: int, reason: str) -> np.ndarray:
+        """Labels for channels that no layer produces, and that must stay."""
+        labels_C = self.fresh(count)
+        self.frozen.append((labels_C, reason))
+        return labels_C
+
     def freeze(self, values: Iterable[Channels | None], reason: str) -> None:
         self.frozen.extend((value.labels_C, reason) for value in values if value is not None)
 

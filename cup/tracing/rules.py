@@ -92,6 +92,45 @@ def find_rule(operation: Operation) -> Rule | None:
     return _LAYERS.get(type(layer)) or _MODULES.get(type(layer)) or _FOREIGN_MODULES.get(_qualified_name(layer))
 
 
+def layer_at(node: fx.Node, model: nn.Module) -> str | None:
+    """Dotted name of the module whose work this node is: a module call, or a subclass's own call of the function.
+
+    Only inside that module's forward, and with its own groups or shape: elsewhere, or with others, the function may do
+    anything with the weights.
+    """
+    if node.op == "call_module":
+        return node.target
+    kind = LAYER_FUNCTIONS.get(node.target) if node.op == "call_function" else None
+    stack = list(node.meta.get("nn_module_stack") or ())
+    value = node.args[0] if node.args else None
+    if kind is None or not stack or shape_of(value) is None or value.op == "get_attr":
+        return None
+    owner = stack[-1]
+    layer = model.get_submodule(owner)
+    read = {n.target for n in node.all_input_nodes if n.op == "get_attr"}
+    own = {f"{owner}.{name}" for name in ("weight", "bias", "running_mean", "running_var")}
+    if not isinstance(layer, kind) or f"{owner}.weight" not in read or not read <= own:
+        return None
+    position, name = _WIDTH_ARGUMENTS.get(node.target, (None, ""))
+    given = node.args[position] if position is not None and len(node.args) > position else node.kwargs.get(name)
+    wanted = getattr(layer, name, None)
+    as_layer = given == wanted or (isinstance(given, list | tuple) and tuple(given) == tuple(wanted))
+    return owner if as_layer or (given is None and wanted == 1) else None
+
+
+def arguments_besides_width(node: fx.Node, model: nn.Module) -> str:
+    """A node's arguments as text, without the number of groups or the shape that a layer hands to its function.
+
+    That number follows the layer's weights.
+    """
+    args, kwargs = list(node.args), dict(node.kwargs)
+    position, name = _WIDTH_ARGUMENTS.get(node.target, (None, ""))
+    if position is not None and layer_at(node, model) is not None:
+        del args[position : position + 1]
+        kwargs.pop(name, None)
+    return f"{args} {kwargs}"
+
+
 def has_width(module: nn.Module) -> bool:
     """Whether surgery changes something about the module, be it only an attribute."""
     return isinstance(module, tuple(_LAYERS))
@@ -102,8 +141,13 @@ def reads_no_width(node: fx.Node) -> bool:
 
     Sizes are looked after by `freeze_what_is_counted`.
     """
+    return _sizes_read(node)[0] is not None or answers_no_width(node)
+
+
+def answers_no_width(node: fx.Node) -> bool:
+    """Whether a node asks for something that is the same at every width: a rank, a type, a device."""
     name = node.args[1] if node.target is getattr else node.target
-    return _sizes_read(node)[0] is not None or name in _WIDTHLESS
+    return node.op in ("call_function", "call_method") and name in _WIDTHLESS
 
 
 def is_known(module: nn.Module) -> bool:
@@ -116,12 +160,21 @@ def _qualified_name(module: nn.Module) -> str:
 
 
 def freeze_what_is_counted(
-    nodes: Iterable[fx.Node], channels: Mapping[fx.Node, Channels | None], labels: Labels
+    nodes: Iterable[fx.Node],
+    asked: Iterable[fx.Node],
+    channels: Mapping[fx.Node, Channels | None],
+    labels: Labels,
 ) -> None:
     """Freeze what has its width read as a number: nobody knows what the number is for.
 
     A view that asks for just this width is no such reader; it has been checked by its rule.
+    asked: values that the network's own code took as numbers, to branch on or to count with.
     """
+    for node in asked:
+        source, dims = _sizes_read(node)
+        known = channels.get(source)
+        if known is not None and known.dim in dims:
+            labels.freeze([known], "the code uses its width as a number")
     for node in nodes:
         source, dims = _sizes_read(node)
         known = channels.get(source)
@@ -238,8 +291,10 @@ def _reshape(op: Operation, labels: Labels) -> Channels | None:
     dim, channels = next(_whole_axis(value, before, after), (None, None))
     if channels is None:
         labels.freeze([value], f"{op.name} from {before[1:]} to {after[1:]} is not followed")
-    elif _is_view(op.node) and not _size_follows(op, _size_at(op.node, dim), value):
-        labels.freeze([value], f"{op.name} to a fixed size {after[dim]}")
+    elif _is_view(op.node) and not _size_follows(op, labels, _size_at(op.node, dim), value):
+        size = _size_at(op.node, dim)
+        what = "a size that is computed" if isinstance(size, fx.Node) or size is None else f"a fixed size {size}"
+        labels.freeze([value], f"{op.name} to {what}")
         return None
     return channels
 
@@ -253,13 +308,19 @@ def _whole_axis(value: Channels, before: tuple[int, ...], after: tuple[int, ...]
     yield from ((dim, Channels(dim, blocks_C)) for dim in here if after[dim] == width * behind)
 
 
-def _size_follows(op: Operation, size: Any, value: Channels) -> bool:
-    """Whether the size asked for shrinks with the channels: -1, or read from a tensor that has the same channels."""
+def _size_follows(op: Operation, labels: Labels, size: Any, value: Channels) -> bool:
+    """Whether the size asked for shrinks with the channels: -1, or the width of a tensor.
+
+    Where that is another tensor (a squeeze-excite gate that is brought to its input's shape), their channels are tied.
+    """
     if not isinstance(size, fx.Node):
         return size == -1
     source, dims = _sizes_read(size)
     known = op.channels.get(source)
-    return known is not None and dims == [known.dim] and np.array_equal(known.labels_C, value.labels_C)
+    if known is None or dims != [known.dim] or len(known.labels_C) != len(value.labels_C):
+        return False
+    labels.ties.append((known.labels_C, value.labels_C))
+    return True
 
 
 def _sizes_read(node: fx.Node) -> tuple[fx.Node | None, list[int]]:
@@ -322,52 +383,77 @@ def _reduce(op: Operation, labels: Labels) -> Channels | None:
 
 
 def _add(op: Operation, labels: Labels) -> Channels | None:
-    """Addition and subtraction: of two tensors it is a residual, of a parameter or a number it is not."""
+    """Addition and subtraction: of two tensors with channels it is a residual, of a parameter or a number it is not."""
     value = _elementwise(op, labels)
-    operands = [n for n in op.node.args[:2] if shape_of(n) is not None]
-    if len(operands) > 1 and not any(map(_parameter_read, operands)):
-        labels.residual.extend(op.channels[n].labels_C for n in operands if op.channels[n] is not None)
+    whole = [op.channels[n] for n in _operands(op) if op.channels[n] is not None and not _is_spread(op, n)]
+    if len(whole) > 1:
+        labels.residual.extend(one.labels_C for one in whole)
     return value
+
+
+def _operands(op: Operation) -> list[fx.Node]:
+    return [argument for argument in op.node.args if shape_of(argument) is not None]
 
 
 def _elementwise(op: Operation, labels: Labels) -> Channels | None:
-    """Binary operations: the operands' channels become the same channels."""
-    operands = [n for n in op.node.args[:2] if shape_of(n) is not None]
-    values = [op.channels[n] for n in operands]
-    if len(operands) == 1:
-        return values[0]
-    first, second = values
-    for value, other in ((first, operands[1]), (second, operands[0])):
-        if value is not None and _parameter_read(other) is not None:
-            return _with_parameter(op, labels, value, other)
-    same_axis = (
-        first is not None
-        and second is not None
-        and first.dim == second.dim
-        and len(shape_of(operands[0])) == len(shape_of(operands[1]))
-        and len(first.labels_C) == len(second.labels_C)
-    )
-    if not same_axis:
-        labels.freeze(values, f"{op.name} combines it with values that are not followed")
+    """Operations on tensors of equal or broadcast shapes: the operands' channels become the same channels.
+
+    A parameter with an entry for each channel goes along; what has one entry for all channels (a map over pixels, a
+    number) changes nothing.
+    """
+    operands, rank = _operands(op), len(op.output_shape)
+    followed = [n for n in operands if op.channels[n] is not None]
+    axes = {op.channels[n].dim + rank - len(shape_of(n)) for n in followed}
+    if not followed:
         return None
-    labels.ties.append((first.labels_C, second.labels_C))
-    return first
+    if len(axes) > 1:
+        labels.freeze([op.channels[n] for n in followed], f"{op.name} combines channels with another axis")
+        return None
+    labels.freeze([op.channels[n] for n in followed if _is_spread(op, n)], f"{op.name} spreads it over other channels")
+    whole = [op.channels[n] for n in followed if not _is_spread(op, n)]
+    if not whole:
+        return None
+    value = Channels(axes.pop(), whole[0].labels_C)
+    for operand in operands:
+        varies = op.channels[operand] is None and _length_at(op, operand, value.dim) > 1
+        if varies and not _goes_along(op, labels, value, operand):
+            return None
+    labels.ties.extend((value.labels_C, other.labels_C) for other in whole[1:])
+    return value
 
 
-def _with_parameter(op: Operation, labels: Labels, value: Channels, operand: fx.Node) -> Channels | None:
-    """A free parameter with an entry for each channel (a layer scale) goes along; a single number changes nothing."""
-    name = _parameter_read(operand).target
-    tensor, shape = operator.attrgetter(name)(op.model), shape_of(operand)
-    if tensor.numel() == 1:
-        return value
-    dim = value.dim - (len(op.output_shape) - len(shape))  # shapes are aligned at their ends
-    one_axis = dim >= 0 and shape[dim] == max(tensor.shape) == tensor.numel() == len(value.labels_C)
+def _length_at(op: Operation, operand: fx.Node, dim: int) -> int:
+    """The operand's length along a dimension of the output: shapes are aligned at their ends."""
+    shape = shape_of(operand)
+    dim -= len(op.output_shape) - len(shape)
+    return shape[dim] if dim >= 0 else 1
+
+
+def _is_spread(op: Operation, operand: fx.Node) -> bool:
+    """Whether the operand's one channel is combined with each of several."""
+    value = op.channels[operand]
+    dim = value.dim + len(op.output_shape) - len(shape_of(operand))
+    return len(value.labels_C) == 1 < op.output_shape[dim]
+
+
+def _goes_along(op: Operation, labels: Labels, value: Channels, operand: fx.Node) -> bool:
+    """Whether an operand is a free parameter with an entry for each channel (a layer scale), which becomes a follower.
+
+    value: the channels, at their dimension of the output; frozen if not.
+    """
+    read = _parameter_read(operand)
+    if read is None:
+        labels.freeze([value], f"{op.name} combines it with values that are not followed")
+        return False
+    tensor, shape = operator.attrgetter(read.target)(op.model), shape_of(operand)
+    dim = value.dim - (len(op.output_shape) - len(shape))
+    one_axis = shape[dim] == max(tensor.shape) == tensor.numel() == len(value.labels_C)
     shrinks = one_axis and (operand.op == "get_attr" or _size_at(operand, dim) == -1)
     if not shrinks or not isinstance(tensor, nn.Parameter) or not _read_once(op, operand, tensor):
-        labels.freeze([value], f"{op.name} combines it with {name}, which is not followed")
-        return None
-    labels.followers.append((name, value.labels_C))
-    return value
+        labels.freeze([value], f"{op.name} combines it with {read.target}, which is not followed")
+        return False
+    labels.followers.append((read.target, value.labels_C))
+    return True
 
 
 def _parameter_read(node: fx.Node) -> fx.Node | None:
@@ -386,14 +472,27 @@ def _read_once(op: Operation, operand: fx.Node, tensor: torch.Tensor) -> bool:
 
 
 def _cat(op: Operation, labels: Labels) -> Channels | None:
+    """Along the channels they stand one behind the other, with those that nobody produces (the image, a buffer) frozen;
+    along another axis they become the same channels.
+    """
     if isinstance(op.node.args[0], fx.Node):
         return None  # the parts of a value that is not followed
-    values = [op.channels[n] for n in op.node.args[0]]
+    parts = list(op.node.args[0])
+    values = [op.channels[n] for n in parts]
     dim = op.argument(1, "dim", 0) % len(op.output_shape)
-    if any(value is None or value.dim != dim for value in values):
+    axes = {value.dim for value in values if value is not None}
+    if axes != {dim} and (len(axes) > 1 or None in values):
         labels.freeze(values, f"{op.name} joins it with values that are not followed")
         return None
-    return Channels(dim, np.concatenate([value.labels_C for value in values]))
+    if axes != {dim}:
+        labels.ties.extend((values[0].labels_C, other.labels_C) for other in values[1:])
+        return values[0]
+    reason = f"{op.name} takes channels that no layer produces"
+    parts_C = [
+        labels.frozen_fresh(shape_of(part)[dim], reason) if value is None else value.labels_C
+        for part, value in zip(parts, values, strict=True)
+    ]
+    return Channels(dim, np.concatenate(parts_C))
 
 
 def _getitem(op: Operation, labels: Labels) -> Channels | None:
@@ -432,8 +531,7 @@ def _pad(op: Operation, labels: Labels) -> Channels | None:
     if before < 0 or after < 0 or op.argument(2, "mode", "constant") != "constant":
         labels.freeze([value], f"{op.name} crops channels or repeats them")
         return None
-    zeros_C = labels.fresh(before + after)
-    labels.frozen.append((zeros_C, "a shortcut pads it with zero channels"))
+    zeros_C = labels.frozen_fresh(before + after, "a shortcut pads it with zero channels")
     return Channels(value.dim, np.concatenate([zeros_C[:before], value.labels_C, zeros_C[before:]]))
 
 
@@ -463,6 +561,13 @@ LAYER_FUNCTIONS: dict[Any, tuple[type[nn.Module], ...]] = {
     F.prelu: (nn.PReLU,),
 }
 """Functions that do a layer's work, with the layers whose own weights they may be given (by a subclass's forward)."""
+
+_WIDTH_ARGUMENTS: dict[Any, tuple[int, str]] = {
+    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), (6, "groups")),
+    F.group_norm: (1, "num_groups"),
+    F.layer_norm: (1, "normalized_shape"),
+}
+"""The argument of a layer's function that changes with the layer's width: its position, and its name in both."""
 
 _SAME_MODULES = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.Softsign),

@@ -1,65 +1,66 @@
-"""Find the channel groups of a network by tracing it with torch.fx.
+"""Find the channel groups of a network: trace it, walk the graph, and check what comes of it on narrower copies."""
 
-The walk visits the graph once and carries labels (labels.py) from producers to consumers by the rules of rules.py: a
-flatten repeats each of them, a concatenation strings arrays together, an addition ties two labels into one. What the
-rules do not cover freezes the labels it touches, with the reason; the trace never guesses.
-"""
-
-import operator
-from collections import Counter
+import copy
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import fx, nn
+from torch import nn
 
 from cup.errors import CupError
-from cup.tracing.groups import AxisName, Call, ChannelGroup, Network, Place
-from cup.tracing.labels import Channels, Labels
-from cup.tracing.meta import does_not_take, find_input_shape, first_line, meta_copy, meta_input
-from cup.tracing.rules import (
-    LAYER_FUNCTIONS,
-    Operation,
-    find_rule,
-    freeze_what_is_counted,
-    has_width,
-    is_known,
-    reads_no_width,
-    shape_of,
-)
+from cup.tracing.groups import AxisName, ChannelGroup, Masks
+from cup.tracing.meta import Sample, check_model, find_input_shape, hooked_modules, meta_copy, sample_of
+from cup.tracing.narrowing import narrow_layers
+from cup.tracing.retrace import freeze_what_breaks
+from cup.tracing.tracer import Trace, trace_forward
+from cup.tracing.walk import groups_of, title
 
 
-def channel_groups(model: nn.Module, example_input: torch.Tensor | None = None) -> list[ChannelGroup]:
+def channel_groups(model: nn.Module, example_input: Any = None, *, allow_hooks: bool = False) -> list[ChannelGroup]:
     """Trace `model` and return its channel groups in network order, frozen ones included.
 
-    example_input: tensor (N, ...) of the shape that the network takes; only its shape matters. Without one, common
-        shapes are tried on the meta device. The model is neither run nor changed.
-    Raises CupError where torch.fx cannot trace the network or the input does not fit.
+    example_input: tensor (N, ...) of the shape that the network takes, or several inputs: a tuple of its arguments, or
+        a dict of them by name. Only shapes matter. Without one, common shapes are tried on the meta device. The model
+        is neither run nor changed.
+    allow_hooks: what a forward hook does to a module's values is not seen, so they freeze the channels around them;
+        True says that all of them only look.
+    Raises CupError where torch.fx cannot trace the network, the input does not fit, or the model is a wrapper.
     """
+    check_model(model)
     twin = meta_copy(model)
-    shape = find_input_shape(model) if example_input is None else tuple(example_input.shape[1:])
-    # In training mode, so that auxiliary heads are part of the graph.
-    graph, groups = _trace(twin.train(), shape)
-    evaluation_graph, evaluation_groups = _trace(twin.eval(), shape, unless=graph)
-    return groups if evaluation_graph == graph else _allowed_in_both(groups, evaluation_groups)
+    sample = find_input_shape(model) if example_input is None else sample_of(example_input)
+    hooked = () if allow_hooks else hooked_modules(model)
+    training = _trace(twin.train(), sample, hooked)  # first, so that auxiliary heads are part of the graph
+    groups = groups_of(training, sample)
+    groups = freeze_what_breaks(groups, lambda masks: _difference(training, twin.train(), masks, sample, hooked))
+    evaluation = _trace(twin.eval(), sample, hooked)
+    if evaluation.steps() == training.steps():
+        return groups
+    groups = _allowed_in_both(groups, groups_of(evaluation, sample))
+    return freeze_what_breaks(groups, lambda masks: _difference(evaluation, twin.eval(), masks, sample, hooked))
 
 
-def _trace(twin: nn.Module, shape: tuple[int, ...], unless: str = "") -> tuple[str, list[ChannelGroup]]:
-    """The graph of the twin's forward pass as text, and its groups; none where the text is the one of `unless`."""
+def _trace(twin: nn.Module, sample: Sample, hooked: Collection[str]) -> Trace:
+    return trace_forward(copy.deepcopy(twin), sample, hooked)
+
+
+def _difference(full: Trace, twin: nn.Module, masks: Masks, sample: Sample, hooked: Collection[str]) -> str:
+    """What the code of a narrower copy does otherwise than that of the full network; "" for nothing."""
+    narrow = copy.deepcopy(twin)
     try:
-        graph = fx.GraphModule(twin, _Tracer().trace(twin))
-    except Exception as error:  # torch.fx raises many types for what it cannot follow
-        raise CupError(f"torch.fx cannot trace {type(twin).__name__}: {first_line(error)}") from error
-    if str(graph.graph) == unless:
-        return unless, []
-    try:
-        with torch.no_grad(), torch.device("meta"):
-            _Shapes(graph).run(meta_input(shape, batch=2))  # two samples, so that a batch is told from a size
-    except Exception as error:
-        raise CupError(does_not_take(twin, shape, error)) from error
-    return str(graph.graph), _Walk(graph, twin).groups(shape)
+        narrow_layers(narrow, masks)
+        steps = trace_forward(narrow, sample, hooked).steps()
+    except CupError as error:
+        return f"without some of its channels the network does not run: {error}"
+    if steps == full.steps():
+        return ""
+    nodes = list(full.graph.nodes)
+    differing = [node for node, before, now in zip(nodes, full.steps(), steps, strict=False) if before != now]
+    if len(steps) == len(nodes) and all(
+        before[:2] == now[:2] or before[0] == "get_attr" for before, now in zip(full.steps(), steps, strict=True)
+    ):
+        return f"{title(differing[0])} is given a number that depends on its width"
+    return "the network's code takes another path at other widths"
 
 
 def _allowed_in_both(groups: list[ChannelGroup], evaluated: list[ChannelGroup]) -> list[ChannelGroup]:
@@ -81,223 +82,3 @@ def _allowed_in_both(groups: list[ChannelGroup], evaluated: list[ChannelGroup]) 
         frozen.pop(group.name, None)
     only = [group for group in evaluated if group.name in frozen]
     return both + [replace(group, frozen="it is used in evaluation only") for group in only]
-
-
-_IS_OUTPUT = "it is an output of the network"
-
-
-class _Walk:
-    """Visits every node once, in order; `channels` holds what is known of each value's channel axis."""
-
-    def __init__(self, graph: fx.GraphModule, twin: nn.Module) -> None:
-        self.nodes = list(graph.graph.nodes)
-        self.twin = twin
-        self.layer_of = {node: self._layer(node) for node in self.nodes}
-        self.shared = self._shared_layers()
-        self.labels = Labels()
-        self.channels: dict[fx.Node, Channels | None] = {}
-        self.calls: list[tuple[str, fx.Node, Channels | None, fx.Node, Channels | None]] = []
-
-    def groups(self, input_shape: tuple[int, ...]) -> list[ChannelGroup]:
-        for node in self.nodes:
-            self.channels[node] = self._visit(node)
-            if self.layer_of[node] is not None and node.args and shape_of(node.args[0]) and shape_of(node):
-                value = node.args[0]
-                self.calls.append((self.layer_of[node], value, self.channels[value], node, self.channels[node]))
-        freeze_what_is_counted(self.nodes, self.channels, self.labels)
-        return self._assemble(input_shape)
-
-    def _visit(self, node: fx.Node) -> Channels | None:
-        inputs = [self.channels[n] for n in node.all_input_nodes if self.channels[n] is not None]
-        layer = self.layer_of[node]
-        if node.op == "output":
-            self.labels.freeze(inputs, _IS_OUTPUT)
-            return None
-        if shape_of(node) is None or node.op in ("placeholder", "get_attr"):
-            if node.meta.get("unknown"):  # several tensors in one value: a chunk, a split, attention, several heads
-                is_output = all(user.op == "output" for user in node.users)
-                self.labels.freeze(inputs, _IS_OUTPUT if is_output else f"{_title(node)} is not followed")
-            elif not reads_no_width(node):
-                self.labels.freeze(inputs, f"{_title(node)} may read its width as a number")
-            return None  # the network's input, a free parameter, a size: no channels that could go
-        if layer in self.shared:
-            reason = f"{layer} is used more than once or shares a parameter"
-        elif _tensor_keywords(node):
-            reason = f"{_title(node)} is called with keywords"
-        else:
-            module = None if layer is None else self.twin.get_submodule(layer)
-            operation = Operation(node, layer or _title(node), module, self.channels, self.twin)
-            if (rule := find_rule(operation)) is not None:
-                return rule(operation, self.labels)
-            reason = f"{_title(node)} is not followed"
-        self.labels.freeze(inputs, reason)
-        self._freeze_output(layer, reason)
-        return None
-
-    def _freeze_output(self, layer: str | None, reason: str) -> None:
-        """A layer that is not followed is a frozen group of its own: nothing can be pruned through it."""
-        module = None if layer is None else self.twin.get_submodule(layer)
-        width = getattr(module, "out_channels", getattr(module, "out_features", None))
-        if isinstance(width, int) and all(name != layer for name, _ in self.labels.producers):
-            labels_C = self.labels.fresh(width)
-            self.labels.producers.append((layer, labels_C))
-            self.labels.frozen.append((labels_C, reason))
-
-    def _layer(self, node: fx.Node) -> str | None:
-        """Dotted name of the module whose work this node is: a module call, or a subclass's own call of the function.
-
-        Only inside that module's forward: elsewhere the function may be given other groups or shapes than the module's.
-        """
-        if node.op == "call_module":
-            return node.target
-        kind = LAYER_FUNCTIONS.get(node.target) if node.op == "call_function" else None
-        stack = list(node.meta.get("nn_module_stack") or ())
-        value = node.args[0] if node.args else None
-        if kind is None or not stack or shape_of(value) is None or value.op == "get_attr":
-            return None
-        owner = stack[-1]
-        read = {n.target for n in node.all_input_nodes if n.op == "get_attr"}
-        own = {f"{owner}.{name}" for name in ("weight", "bias", "running_mean", "running_var")}
-        is_its_work = isinstance(self.twin.get_submodule(owner), kind) and f"{owner}.weight" in read and read <= own
-        return owner if is_its_work else None
-
-    def _shared_layers(self) -> set[str]:
-        """Layers that run twice, or that share a parameter or buffer with something else."""
-        calls = Counter(layer for layer in self.layer_of.values() if layer is not None)
-        layers = {layer: self.twin.get_submodule(layer) for layer in calls}
-        tensors = [
-            *self.twin.named_parameters(remove_duplicate=False),
-            *self.twin.named_buffers(remove_duplicate=False),
-        ]
-        users: dict[int, set[str]] = {}
-        for name, tensor in tensors:
-            users.setdefault(id(tensor), set()).add(name)
-        for node in self.nodes:
-            if node.op == "get_attr" and any(self.layer_of[user] is None for user in node.users):
-                users.setdefault(id(operator.attrgetter(node.target)(self.twin)), set()).add("read as a tensor")
-        shared = {layer for layer, n in calls.items() if n > 1 and (has_width(layers[layer]) or self._has_state(layer))}
-        for name, tensor in tensors:
-            owner = name.rpartition(".")[0]
-            if owner in calls and len(users[id(tensor)]) > 1:
-                shared.add(owner)
-        return shared
-
-    def _has_state(self, layer: str) -> bool:
-        return bool(self.twin.get_submodule(layer).state_dict())
-
-    # --- from labels to groups ---
-
-    def _assemble(self, input_shape: tuple[int, ...]) -> list[ChannelGroup]:
-        channel_of, group_of = self.labels.channels(), self.labels.groups()
-        frozen = reversed(self.labels.frozen)  # of several reasons the first
-        reasons = {int(group_of[label]): reason for labels_C, reason in frozen for label in labels_C}
-        residual = {int(group_of[label]) for labels_C in self.labels.residual for label in labels_C}
-
-        members: dict[int, list[tuple[str, np.ndarray]]] = {}
-        for layer, labels_C in self.labels.producers:
-            members.setdefault(int(group_of[labels_C[0]]), []).append((layer, labels_C))
-        network = self._network(input_shape, channel_of)
-        return [
-            self._group(producers, channel_of, reasons.get(group, ""), group not in residual, network)
-            for group, producers in members.items()
-        ]
-
-    def _network(self, input_shape: tuple[int, ...], channel_of: np.ndarray) -> Network:
-        def numbers(value: Channels | None) -> np.ndarray | None:
-            return None if value is None else channel_of[value.labels_C]
-
-        calls = tuple(
-            Call(layer, (1, *shape_of(read)[1:]), (1, *shape_of(written)[1:]), numbers(value), numbers(result))
-            for layer, read, value, written, result in self.calls
-        )
-        return Network(input_shape, calls, np.ones(channel_of.max(initial=-1) + 1, dtype=bool))
-
-    def _group(
-        self,
-        producers: list[tuple[str, np.ndarray]],
-        channel_of: np.ndarray,
-        reason: str,
-        inner: bool,
-        network: Network,
-    ) -> ChannelGroup:
-        name, first_C = producers[0]
-        channels = list(dict.fromkeys(channel_of[first_C].tolist()))
-        number = {channel: index for index, channel in enumerate(channels)}
-        if not reason and len(number) == 1 < len(first_C):
-            reason = "its channels are tied to each other"
-        for layer, labels_C in producers[1:]:
-            if not reason and set(channel_of[labels_C].tolist()) != set(channels):
-                reason = f"it shares only some of its channels with {layer}"
-
-        def places(axis: AxisName, entries: list[tuple[str, np.ndarray]]) -> tuple[Place, ...]:
-            found = []
-            for layer, labels_C in entries:
-                index = np.array([number.get(channel, -1) for channel in channel_of[labels_C].tolist()], dtype=np.int64)
-                if (index >= 0).any():
-                    found.append(Place(layer, axis, index))
-            return tuple(found)
-
-        return ChannelGroup(
-            name=name,
-            width=len(channels),
-            producers=places("out", producers),
-            followers=places("out", self.labels.followers),
-            consumers=places("in", self.labels.consumers),
-            inner=inner,
-            frozen=reason,
-            numbers=np.array(channels, dtype=np.int64),
-            network=network,
-        )
-
-
-class _Tracer(fx.Tracer):
-    """Looks inside all modules but torch's own and those that have a rule."""
-
-    proxy_buffer_attributes = (
-        True  # else what is computed from a buffer is a constant, and nobody sees that it was read
-    )
-
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return is_known(module) or super().is_leaf_module(module, name)
-
-
-# What a size query or arithmetic on sizes gives; any other value that is no tensor may hold tensors.
-_PLAIN = (torch.Size, int, float, str, torch.dtype, torch.device, type(None))
-
-
-class _Shapes(fx.Interpreter):
-    """Runs the graph and notes the shape of every tensor at its node."""
-
-    extra_traceback = False
-
-    def run_node(self, node: fx.Node) -> Any:
-        value = super().run_node(node)
-        if isinstance(value, torch.Tensor):
-            node.meta["shape"] = tuple(value.shape)
-        elif node.op != "output" and not isinstance(value, _PLAIN):
-            node.meta["unknown"] = True
-        return value
-
-    def call_module(self, target: str, args: tuple, kwargs: dict) -> Any:
-        # Batch norm keeps the shape, and torch's own meta kernel for it is slow Python.
-        if args and isinstance(self.fetch_attr(target), nn.modules.batchnorm._BatchNorm):
-            return args[0]
-        return super().call_module(target, args, kwargs)
-
-    def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
-        return args[0] if target is F.batch_norm and args else super().call_function(target, args, kwargs)
-
-
-def _tensor_keywords(node: fx.Node) -> bool:
-    """Whether a tensor is passed by keyword: the rules look at positions, and at a layer's own weights by name."""
-    found: list[fx.Node] = []
-    fx.map_arg(node.kwargs, found.append)
-    values = [n for n in found if not (n.op == "get_attr" and node.target in LAYER_FUNCTIONS)]
-    return any(shape_of(n) is not None or n.meta.get("unknown") for n in values)
-
-
-def _title(node: fx.Node) -> str:
-    """What a node is called in a reason: a module's dotted name, or a function's."""
-    if node.op == "call_module":
-        return node.target
-    return getattr(node.target, "__name__", str(node.target))

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from data.batch import DataError
+from data.files import FULL, cannot_write, refuse_link
 
 LOCK = ".lock"
 RESUMABLE = ".resumable"
@@ -21,8 +22,8 @@ def write_data_set(path: str | Path, write: Callable[[Path], None], *, resumes: 
     The folder is `.NAME.preparing` beside `path`. It is empty at the beginning; where `write` resumes, which one maker
     does, it holds what an interrupted or failed attempt of that one left there. Of several processes that prepare the
     same set one does, the others wait. Returns whether this one did: it does nothing if `path` holds a finished set.
-    Raises DataError if something else is at `path`, the place cannot be written, as on a full disk, or what `write`
-    reads cannot be read.
+    Raises DataError if something else is at `path`, a link is in the way, the place cannot be written, as on a full
+    disk, or what `write` reads cannot be read.
     """
     path = Path(path)
     if is_there(path):
@@ -34,7 +35,7 @@ def write_data_set(path: str | Path, write: Callable[[Path], None], *, resumes: 
             if is_there(path):  # another process was quicker
                 return False
             marker = unfinished / RESUMABLE
-            if not (resumes and marker.exists()):
+            if not (resumes and marker.is_file() and not marker.is_symlink()):
                 _empty(unfinished)  # a killed process cannot clean up
             try:
                 if resumes:
@@ -57,6 +58,8 @@ def is_there(path: Path) -> bool:
         exists, finished = path.exists(), _is_finished(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be looked at ({error.strerror}): choose another place") from error
+    if not exists:
+        refuse_link(path)
     if exists and not finished:
         raise DataError(
             f"{path}: exists, but train/ or val/ is missing or empty, so it is not overwritten: "
@@ -72,11 +75,11 @@ def _is_finished(path: Path) -> bool:
 def _as_data_error(error: OSError, path: Path, unfinished: Path) -> DataError:
     """Blames the place, unless the error names a file elsewhere, which can only have been read."""
     place, named = unfinished.absolute(), error.filename
-    if isinstance(named, str | bytes):
+    if isinstance(named, str | bytes) and error.errno not in FULL:
         file = Path(os.fsdecode(named)).absolute()
         if not (file.is_relative_to(place) or place.is_relative_to(file)):
             return DataError(f"{file}: cannot be read ({error.strerror})")
-    return DataError(f"{path}: cannot be written ({error}): choose another place, or make room")
+    return cannot_write(path, error)
 
 
 @contextmanager
@@ -84,7 +87,9 @@ def _alone_in(folder: Path) -> Iterator[None]:
     """Make the folder and keep other processes out of it; what is empty at the end is removed."""
     lock = None
     while lock is None:
+        refuse_link(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        refuse_link(folder / LOCK)
         lock = _locked(folder / LOCK)
     try:
         yield
@@ -99,10 +104,10 @@ def _alone_in(folder: Path) -> Iterator[None]:
 def _locked(file: Path) -> int | None:
     """The file's descriptor, once no other process has it; None if the file is another one by then.
 
-    The kernel lets go of it when this process ends, however it ends.
+    The kernel releases it when this process ends, however it ends.
     """
     try:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except FileNotFoundError:  # the folder was removed meanwhile
         return None
     try:

@@ -14,6 +14,7 @@ from PIL import Image
 from data.batch import DataError
 from data.dali import DaliDecoder, import_failure
 from data.defects import Decoder, defect
+from data.files import cannot_write, refuse_link, write_whole
 from data.images import (
     SPLITS,
     ImageList,
@@ -21,7 +22,7 @@ from data.images import (
     in_words,
     list_split,
     read_exclude_list,
-    require_local,
+    require_schemes,
 )
 from data.plain import is_plainly_whole
 from data.prepare.progress import tracked
@@ -69,7 +70,7 @@ def check_data(
     list_file = exclude_file(path, exclude)
     own = {name: "" for name, reason in read_exclude_list(list_file, must_exist=False).items() if not reason}
     splits = {split: list_split(path, split) for split in SPLITS}
-    require_local(*splits.values())
+    require_schemes((), *splits.values())
     report = CheckReport()
     decoder = DaliDecoder() if import_failure() is None else None
     with warnings.catch_warnings():
@@ -176,7 +177,7 @@ def _write_exclude_list(file: Path, excluded: dict[str, str]) -> None:
     try:
         _replace_content(file, os.fsencode("".join(lines)))
     except OSError as error:
-        raise DataError(f"{file}: cannot be written ({error.strerror}): name another place for the list") from error
+        raise cannot_write(file, error) from error
     if unlistable:
         raise DataError(f"{unlistable[0]!r}: a name with tabs or line breaks fits into no list: rename or remove it")
 
@@ -185,12 +186,8 @@ def _replace_content(file: Path, content: bytes) -> None:
     """Write the file in one step, or remove it where there is no content; untouched where nothing changes."""
     if content == (file.read_bytes() if file.exists() else b""):
         return
-    if not content:
+    if content:
+        write_whole(file, content)
+    else:
+        refuse_link(file)
         file.unlink()
-        return
-    unfinished = file.with_name(f"{file.name}.part")
-    try:
-        unfinished.write_bytes(content)
-        unfinished.replace(file)
-    finally:
-        unfinished.unlink(missing_ok=True)  # a full disk leaves half of it

@@ -11,19 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from data.batch import DataError, Split
-from data.images import SPLITS, ImageList, in_words, list_splits, numbered_classes, require_local
+from data.files import FULL, cannot_write
+from data.images import SPLITS, ImageList, in_words, list_splits, numbered_classes, require_schemes
 from data.prepare.atomic import is_there, write_data_set
 from data.prepare.progress import tracked
-from data.shards import (
-    LABEL_EXTENSION,
-    MANIFEST,
-    listed_shards,
-    read_classes,
-    read_manifest,
-    read_shards,
-    write_index,
-    write_manifest,
-)
+from data.prepare.tars import find_label_kind, read_classes, write_index
+from data.shards import MANIFEST, listed_shards, read_manifest, read_shards, write_manifest
 
 
 def prepare_shards(
@@ -45,7 +38,7 @@ def prepare_shards(
         raise DataError(f"images per shard: found {images_per_shard}, allowed: a whole number from 1")
     _require_place_for_shards(Path(source), Path(path))
     train, val = list_splits(source, exclude)
-    require_local(train, val)
+    require_schemes((), train, val)
 
     def write(root: Path) -> None:
         _write_split(train, "train", root, images_per_shard, seed)
@@ -57,11 +50,12 @@ def prepare_shards(
 def index_shards(path: str | Path) -> bool:
     """Make a data set of WebDataset shards that others wrote: indices and manifests for PATH/{train,val}/*.tar.
 
-    A sample is one image and its class, a number or a name, in a .cls file; what else it holds is left alone. The tar
-    files are only read. A manifest that is there, as our own shards have one, is kept, and the indices that differ from
-    its tar files are written anew. A split that is no shards is left alone. One rank calls it. Returns whether it
-    wrote. Raises DataError if there are no shards, a tar file cannot be read, a sample has no image or class, a
-    manifest does not fit its tar files, or the place cannot be written.
+    A sample is one image and its class, a number or a name, in a .cls, .json, .txt or .index file, the same in a whole
+    split; what else it holds is left alone. The tar files are only read. A manifest that is there, as our own
+    shards have one, is kept, and the indices that differ from its tar files are written anew. A split that is no shards
+    is left alone. One rank calls it. Returns whether it wrote. Raises DataError if there are no shards, a tar file
+    cannot be read, a sample has no image or class, a manifest does not fit its tar files, a link stands where a file is
+    to be written, or the place cannot be written.
     """
     roots = [Path(path) / split for split in SPLITS]
     with_manifest = [root for root in roots if (root / MANIFEST).is_file()]
@@ -92,18 +86,19 @@ def _mend_indices(root: Path) -> bool:
 
 def _index_split(root: Path, tars: list[Path]) -> None:
     """Write indices and the manifest."""
-    found = []
+    found, label_kind = [], None
     for tar in tracked(tars, f"indexing {root.name}", len(tars)):
         with _named_in_errors(tar):
             write_index(tar)
-            found += read_classes(tar)
+            label_kind = label_kind or find_label_kind(tar)
+            found += read_classes(tar, label_kind) if label_kind else []
     if not found:
         raise DataError(f"{root}: its {len(tars)} tar file(s) hold no images: move or link those that do there")
     classes, labels = numbered_classes(found)
     try:
         write_manifest(root, classes, labels, tars, with_labels=True)
     except OSError as error:
-        raise DataError(f"{root}: cannot be written ({error})") from error
+        raise cannot_write(root / MANIFEST, error) from error
 
 
 def _is_empty(root: Path) -> bool:
@@ -117,9 +112,9 @@ def _named_in_errors(tar: Path) -> Iterator[None]:
         yield
     except tarfile.TarError as error:
         raise DataError(f"{tar}: cannot be read as a tar file ({error}): copy or make it again") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{tar}: a .{LABEL_EXTENSION} file in it holds no text ({error})") from error
     except OSError as error:
+        if error.errno in FULL:
+            raise cannot_write(tar.with_suffix(".idx"), error) from error
         raise DataError(f"{tar}: cannot be indexed ({error})") from error
 
 
@@ -157,7 +152,7 @@ def _add_sample(tar: tarfile.TarFile, images: ImageList, index: int) -> None:
         raise DataError(f"{images.where(index)}: cannot be read ({in_words(error)})") from error
     extension = name.suffix.lower()[1:] or "jpg"  # a file list may name files without; decoders look at the content
     extension = "jpg" if extension == "jpeg" else extension
-    for suffix, data in ((extension, content), (LABEL_EXTENSION, str(label).encode())):
+    for suffix, data in ((extension, content), ("cls", str(label).encode())):
         member = tarfile.TarInfo(f"{key}.{suffix}")
         member.size = len(data)
         tar.addfile(member, io.BytesIO(data))

@@ -79,7 +79,7 @@ def peaks_and_resident(config: DataConfig, epochs: int) -> tuple[list[float], li
         for epoch in range(epochs):
             for process in _own_processes():
                 (process / "clear_refs").write_text("5")  # the peak begins anew
-            train.set_epoch(epoch)
+            train.go_to(epoch)
             for loader in (train, val):
                 for _ in loader:
                     pass

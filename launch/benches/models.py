@@ -3,10 +3,12 @@
 import argparse
 import copy
 import gc
+import json
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,6 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="as in model.name; torchvision = all its classification models, timm = twenty of timm's families",
     )
     parser.add_argument("--reduction", type=float, default=2.0, metavar="FR", help="prune to this FR (default: 2)")
+    parser.add_argument(
+        "--resume", type=Path, metavar="FILE", help="an earlier --out: its networks are not run again, their rows stay"
+    )
     parser.add_argument("--scope", choices=("inner", "all"), default="inner", help="groups to prune (default: inner)")
 
 
@@ -55,13 +60,29 @@ def measure(options: argparse.Namespace) -> None:
         check_model_name(name)
     what = {"benchmark": "models", "reduction": options.reduction, "scope": options.scope}
     what["machine"] = machine("torchvision", "timm", "scipy", "numpy")
-    rows: list[Row] = []
+    rows = _rows_of(options.resume, what) if options.resume else []
     for name in names:
+        if any(row.name == name for row in rows):
+            continue
         rows.append(run_model(name, options.reduction, options.scope))
         print(f"{name}: {rows[-1].verdict}", flush=True)
         if options.out:  # after each, for they take an hour together
             write_result(options.out, {**what, "rows": [asdict(row) for row in rows]})
     _print_table(rows, options.reduction)
+
+
+def _rows_of(path: Path, what: Mapping[str, Any]) -> "list[Row]":
+    """The rows of an earlier result that was asked for the same. Raises TrainError where the file holds no such one."""
+    try:
+        stored = json.loads(path.read_text())
+        rows = [Row(**row) for row in stored["rows"]]
+        asked = {key: stored[key] for key in ("reduction", "scope")}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise TrainError(f"--resume {path}: found {error}, allowed: a result of this benchmark") from error
+    wanted = {key: what[key] for key in asked}
+    if asked != wanted:
+        raise TrainError(f"--resume {path}: found {asked}, asked for {wanted}: give the same, or start anew")
+    return rows
 
 
 @dataclass

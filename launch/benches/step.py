@@ -418,7 +418,7 @@ class _Loops:
         model, optimizer, scaler, loader = self.networks[memory_format]
         device, precision = self.world.device.type, self.bench.config.precision
         dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-        loader.set_epoch(epoch - 1)
+        loader.go_to(epoch - 1)
         for images, labels, _ in loader:
             if memory_format is not None:
                 images = images.contiguous(memory_format=memory_format)

@@ -24,7 +24,7 @@ set -euo pipefail
 head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)  # head would end scontrol by SIGPIPE
 
 # The job's number stays the same in the queue: a requeued job goes on in the run directory that it began, also with
-# --run.resume never (README, "Nothing lost").
+# --run.resume never (docs/clusters.md).
 # srun does not take over the cores that sbatch was asked for (since SLURM 22.05).
 srun --kill-on-bad-exit=0 --cpus-per-task="$SLURM_CPUS_PER_TASK" torchrun \
     --nnodes="1:$SLURM_JOB_NUM_NODES" \

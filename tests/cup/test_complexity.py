@@ -60,6 +60,28 @@ HAND_COUNTED = {
 }
 
 
+class ViewsItsParameter(nn.Module):
+    """Gives a part of a parameter to a module of its own, as CaiT and PiT do with their tokens; max pooling with
+    indices returns a tuple.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.token = nn.Parameter(torch.zeros(1, 3, 8, 8))
+        self.block = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, bias=False))
+        self.pool = nn.MaxPool2d(2, return_indices=True)
+
+    def forward(self, x):
+        values, indices = self.pool(input=self.block(x + self.block[0](self.token[:, :3]).mean()))
+        return values, indices
+
+
+def test_views_of_parameters_tuples_and_inputs_by_keyword_are_counted():
+    cost = cup.complexity(ViewsItsParameter(), torch.empty(2, 3, 8, 8))
+    assert cost.macs == 2 * CONV_MACS
+    assert cost.flops == 2 * cost.macs + 4 * 4 * 16
+
+
 class Attention(nn.Module):
     """Products outside of layers: q k^T, its product with v, and a linear layer called as a function."""
 

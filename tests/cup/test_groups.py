@@ -184,6 +184,7 @@ class Parts(nn.Module):
         self.down = nn.Conv2d(6, 8, 2, stride=2, padding_mode="reflect", padding=1, dilation=1)
         self.own_conv = OwnConv(8, 8, 3, padding=1)
         self.own_norm = OwnNorm(8)
+        self.counting_norm = CountingNorm(8)
         self.bare, self.bare_groups = nn.LayerNorm(8, elementwise_affine=False), nn.GroupNorm(4, 8, affine=False)
         self.one = nn.Conv2d(1, 8, 3)
         self.shifted = Shifted(8, 8, 1)
@@ -227,6 +228,14 @@ class Shifted(nn.Conv2d):
         return F.conv2d(x, self.weight, self.shift)
 
 
+class CountingNorm(nn.BatchNorm2d):
+    """Counts its batches itself, as timm's BatchNormAct2d does."""
+
+    def forward(self, x):
+        self.num_batches_tracked.add_(1)
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training)
+
+
 class OwnNorm(nn.BatchNorm2d):
     def forward(self, x):
         x = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.1, self.eps)
@@ -268,7 +277,6 @@ FROZEN = {
     "input of a grouped convolution": (lambda s, x: s.head(s.grouped(s.custom(s.a(x)))), "grouped", "grouped"),
     "parameter read twice": (lambda s, x: s.head(s.b(s.a(x) * s.scale + s.scale)), "a", "scale"),
     "parameter in a fixed view": (lambda s, x: s.head(s.b(s.a(x) * s.scale.view(1, 8, 1, 1))), "a", "mul"),
-    "parameter over pixels": (lambda s, x: s.head(s.b(s.a(x) * s.scale.squeeze())), "a", "mul"),
     "layer norm over pixels": (lambda s, x: s.head(s.b(s.layer_norm(s.a(x)))), "a", "layer_norm"),
     "width of another layer": (lambda s, x: s.fc(s.a(x).mean(3).view(-1, s.b(wide(x)).size(1))), "b", "view"),
     "width as a factor": (lambda s, x: s.head(s.b((y := s.a(x)) * y.shape[1])), "a", "mul"),
@@ -314,8 +322,10 @@ FOLLOWED = {
     "prelu": lambda s, x: s.head(s.b(s.prelu_one(s.prelu(s.a(x))))),
     "transposed convolution": lambda s, x: s.head(s.down(F.relu(s.up(s.a(x))))),
     "layer scale": lambda s, x: s.head(s.b(s.scale * s.a(x))),
+    "parameter over pixels": lambda s, x: s.head(s.b(s.a(x) * s.scale.squeeze())),
     "layer scale in a view": lambda s, x: s.head(s.b(s.a(x).mul(s.scale.reshape(1, -1, 1, 1)))),
     "subclasses of layers": lambda s, x: s.head(s.b(s.own_norm(s.own_conv(s.a(x))))),
+    "norm that counts its batches": lambda s, x: s.head(s.b(s.counting_norm(s.a(x)))),
     "tokens": lambda s, x: s.fc(s.embed(tokens(s, x))[:, 0]),
     "squeezed": lambda s, x: s.fc(F.adaptive_avg_pool2d(s.a(x), 1).squeeze(-1).squeeze(-1)),
     "new axes": lambda s, x: s.head(s.b(s.a(x).mean((2, 3))[:, :, None, None])),

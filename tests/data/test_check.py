@@ -195,14 +195,14 @@ def test_a_file_without_read_permission_is_named(photos):
 
 def test_reading_errors_of_any_kind_are_reasons(photos, monkeypatch):
     """What a file without permission, or a failing disk, does."""
-    honest = images._open_at_once
+    honest = images.read_bounded
 
-    def opened(path, flags):
+    def read(path, most):
         if path.endswith("ant/0.jpg"):
             raise PermissionError(13, "Permission denied")
-        return honest(path, flags)
+        return honest(path, most)
 
-    monkeypatch.setattr(images, "_open_at_once", opened)
+    monkeypatch.setattr(images, "read_bounded", read)
     assert check_data(photos).broken == dict.fromkeys(["train/ant/0.jpg", "val/ant/0.jpg"], "Permission denied")
 
 
@@ -274,15 +274,13 @@ def test_a_list_that_cannot_be_written_does_not_lose_the_report(photos, capsys):
 
 
 def test_a_disk_that_fills_up_leaves_the_list_of_before_and_no_half_of_the_new_one(photos, monkeypatch):
-    def full(self, content):
-        with self.open("wb") as file:
-            file.write(content[:5])
+    def full(self, target):
         raise OSError(errno.ENOSPC, "No space left on device", str(self))
 
     (photos / "exclude.txt").write_text("train/ant/1.jpg\n")
     (photos / "train" / "ant" / "b.jpg").touch()
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(DataError, match=r"exclude\.txt: cannot be written \(No space left on device\)"):
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(DataError, match=rf"exclude\.txt: no space left on {photos}: make room"):
         check_data(photos)
     assert (photos / "exclude.txt").read_text() == "train/ant/1.jpg\n"
     assert {entry.name for entry in photos.iterdir()} == {"exclude.txt", "train", "val"}

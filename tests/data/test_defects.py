@@ -14,7 +14,7 @@ from data import dali
 from data.batch import DataError
 from data.dali import DaliDecoder
 from data.defects import decode_failure, defect, find_defects
-from data.images import list_splits, open_image
+from data.images import list_splits
 from data.plain import is_plainly_whole
 from data.prepare import check_data, prepare_shards
 from data.sharding import TrainSharding
@@ -250,7 +250,7 @@ def test_a_broken_image_in_a_large_batch_is_named_and_kept_from_dali(tmp_path, c
 @pytest.mark.parametrize("batch_size", [4, 1])
 def test_the_error_comes_with_the_step_that_needs_the_image(photos, batch_size):
     """DALI is some steps ahead: an image that comes later, or that the first epoch leaves out, does not end it."""
-    sharding = TrainSharding(num_images=14, batch_size=batch_size, rank=0, world_size=1, seed=3)
+    sharding = TrainSharding(num_images=14, local_batch_size=batch_size, rank=0, world_size=1, seed=3)
     drawn = [sharding.indices(*divmod(step, sharding.steps))[0].tolist() for step in range(6 * sharding.steps)]
     first = {index: next(step for step, indices in enumerate(drawn) if index in indices) for index in range(14)}
     last, due = max(first.items(), key=lambda item: item[1])
@@ -260,7 +260,7 @@ def test_the_error_comes_with_the_step_that_needs_the_image(photos, batch_size):
     steps = 0
     with pytest.raises(DataError, match=rf"cannot read {broken} "):
         for epoch in range(6):
-            train.set_epoch(epoch)
+            train.go_to(epoch)
             for _ in train:
                 steps += 1
     assert steps == due >= 3
@@ -278,13 +278,14 @@ def test_an_image_is_looked_at_once(photos, monkeypatch):
     monkeypatch.setattr(dali, "find_defects", find)
     train, _ = build(photos, "dali")
     for epoch in range(4):
-        train.set_epoch(epoch)
+        train.go_to(epoch)
         taken(train)
     train.close()
     assert sorted(looked_at) == sorted(set(looked_at)) and len(looked_at) == 14
 
 
-def test_a_named_pipe_is_an_empty_file(photos):
+def test_a_named_pipe_and_a_device_are_no_images(photos):
+    """By themselves they are read for ever."""
     os.mkfifo(photos / "train" / "ant" / "pipe.jpg")
-    assert check_data(photos).broken == {"train/ant/pipe.jpg": "the file is empty"}
-    assert open_image(JPEG, "RGB").size == made_photo(1).size
+    (photos / "val" / "ant" / "zero.jpg").symlink_to("/dev/zero")
+    assert check_data(photos).broken == dict.fromkeys(["train/ant/pipe.jpg", "val/ant/zero.jpg"], "not a regular file")

@@ -5,17 +5,19 @@ import shutil
 import struct
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from made_images import CPU, build, disk_loaders, equal, made_photo, needs_dali, taken, write_split
+from made_images import CPU, build, disk_loaders, equal, made_photo, needs_dali, synthetic, taken, write_split
 from PIL import ExifTags, Image
 
 from data.batch import DataConfig, DataError
 from data.build import build_loaders
-from data.images import list_split, list_splits, list_validation, numbered_classes
+from data.images import SPLITS, list_split, list_splits, list_validation, numbered_classes, with_classes
+from data.prepare import index_shards, prepare_shards
 
 
 def test_listing_is_sorted_by_class_and_name_and_takes_images_only(tmp_path):
@@ -73,8 +75,10 @@ def test_contract_of_a_batch(photos, loader):
     train, val = build(photos, loader)
     assert (len(train), len(val)) == (3, 3)
     assert (train.num_images, val.num_images, train.num_classes) == (14, 10, 2)
+    assert train.classes == val.classes == ("ant", "bee")
     for split in (train, val):
         for batch in split:
+            assert batch.images.is_contiguous(memory_format=torch.channels_last)
             assert batch.images.shape == (4, 3, 32, 32) and batch.images.dtype == torch.float32
             assert batch.labels.shape == (4,) and batch.labels.dtype == torch.int64
             assert batch.valid.shape == (4,) and batch.valid.dtype == torch.bool
@@ -101,7 +105,7 @@ def test_validation_counts_every_image_once_over_the_ranks(photos, loader):
 def test_next_epoch_has_another_order_and_another_seed_too(photos, loader):
     train, _ = build(photos, loader, batch_size=14)
     first, second = taken(train), taken(train)
-    train.set_epoch(0)
+    train.go_to(0)
     again = taken(train)
     train.close()
     other, _ = build(photos, loader, batch_size=14, seed=4)
@@ -155,13 +159,13 @@ def test_a_loader_that_goes_elsewhere_after_a_state_begins_there_as_a_fresh_one(
 def test_resumed_training_equals_undisturbed(photos, loader, tmp_path_factory, steps_taken):
     undisturbed, _ = build(photos, loader)
     taken(undisturbed)
-    undisturbed.set_epoch(1)
+    undisturbed.go_to(1)
     expected = taken(undisturbed) + taken(undisturbed)
     undisturbed.close()
 
     stopped, _ = build(photos, loader)
     taken(stopped)
-    stopped.set_epoch(1)
+    stopped.go_to(1)
     if steps_taken:
         taken(stopped, steps_taken)
     file = tmp_path_factory.mktemp("state") / "state.pt"
@@ -170,10 +174,10 @@ def test_resumed_training_equals_undisturbed(photos, loader, tmp_path_factory, s
 
     resumed, _ = build(photos, loader)
     resumed.load_state_dict(torch.load(file, weights_only=True))
-    resumed.set_epoch(1)
+    resumed.go_to(1, steps_taken)
     rest = taken(resumed)
     assert len(rest) == 3 - steps_taken
-    resumed.set_epoch(2)
+    resumed.go_to(2)
     assert equal(rest + taken(resumed), expected[steps_taken:])
     resumed.close()
 
@@ -321,7 +325,7 @@ config = DataConfig(path=sys.argv[1], loader="dali", batch_size=32, image_size=2
 train, _ = build_loaders(config, rank=0, world_size=1, device=torch.device("cpu"), seed=3)
 before = mallinfo2().fordblks
 for epoch in range(5):
-    train.set_epoch(epoch)
+    train.go_to(epoch)
     assert len([0 for _ in train]) == 1
 print(mallinfo2().fordblks - before)
 """
@@ -392,3 +396,68 @@ def test_validation_alone_says_which_order_of_numbers_it_takes(tmp_path):
     with pytest.warns(UserWarning, match="the network's output 0 is class 0, its last one") as said:
         build_loaders(config, **arguments)
     assert len(said) == 1
+
+
+NUMBERS = tuple(str(number) for number in range(12))
+
+
+@pytest.fixture
+def numbered(tmp_path_factory):
+    """The same images of twelve classes, whose names are numbers, in every form: form -> path of the set."""
+    path = tmp_path_factory.mktemp("numbered")
+    for split in SPLITS:
+        write_split(path / "folder" / split, 1, NUMBERS)
+    (path / "lists").mkdir()
+    for split in SPLITS:
+        lines = [f"{path}/folder/{split}/{name}/0.jpg {name}\n" for name in NUMBERS]
+        (path / "lists" / f"{split}.txt").write_text("".join(lines))
+    prepare_shards(path / "folder", path / "shards")
+    prepare_shards(path / "lists", path / "indexed")
+    for split in SPLITS:  # as others write them: a class's name in each .cls
+        (path / "indexed" / split / "manifest.json").unlink()
+    index_shards(path / "indexed")
+    return {form: path / form for form in ("folder", "lists", "shards", "indexed")}
+
+
+def files_by_label(images) -> dict[int, bytes]:
+    return {label: images.read(index) for index, label in enumerate(images.labels.tolist())}
+
+
+@pytest.mark.filterwarnings("ignore:.*the classes are numbers")
+@pytest.mark.parametrize("form", ["folder", "lists", "shards", "indexed"])
+def test_labels_follow_the_network_s_class_names_in_every_form(numbered, form):
+    """Trained on the folder, whose classes are sorted as text: 0, 1, 10, 11, 2."""
+    network = build(numbered["folder"], "folder", batch_size=4)[0].classes
+    assert network == tuple(sorted(NUMBERS))
+    expected = files_by_label(list_splits(numbered["folder"])[1])
+    for splits in (SPLITS, ("val",)):
+        loaders = build(numbered[form], "folder", splits=splits, classes=network)
+        assert all(loader.classes == network for loader in loaders)
+    with_order = with_classes(list_validation(numbered[form]), list(network))
+    assert files_by_label(with_order) == expected
+
+
+def test_an_order_of_classes_that_is_given_leaves_nothing_to_say_about_numbers(numbered):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build(numbered["lists"], "folder", splits=("val",), threads=1, classes=sorted(NUMBERS))
+
+
+@pytest.mark.parametrize(
+    ("classes", "words"),
+    [
+        (("ant", "cat"), "found 2 classes, the network has 2, and 'bee' is not the network's, the network's 'cat' is"),
+        (("ant",), "found 2 classes, the network has 1, and 'bee' is not the network's: labels are"),
+        (("ant", "bee", "cat"), "found 2 classes, the network has 3, and the network's 'cat' is not there: labels are"),
+    ],
+    ids=["renamed", "more", "fewer"],
+)
+@pytest.mark.parametrize("splits", [SPLITS, ("val",)], ids=["both", "val"])
+def test_other_classes_than_the_network_s_are_refused_by_name(photos, classes, words, splits):
+    with pytest.raises(DataError, match=words):
+        build(photos, "folder", splits=splits, classes=classes)
+
+
+def test_made_images_have_no_class_names_and_suit_any_network():
+    train, val = synthetic(classes=[f"class {number}" for number in range(10)])
+    assert train.classes is val.classes is None and train.num_classes == 10

@@ -185,7 +185,7 @@ def test_a_disk_that_fills_up_is_a_clear_error_and_leaves_no_set(served, tmp_pat
     full_after(33, monkeypatch)
     for _ in range(2):  # a second attempt does not take the first one's remains for a set either
         assert prepare.main([name, str(tmp_path / "set")]) == 1
-        assert f"{tmp_path}/set: cannot be written ([Errno 28] No space left on device" in capsys.readouterr().err
+        assert f"error: {tmp_path}/set: no space left on {tmp_path}: make room" in capsys.readouterr().err
         assert {entry.name for entry in tmp_path.iterdir()} == {"served"}
 
 
@@ -200,7 +200,7 @@ def test_shards_on_a_disk_that_fills_up_leave_no_set(photos, tmp_path_factory, m
 
     monkeypatch.setattr(tarfile.TarFile, "addfile", addfile)
     assert prepare.main(["shards", str(photos), str(folder / "set")]) == 1
-    assert "No space left on device" in capsys.readouterr().err
+    assert f"no space left on {folder}: make room" in capsys.readouterr().err
     assert not list(folder.iterdir())
 
 
@@ -259,7 +259,7 @@ def test_imagenet_goes_on_where_it_was_interrupted(archives, tmp_path, monkeypat
         honest(self, path, **options)
 
     monkeypatch.setattr(tarfile.TarFile, "extractall", extractall)
-    with pytest.raises(DataError, match="No space left on device"):
+    with pytest.raises(DataError, match=f"no space left on {tmp_path}: make room"):
         prepare_imagenet(archives, tmp_path / "set")
     assert not (tmp_path / "set").exists()
     (tmp_path / ".set.preparing/.devkit/data").mkdir(parents=True)  # as if killed there, too
@@ -298,6 +298,48 @@ def test_what_another_maker_was_killed_over_emptying_is_not_taken_for_whole(arch
     assert full.is_dir()
     assert prepare_imagenet(archives, tmp_path / "set")
     assert len(list_splits(tmp_path / "set")[0].names) == 6
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "members", "words"),
+    [
+        ("train", "ILSVRC2012_img_train.tar", {"n01.tar": b"no tar file"}, "truncated header"),
+        ("train", "ILSVRC2012_img_train.tar", None, "truncated header"),
+        (
+            "val",
+            "ILSVRC2012_img_val.tar",
+            {"ILSVRC2012_val_00000001.JPEG": b""},
+            "found 1 images, the development kit",
+        ),
+        ("devkit", "ILSVRC2012_devkit_t12.tar.gz", {"a": b""}, "ILSVRC2012_devkit_t12"),
+    ],
+    ids=["class", "train", "val", "devkit"],
+)
+def test_an_archive_of_other_content_is_one_line(archives, tmp_path, monkeypatch, capsys, kind, name, members, words):
+    """Whatever its checksum says."""
+    if members is None:
+        (archives / name).write_bytes(b"no tar file")
+    else:
+        pack(archives / name, members, "w:gz" if name.endswith("gz") else "w")
+    patched = imagenet.ARCHIVE_META | {kind: (name, md5_of(archives / name))}
+    monkeypatch.setattr("data.prepare.imagenet.ARCHIVE_META", patched)
+    assert prepare.main(["imagenet", str(archives), str(tmp_path / "set")]) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {archives / name}: cannot be unpacked (") and words in line
+
+
+@pytest.mark.parametrize("name", ["train", "val", ".devkit", "train/n02", "train/.n02.part", "val/n01"])
+def test_links_in_what_imagenet_goes_on_from_are_refused(archives, tmp_path, name):
+    """The same command goes on there, so it is not emptied before."""
+    victim, place = tmp_path / "victim", tmp_path / ".set.preparing" / name
+    (victim / "n02").mkdir(parents=True)
+    (victim / "n02" / "mine.jpg").touch()
+    place.parent.mkdir(parents=True)
+    place.symlink_to(victim)
+    (tmp_path / ".set.preparing" / atomic.RESUMABLE).touch()
+    with pytest.raises(DataError, match=f"{name}: is a link, to {victim}, and is not followed"):
+        prepare_imagenet(archives, tmp_path / "set")
+    assert [path.name for path in victim.rglob("*")] == ["n02", "mine.jpg"]
 
 
 def test_a_missing_or_damaged_archive_is_named(archives, tmp_path, capsys):

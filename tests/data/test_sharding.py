@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from data.batch import DataError
-from data.sharding import TrainSharding, ValSharding, batch_size_per_rank
+from data.sharding import TrainSharding, ValSharding, local_batch_size
 
 BATCH_SIZE = 3
 around_whole_batches = pytest.mark.parametrize(
@@ -14,11 +14,11 @@ around_whole_batches = pytest.mark.parametrize(
 
 
 def train(ranks: int, num_images: int, rank: int, seed: int = 7) -> TrainSharding:
-    return TrainSharding(num_images=num_images, batch_size=BATCH_SIZE, rank=rank, world_size=ranks, seed=seed)
+    return TrainSharding(num_images=num_images, local_batch_size=BATCH_SIZE, rank=rank, world_size=ranks, seed=seed)
 
 
 def val(ranks: int, num_images: int, rank: int) -> ValSharding:
-    return ValSharding(num_images=num_images, batch_size=BATCH_SIZE, rank=rank, world_size=ranks)
+    return ValSharding(num_images=num_images, local_batch_size=BATCH_SIZE, rank=rank, world_size=ranks)
 
 
 def epoch_of(sharding, epoch: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -63,7 +63,7 @@ def test_order_depends_on_seed_and_epoch_only():
 
 def test_global_batches_do_not_depend_on_the_number_of_ranks():
     """Step s takes the same images, whether 1 rank takes 6 or 2 ranks take 3 each."""
-    one = TrainSharding(num_images=20, batch_size=6, rank=0, world_size=1, seed=7)
+    one = TrainSharding(num_images=20, local_batch_size=6, rank=0, world_size=1, seed=7)
     two = [train(2, 20, rank) for rank in (0, 1)]
     for step in range(3):
         assert one.indices(4, step)[0].tolist() == np.concatenate([s.indices(4, step)[0] for s in two]).tolist()
@@ -75,8 +75,8 @@ def test_images_left_out_of_an_epoch_change():
 
 
 def test_batch_must_divide_among_the_ranks():
-    assert batch_size_per_rank(256, 8) == 32
+    assert local_batch_size(256, 8) == 32
     with pytest.raises(
         DataError, match=r"batch_size: found 10, allowed: a multiple .*\(4\); the nearest ones are 8 and 12"
     ):
-        batch_size_per_rank(10, 4)
+        local_batch_size(10, 4)

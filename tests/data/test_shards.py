@@ -113,7 +113,7 @@ def test_a_stored_state_belongs_to_its_shards(photos, shards, tmp_path):
 
 def test_an_order_over_shards_is_a_permutation_that_reads_few_shards_at_a_time():
     sizes = tuple([5] * 3 * SHARDS_AT_A_TIME + [2])
-    sharding = TrainSharding(num_images=sum(sizes), batch_size=1, rank=0, world_size=1, seed=0, shard_sizes=sizes)
+    sharding = TrainSharding(num_images=sum(sizes), local_batch_size=1, rank=0, world_size=1, seed=0, shard_sizes=sizes)
     shard_of = np.repeat(np.arange(len(sizes)), sizes)
     orders = [[int(sharding.indices(epoch, step)[0][0]) for step in range(sharding.steps)] for epoch in (0, 1)]
     assert orders[0] != orders[1]
@@ -339,7 +339,12 @@ def write_foreign(root, split, per_shard, label=str, extensions=("cls", "jpg", "
             for number in range(per_shard):
                 image = io.BytesIO()
                 made_photo(10 * shard + number).save(image, format="jpeg")
-                files = {"cls": f"{label((shard + number) % 3)}\n".encode(), "jpg": image.getvalue(), "json": b"{}"}
+                files = {
+                    "cls": f"{label((shard + number) % 3)}\n".encode(),
+                    "jpg": image.getvalue(),
+                    "json": b"{}",
+                    "txt2": b"",
+                }
                 for extension in extensions:
                     member = tarfile.TarInfo(f"./a b/{number:04d}.{extension}")
                     member.size = len(files[extension])
@@ -393,7 +398,7 @@ def test_tar_files_without_images_are_no_data_set(tmp_path):
 def test_a_sample_with_an_empty_class_is_named(tmp_path):
     for split in ("train", "val"):
         write_foreign(tmp_path, split, 3, label=("0", "", "2").__getitem__)
-    with pytest.raises(DataError, match=r"train-0\.tar: the \.cls file of sample 2 is empty"):
+    with pytest.raises(DataError, match=r"train-0\.tar: \./a_b/0001\.cls \(1 bytes\) holds no class"):
         index_shards(tmp_path)
 
 
@@ -425,10 +430,11 @@ def test_names_as_classes_of_shards_from_elsewhere_are_sorted(tmp_path):
     [
         (("cls", "jpg"), lambda tar: tar.write_bytes(tar.read_bytes()[:3000]), "train-0.tar: cannot be read as a tar"),
         (("cls", "jpg"), lambda tar: [file.unlink() for file in tar.parent.iterdir()], "train: found no tar files"),
-        (("jpg", "json"), lambda tar: None, "has no .cls file, which must hold its class"),
+        (("jpg", "json"), lambda tar: None, "0000.json (2 bytes) holds no class"),
+        (("jpg", "txt2"), lambda tar: None, "has no .cls, .json, .txt, .index file, one of which must hold its class"),
         (("cls", "json", "json"), lambda tar: None, "found 0 images in the sample of ./a_b/0000"),
     ],
-    ids=["cut", "none", "no class", "no image"],
+    ids=["cut", "none", "no class in JSON", "no class", "no image"],
 )
 def test_shards_from_elsewhere_that_do_not_fit_are_named(tmp_path, capsys, extensions, damage, message):
     for split in ("train", "val"):
@@ -437,6 +443,83 @@ def test_shards_from_elsewhere_that_do_not_fit_are_named(tmp_path, capsys, exten
     assert prepare_main(["index", str(tmp_path)]) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "train" / "manifest.json").exists()
+
+
+def write_members(root, members):
+    """A split of one shard with these files, name -> content."""
+    root.mkdir(parents=True)
+    with tarfile.open(root / "0.tar", "w") as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+@pytest.mark.parametrize(
+    ("extension", "contents", "classes"),
+    [
+        ("cls", [b"10\n", b"9", b"10"], ["9", "10"]),
+        ("txt", [b"tabby cat\n", b"ant", b"tabby cat"], ["ant", "tabby cat"]),
+        ("index", [b"10", b"9", b"10"], ["9", "10"]),
+        ("json", [b"10", b"9", b"10"], ["9", "10"]),
+        ("json", [b'{"width": 9, "label": "b"}', b'{"cls": "a"}', b'{"class": "b", "name": "x"}'], ["a", "b"]),
+        ("v2.CLS", [b"1", b"0", b"1"], ["0", "1"]),
+    ],
+    ids=["cls", "txt", "index", "JSON number", "JSON object", "long extension"],
+)
+def test_a_class_may_stand_in_several_kinds_of_file(tmp_path, extension, contents, classes):
+    members = {}
+    for number, content in enumerate(contents):
+        members |= {f"{number}.v2.jpg": b"pixels %d" % number, f"{number}.{extension}": content}
+    for split in ("train", "val"):
+        write_members(tmp_path / split, members)
+    index_shards(tmp_path)
+    train, _ = list_splits(tmp_path)
+    assert train.classes == classes and train.labels.tolist() == [1, 0, 1]
+    assert [train.read(index) for index in range(3)] == [b"pixels 0", b"pixels 1", b"pixels 2"]
+
+
+@pytest.mark.parametrize("held", [("cls", "json", "txt", "index"), ("json", "txt", "index"), ("txt", "index")])
+def test_of_several_files_that_may_hold_a_class_the_first_kind_counts_in_the_whole_split(tmp_path, held):
+    contents = {"cls": b"from cls", "json": b'{"label": "from json"}', "txt": b"from txt", "index": b"from index"}
+    for split in ("train", "val"):
+        members = {f"{number}.{kind}": contents[kind] for number in "ab" for kind in held}
+        write_members(tmp_path / split, {"a.jpg": b"", "b.jpg": b"", **members})
+    index_shards(tmp_path)
+    assert list_splits(tmp_path)[0].classes == [f"from {held[0]}"]
+
+
+def test_json_without_a_class_leaves_the_next_kind_of_file(tmp_path):
+    for split in ("train", "val"):
+        write_members(tmp_path / split, {"a.jpg": b"", "a.json": b'{"width": 9}', "a.txt": b"ant"})
+    index_shards(tmp_path)
+    assert list_splits(tmp_path)[0].classes == ["ant"]
+
+
+def test_a_sample_with_another_kind_of_class_than_the_first_is_named(tmp_path):
+    for split in ("train", "val"):
+        write_members(tmp_path / split, {"a.jpg": b"", "a.cls": b"0", "b.jpg": b"", "b.txt": b"a caption"})
+    with pytest.raises(DataError, match=r"0\.tar: the sample of b\.jpg has no \.cls file, which must hold its class"):
+        index_shards(tmp_path)
+
+
+def test_keys_may_hold_dots(tmp_path):
+    """A key ends at the first dot, unless that leaves several labels in one sample."""
+    members = {}
+    for number, key in enumerate(("set/1.5", "set/1.6", "set/1.6.b", "set/2", "v1.0/a")):
+        members |= {f"{key}.jpg": b"pixels %d" % number, f"{key}.cls": b"%d" % number}
+    for split in ("train", "val"):
+        write_members(tmp_path / split, members)
+    index_shards(tmp_path)
+    train, _ = list_splits(tmp_path)
+    assert sorted(zip(train.names, train.labels.tolist(), strict=True)) == [
+        ("0.tar/set/1.5.jpg", 0),
+        ("0.tar/set/1.6.b.jpg", 2),
+        ("0.tar/set/1.6.jpg", 1),
+        ("0.tar/set/2.jpg", 3),
+        ("0.tar/v1.0/a.jpg", 4),
+    ]
+    assert all(train.read(index) == b"pixels %d" % label for index, label in enumerate(train.labels))
 
 
 def test_shards_beside_the_splits_are_told_where_they_belong(tmp_path):
@@ -505,17 +588,25 @@ def test_wrong_lists_say_what_is_wrong(tmp_path):
         list_split(tmp_path, "train")
 
 
-def test_object_storage_goes_to_dali_as_it_is_and_to_nobody_else(tmp_path):
+@needs_dali
+@pytest.mark.parametrize("scheme", ["s3", "gs", "http", "HTTPS", "file"])
+def test_names_with_a_scheme_are_read_by_dali_or_refused(tmp_path, scheme):
+    name = f"{scheme}://bucket/a b.jpg"
     for split in ("train", "val"):
-        (tmp_path / f"{split}.txt").write_text("s3://bucket/a b.jpg\tant\ngs://bucket/c.jpg\tbee\n")
-    assert list_split(tmp_path, "train").path(0) == "s3://bucket/a b.jpg"
-    for attempt in (
+        (tmp_path / f"{split}.txt").write_text(f"{name}\tant\n{name}\tbee\n")
+    assert list_split(tmp_path, "train").path(0) == name
+    refusing = [
         lambda: build(tmp_path, "folder"),
         lambda: check_data(tmp_path),
         lambda: prepare_shards(tmp_path, tmp_path / "set"),
-    ):
+    ]
+    if scheme in ("s3", "gs"):
+        build(tmp_path, "dali", batch_size=1)
+    else:
+        refusing.append(lambda: build(tmp_path, "dali"))
+    for attempt in refusing:
         with pytest.raises(
-            DataError, match=r"s3://bucket/a b\.jpg lies in object storage, which is read .*'dali' only"
+            DataError, match=rf"^{name}: {scheme.lower()}:// is not read here; .* s3:// and gs://: mount"
         ):
             attempt()
     with pytest.raises(DataError, match="object storage is read through file lists"):

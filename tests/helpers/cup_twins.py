@@ -1,10 +1,12 @@
 """Slow, plain twins of what cup/ does, and the small networks that its tests share.
 
-Nothing here uses the planners, the masks or the surgery of cup/: groups and plans are read as plain data only.
+No twin uses the planners, the masks or the surgery of cup/: groups and plans are read as plain data only.
 """
 
 import copy
+import operator
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,8 +15,10 @@ import torchvision
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import pdist
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
-from cup import ChannelGroup, PrunePlan
+from cup import ChannelGroup, PrunePlan, apply_plan, channel_groups
+from cup.tracing.meta import arguments, map_tensors, tensors_in
 from train.network.models import build_model
 
 # --- networks made by hand ---
@@ -216,37 +220,77 @@ def silenced_copy(model: nn.Module, groups: Sequence[ChannelGroup], kept: Mappin
     A layer norm, which looks at all channels at once, does not see them either.
     """
     twin = copy.deepcopy(model)
+    silent_in_norm: dict[str, torch.Tensor] = {}  # of several groups, behind a concatenation
     for group in groups:
         stay = set(kept.get(group.name, range(group.width))) | {-1}
         for place in (*group.followers, *group.consumers):
             silent = torch.tensor([channel not in stay for channel in place.channel_of_index.tolist()])
-            owner, _, name = place.module.rpartition(".")
-            layer = getattr(twin.get_submodule(owner), name)
+            layer = operator.attrgetter(place.module)(twin)
             if place.axis == "in":
                 weight = layer.weight.data
-                (weight if isinstance(layer, nn.ConvTranspose2d) else weight.transpose(0, 1))[silent] = 0
+                transposed = isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
+                (weight if transposed else weight.transpose(0, 1))[silent] = 0
             elif isinstance(layer, nn.LayerNorm) or (isinstance(layer, nn.GroupNorm) and layer.num_groups == 1):
-                setattr(twin.get_submodule(owner), name, NormOfSome(layer, silent))
+                silent_in_norm[place.module] = silent_in_norm.get(place.module, False) | silent
+    for name, silent in silent_in_norm.items():
+        layer = twin.get_submodule(name)
+        layer.forward = _under(NormOfSome(~silent), layer.forward)
     return twin
 
 
-class NormOfSome(nn.Module):
-    """A layer norm, or a group norm of one group, whose statistics leave some channels out."""
+def _under(mode: TorchFunctionMode, forward: Callable) -> Callable:
+    def run(*args, **kwargs):
+        with mode:
+            return forward(*args, **kwargs)
 
-    def __init__(self, norm: nn.Module, silent_C: torch.Tensor) -> None:
+    return run
+
+
+class NormOfSome(TorchFunctionMode):
+    """Layer norm, and group norm of one group, whose statistics leave some channels out, whoever calls the function."""
+
+    def __init__(self, heard_C: torch.Tensor) -> None:
         super().__init__()
-        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps  # the parameters may be None
-        self.last = isinstance(norm, nn.LayerNorm)
-        self.silent_C = silent_C
+        self.heard_C = heard_C
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x if self.last else x.movedim(1, -1)
-        heard = x[..., ~self.silent_C]
-        dims = -1 if self.last else tuple(range(1, x.dim()))
-        mean, var = heard.mean(dims, keepdim=True), heard.var(dims, keepdim=True, unbiased=False)
-        x = (x - mean) / torch.sqrt(var + self.eps)
-        x = x if self.weight is None else x * self.weight + self.bias
-        return x if self.last else x.movedim(-1, 1)
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.layer_norm:
+            return self._norm(*args, **(kwargs or {}))
+        if func is F.group_norm:
+            x, _, *rest = args
+            return self._norm(x.movedim(1, -1), None, *rest, **(kwargs or {}), over=range(1, x.dim())).movedim(-1, 1)
+        return func(*args, **(kwargs or {}))
+
+    def _norm(self, x, _shape, weight=None, bias=None, eps=1e-5, over=(-1,)):
+        heard = x[..., self.heard_C]
+        mean = heard.mean(tuple(over), keepdim=True)
+        var = heard.var(tuple(over), keepdim=True, unbiased=False)
+        x = (x - mean) / torch.sqrt(var + eps)
+        x = x if weight is None else x * weight
+        return x if bias is None else x + bias
+
+
+def check_against_twin(
+    model: nn.Module, inputs: Any, seed: int = 0, relative: float = 1e-9, **options: Any
+) -> list[ChannelGroup]:
+    """Cut a random part of all that may shrink and compare with the silenced full network, in float64 and both modes.
+
+    inputs: as `channel_groups` takes them. Returns the groups.
+    """
+    groups = channel_groups(model, inputs, **options)
+    kept = random_kept(groups, seed, scope="all")
+    model = model.double()
+    inputs = map_tensors(inputs, lambda value: value.double() if value.is_floating_point() else value)
+    twin = silenced_copy(model, groups, kept)
+    model = copy.deepcopy(model)
+    apply_plan(model, plan_of(groups, kept), groups)
+    positional, named = arguments(inputs)
+    for mode in (True, False):
+        with torch.no_grad():
+            found, wanted = (m.train(mode)(*positional, **named) for m in (model, twin))
+        for one, other in zip(tensors_in(found), tensors_in(wanted), strict=True):
+            assert_close(one, other, relative)
+    return groups
 
 
 def narrowed(

@@ -44,9 +44,11 @@ def photos(tmp_path):
 def build(
     path: Path, loader: str, *, batch_size: int = 4, rank: int = 0, world_size: int = 1, seed: int = 3, **options
 ):
+    """Loaders of small images. options: of `DataConfig`, and `splits` and `classes` of `build_loaders`."""
+    asked = {name: options.pop(name) for name in ("splits", "classes") if name in options}
     options = {"image_size": 32, "resize_size": 40, "threads": 2, **options}
     config = DataConfig(path=str(path), loader=loader, batch_size=batch_size, **options)
-    return build_loaders(config, rank=rank, world_size=world_size, device=CPU, seed=seed)
+    return build_loaders(config, rank=rank, world_size=world_size, device=CPU, seed=seed, **asked)
 
 
 def taken(loader, steps: int | None = None) -> list[tuple[torch.Tensor, ...]]:
@@ -65,6 +67,6 @@ def equal(one, other) -> bool:
     )
 
 
-def synthetic(seed: int = 0, **options):
+def synthetic(seed: int = 0, classes: list[str] | None = None, **options):
     config = DataConfig(loader="synthetic", batch_size=32, image_size=16, resize_size=16, **options)
-    return build_loaders(config, rank=0, world_size=1, device=torch.device("cpu"), seed=seed)
+    return build_loaders(config, rank=0, world_size=1, device=CPU, seed=seed, classes=classes)

@@ -45,6 +45,19 @@ def test_networks_go_through_all_of_the_library(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == "2 of 2 pass, 2 reach FR 1.5"
 
 
+def test_a_table_of_networks_goes_on_where_it_was_left(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "models.json"
+    asked = ["--reduction", "1.5", "--out", str(out), "--resume", str(out)]
+    assert main(["models", "--models", "lenet", *asked[:-2]]) == 0
+    ran = []
+    monkeypatch.setattr(models, "run_model", lambda name, *_: ran.append(name) or models.Row(name))
+    assert main(["models", "--models", "lenet", "mlp", *asked]) == 0
+    assert ran == ["mlp"]
+    assert [row["name"] for row in json.loads(out.read_text())["rows"]] == ["lenet", "mlp"]
+    assert main(["models", "--models", "mlp", *asked, "--scope", "all"]) == 1
+    assert "asked for" in capsys.readouterr().err
+
+
 def test_a_network_that_differs_from_its_twin_does_not_pass(monkeypatch):
     monkeypatch.setattr(models, "_masked_twin", lambda model, groups, plan: copy.deepcopy(model))
     assert "differs from its masked twin" in models.run_model("resnet20_cifar", 1.5, "inner").failure

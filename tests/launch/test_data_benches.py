@@ -82,7 +82,7 @@ def test_memory_that_an_epoch_takes_shows_in_its_peak_alone(monkeypatch):
     class Loader:
         epoch = 0
 
-        def set_epoch(self, epoch):
+        def go_to(self, epoch):
             self.epoch = epoch
 
         def __iter__(self):

@@ -117,7 +117,7 @@ def test_a_target_that_the_file_has_reached_already_is_said_to_cut_nothing(tmp_p
     ("changes", "error", "words"),
     [
         ({"model__name": "mlp"}, ConfigError, r"model\.name: found mlp, but .*cut\.pt holds lenet"),
-        ({"data__synthetic_classes": 7}, ConfigError, r"model\.checkpoint: .*cut\.pt tells 10 classes apart.* 7"),
+        ({"data__synthetic_classes": 7}, ConfigError, r"model\.checkpoint: .*cut\.pt has 10 classes.* 7"),
         ({"model__checkpoint": "missing.pt"}, CheckpointError, r"no file at missing\.pt"),
     ],
 )

@@ -1,5 +1,6 @@
 """Parsing: what a recipe and overrides may say, and the one line that says what was wrong."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from launching import ROOT, TINY
 from train.cli import exit_code_of
 from train.config import RunConfig, config_from_dict, differing_keys, parse_config
 from train.errors import ConfigError
+from train.renamed import with_new_names
 
 
 def parse(*arguments: str) -> RunConfig:
@@ -192,6 +194,29 @@ def test_names_of_earlier_versions_are_read_with_a_line_that_says_the_new_ones(t
     assert config_from_dict(new.to_dict() | yaml.safe_load(OLD_RECIPE)).model.checkpoint == "cut.pt"
     with pytest.warns(UserWarning):
         assert parse("--cup.enabled", "false").prune.method == "none"
+
+
+def test_old_and_new_names_in_one_recipe_are_both_read_and_the_new_one_counts(tmp_path: Path):
+    settings = {
+        "cup": {"round_to": 4, "target_reduction": 1.5},
+        "prune": {"every": 2, "round_to": 8},
+        "model": {"from": "cut.pt"},
+    }
+    before = copy.deepcopy(settings)
+    for order in (["cup", "prune", "model"], ["model", "prune", "cup"]):
+        found, renamed = with_new_names({section: settings[section] for section in order})
+        assert found == {
+            "prune": {"every": 2, "round_to": 8, "target_reduction": 1.5},
+            "model": {"checkpoint": "cut.pt"},
+        }
+        assert len(renamed) == 3
+    assert settings == before
+
+
+def test_a_value_is_no_name_of_a_setting():
+    with pytest.warns(UserWarning):
+        config = parse("--run.name", "config", "--run.seed", "1", "--cup.momentum", "reset")
+    assert (config.run.name, config.run.seed, config.prune.momentum) == ("config", 1, "reset")
 
 
 def test_a_setting_given_by_both_its_names_has_the_later_value():

@@ -67,6 +67,21 @@ def toys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(METHODS, "toy", lambda config, epochs, measured: SoftThenHard(epochs, config.criterion))
 
 
+class KeepsAll(SoftThenHard):
+    """Asks for a cut that removes nothing."""
+
+    def epoch_end(self, epoch: int, view: View) -> Action | None:
+        return Action(cup.plan_by_counts(view.model, view.groups, {}))
+
+
+def test_a_cut_that_removes_nothing_is_a_note_and_no_action(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(METHODS, "toy", lambda config, epochs, measured: KeepsAll(epochs, "cup"))
+    log = train(tmp_path, prune__method="toy", train__epochs=1, prune__last_epoch=1)
+    assert not events(log, "resize")
+    assert "epoch 1: a cut removes nothing" in [event["message"] for event in events(log, "note")]
+    assert load_checkpoint(tmp_path / "tiny/last.pt")["method"]["state"]["acted_on"] == []
+
+
 SETTINGS = {"prune__method": "toy", "prune__criterion": "last_first", "train__epochs": 4, "prune__last_epoch": 4}
 
 

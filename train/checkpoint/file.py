@@ -70,7 +70,7 @@ def earlier_checkpoint(path: Path, number: int) -> Path:
 def newest_checkpoint(path: Path) -> tuple[Path | None, dict[str, Any] | None, dict[Path, str]]:
     """The newest of `path` and those before it that can be read, and its content; None where there is none at all.
 
-    Also returns the newer ones, and why they cannot, in words for the user. Raises CheckpointError if none of them can.
+    Also returns the newer ones, and why they cannot, as messages for the user. Raises CheckpointError if none can.
     """
     numbered = re.compile(rf"{re.escape(path.stem)}-([1-9]\d*){re.escape(path.suffix)}")
     matches = (numbered.fullmatch(file.name) for file in path.parent.glob("*"))

@@ -25,7 +25,7 @@ class StoredNetwork:
     groups: the channel groups that they left, from which the next cut is planned, so that all of them can be replayed
         one after another; empty where there was none.
     config: the configuration of the run that trained it, as plain data; None for weights from elsewhere.
-    gpu_hours: spent on these weights, runs before a cut included; None where nobody knows.
+    gpu_hours: spent on these weights, runs before a cut included; None where unknown.
     """
 
     architecture: Architecture

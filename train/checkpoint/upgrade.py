@@ -14,7 +14,7 @@ FORMAT = 4
 def upgrade(content: dict[str, Any]) -> dict[str, Any]:
     """The content in today's format.
 
-    Raises ValueError for a format that nobody knows, KeyError or TypeError for content that is not as its format says.
+    Raises ValueError for an unknown format, KeyError or TypeError for content that is not as its format says.
     """
     steps = {2: _from_2, 3: _from_3}
     while (found := content["format"]) != FORMAT:

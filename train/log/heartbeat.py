@@ -19,7 +19,7 @@ class Heartbeat:
         self._last = -HEARTBEAT_EVERY_S
 
     def __call__(self, at_once: bool = False) -> None:
-        """Write, if the last time is long enough ago or `at_once` says so. A full disk is not told of here."""
+        """Write, if the last time is long enough ago or with `at_once`. The checkpoint reports a full disk."""
         if (now := time.monotonic()) - self._last < HEARTBEAT_EVERY_S and not at_once:
             return
         self._last = now

@@ -2,7 +2,7 @@
 
 The clock never stops between two kinds: `charge` switches the account and switches back. GPU hours are wall seconds
 times ranks over 3600, on the CPU as well (`device` in the log says which). The clock is the host's: a GPU works behind
-it, so what it still has to do is charged to whoever waits for it; totals of an epoch are exact, for it ends in a wait.
+it, so queued work is charged to the code that waits for it; an epoch ends in a wait, so its total is exact.
 """
 
 import time
@@ -38,7 +38,7 @@ class Ledger:
             self._switch(outer)
 
     def end_startup(self) -> None:
-        """From here on, what nobody charges counts as other."""
+        """From here on, seconds outside of `charge` count as other."""
         self._switch("other")
 
     @property

@@ -1,6 +1,6 @@
 """Where a run's numbers go: JSON lines (the truth), TensorBoard (a view), and the console.
 
-Only rank 0 has sinks; the other ranks hold an empty list of them, so nobody asks for the rank at the call sites.
+Only rank 0 has sinks; the other ranks hold an empty list of them, so no call site has to ask for the rank.
 """
 
 import errno
@@ -38,7 +38,7 @@ class Sink(Protocol):
 
 
 class Sinks:
-    """All sinks of this rank behind one face; possibly none. A sink that fails does not end a run."""
+    """All sinks of this rank, possibly none. A sink that fails does not end a run."""
 
     def __init__(self, sinks: Sequence[Sink], log: "JsonLines | None" = None) -> None:
         """log: the one of the sinks that a checkpoint must remember the length of."""
@@ -53,7 +53,7 @@ class Sinks:
 
     @property
     def unwritten(self) -> int:
-        """Lines that the log still owes the disk."""
+        """Lines of the log that could not be written yet."""
         return 0 if self._log is None else self._log.unwritten
 
     def write(self, event: Event) -> None:
@@ -145,7 +145,7 @@ class JsonLines:
     def _open(self) -> None:
         file = self._path.open("ab", buffering=0)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it when this process ends
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it when this process ends
         except BlockingIOError as error:
             raise TrainError(f"{self._path} is being written by another process: a run goes on there") from error
         self._file = file

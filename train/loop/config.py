@@ -8,7 +8,7 @@ from train.network.precision import PrecisionName
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The loop."""
+    """The training loop."""
 
     epochs: int = 90
     """Passes over the training set."""
@@ -29,15 +29,15 @@ class TrainConfig:
     """blocks = torch.compile on the network's repeated blocks, where enough steps at the same widths and image size lie
     ahead."""
     compile_steps: int = 6000
-    """How many steps at the same widths and image size are enough: so many pay for a minute of compiling where each
-    gets 10 ms shorter."""
+    """Fewest steps ahead, at the same widths and image size, for compiling to pay (6,000 steps that each get 10 ms
+    shorter are worth a minute)."""
     ema_decay: float = 0.0
     """Decay of the moving average of the weights a step, evaluated instead of them; 0 = none."""
     nonfinite: Literal["stop", "skip"] = "stop"
     """What a loss that is NaN or infinite does: stop = it ends the run; skip = a step whose gradients are not finite
-    changes nothing, on all ranks alike, but that a moving average takes the unchanged weights once more."""
+    changes no weight, momentum or buffer on any rank (a moving average takes the unchanged weights once more)."""
     nonfinite_limit: int = 25
-    """With skip: as many such steps in a row end the run. fp16 leaves out about ten by itself to find its scale."""
+    """With skip: so many such steps in a row end the run. fp16 skips about ten while it finds its scale."""
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the field, the value found and what is allowed."""

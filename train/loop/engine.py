@@ -33,18 +33,18 @@ from train.network.optim import learning_rate, set_learning_rate
 from train.resizer import Decide, Outcome
 from train.world import all_reduce_wait_s
 
-NOT_TRAINING = ("startup", "eval", "save", "lost")
-"""Kinds of seconds that images a second leave out."""
+NOT_TRAINING = ("startup", "resize", "eval", "save", "lost")
+"""Kinds of seconds of the ledger that images a second leave out."""
 
 
 class Stopped(Exception):
-    """Somebody asked the run to stop; it was saved after its last step. Raised on all ranks."""
+    """A signal asked the run to stop; it was saved after its last step. Raised on all ranks."""
 
 
 def fit(trainer: Trainer) -> dict[str, Any]:
     """Train from where `trainer.progress` stands to the last epoch; returns the closing event.
 
-    Raises Stopped, after a checkpoint, if somebody asked for it.
+    Raises Stopped, after a checkpoint, if a signal asked for it.
     """
     for epoch in range(trainer.progress.epoch + 1, trainer.config.epochs + 1):
         if trainer.so_far is None:
@@ -76,7 +76,7 @@ def train_epoch(
 ) -> None:
     """The rest of a pass over the training set.
 
-    so_far: brought forward, step by step. first_kind: what the first of these steps is charged to.
+    so_far: updated in place after every step. first_kind: what the first of these steps is charged to.
     before_first_step: is given the first batch. after_step: called between two steps.
     """
     state, steps = loop.state, len(loop.loader)
@@ -84,6 +84,8 @@ def train_epoch(
     loop.loader.go_to(epoch - 1, so_far.step)
     if loop.guard is not None:
         loop.guard.begin(state)
+    if state.ema is not None:
+        state.ema.begin()
     first_step, batches = so_far.step, iter(loop.loader)
     for step in range(first_step, steps):
         with loop.ledger.charge("data_wait"):
@@ -112,13 +114,14 @@ def train_epoch(
 def _train(trainer: Trainer, epoch: int) -> tuple[float, float]:
     """What is left of the epoch's steps; returns (mean loss, images a second, all ranks together).
 
-    Both are of the whole epoch, whatever part of it an earlier process made. Raises TrainError for a loss that is not
-    finite: it is the mean over all ranks, so that all of them raise.
+    Both cover the whole epoch, steps before a resume included. Raises TrainError on all ranks for a loss that is not
+    finite, which is the mean over the ranks.
     """
     so_far, progress, steps = trainer.so_far, trainer.progress, len(trainer.loop.loader)
     just_resized = progress.just_resized
-    compiled, compiles = trainer.compiler.at_epoch_start(epoch, steps, just_resized, progress.compiled)
-    progress.compiled = compiled
+    compiles = False
+    if not so_far.is_trained:
+        progress.compiled, compiles = trainer.compiler.at_epoch_start(epoch, steps, just_resized, progress.compiled)
     # The first step after a resize builds DDP's buckets and picks kernels for the new shapes.
     first_kind: Kind = "compile" if compiles else "resize_warmup" if just_resized else "step"
     what = f"epoch {epoch}/{trainer.config.epochs}, FR {trainer.resizer.reduction:.2f}"
@@ -192,6 +195,7 @@ def _finish_training(trainer: Trainer, epoch: int) -> None:
     world.average_buffers(state.model)
     if state.ema is not None:
         world.average_buffers(state.ema)
+        state.ema.copy_counters(state.model)
     _act(trainer, epoch, lambda view: trainer.method.epoch_end(epoch, view))
     trainer.so_far.is_trained = True
 
@@ -212,8 +216,9 @@ def _act(trainer: Trainer, epoch: int, decide: Decide) -> Outcome | None:
     started = ledger.seconds["resize"]
     with ledger.charge("resize"):
         outcome = trainer.resizer.act(decide, trainer.state, trainer.world)
-        if outcome is not None:
-            trainer.method.acted(outcome.action, trainer.resizer.view(trainer.state.model))
+        if outcome is not None and outcome.removed:
+            view = trainer.resizer.view(trainer.state.model)
+            trainer.world.on_every_rank(lambda: trainer.method.acted(outcome.action, view))
         trainer.world.synchronize()
     seconds = ledger.seconds["resize"] - started
     trainer.watch.heartbeat()
@@ -250,9 +255,10 @@ def _act(trainer: Trainer, epoch: int, decide: Decide) -> Outcome | None:
 def _epoch_line(
     trainer: Trainer, epoch: int, so_far: EpochSoFar, loss: float, images_per_s: float, result: Evaluation
 ) -> dict[str, Any]:
-    """The epoch event of DESIGN.md "The log line"; its seconds are means over the ranks since the line before.
+    """The epoch event. All ranks call it: it gathers their seconds since the event before.
 
-    time_s: of rank 0, at the very moment of its seconds, so that these add up to it.
+    seconds: means over the ranks. time_s: of rank 0 at the moment of its own seconds, `seconds_by_rank[0]`, which
+    add up to it over the events.
     all_reduce_s: the part of the steps' seconds in which a rank waits for the all-reduce of gradients, mean over ranks.
     peak_memory: bytes, of the rank that needs most. compiled: whether blocks ran compiled.
     """

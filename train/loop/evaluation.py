@@ -30,7 +30,10 @@ def evaluate(
     world: World,
     after_batch: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Exact top-1 and top-5 of `model` in evaluation mode; what the validity mask marks as padding is not counted."""
+    """Exact top-1 and top-5 of `model` in evaluation mode; padding, as the validity mask says, is not counted.
+
+    All ranks call it. after_batch: called between two batches.
+    """
     was_training = model.training
     model.eval()
     counts = torch.zeros(3, dtype=torch.int64, device=world.device)  # top-1 hits, top-5 hits, images

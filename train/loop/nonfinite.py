@@ -15,7 +15,7 @@ NEW_RUN = (
 )
 AFTER_NONFINITE = (
     f"lower optim.lr, or take bf16 in place of fp16, {NEW_RUN}, or go on and leave such steps out with "
-    "--train.loop.nonfinite skip"
+    "--train.nonfinite skip"
 )
 AFTER_SKIPPING = f"look at the data, or lower optim.lr {NEW_RUN}"
 
@@ -46,9 +46,9 @@ class StepGuard:
         self.longest = torch.maximum(self.longest, self._in_a_row)
         optimizer, may_step = state.optimizer, True
         if getattr(optimizer, "_step_supports_amp_scaling", False):
-            optimizer.found_inf = self.unfit  # a gradient scaler, which looks for itself, puts its own in place
+            optimizer.found_inf = self.unfit  # a gradient scaler checks for itself and overwrites it
         elif not state.precision.scaler.is_enabled():
-            may_step = not bool(self.unfit)  # others can only be left alone, and the host has to know
+            may_step = not bool(self.unfit)  # other optimizers have to be skipped, so the host reads the flag
         if may_step:
             state.precision.step(optimizer, clip_norm)
         else:

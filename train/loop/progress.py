@@ -14,7 +14,7 @@ from train.world import World
 
 @dataclass
 class Progress:
-    """How far a run is, and how well it did; goes into the checkpoint."""
+    """How far a run is, and how well it did; goes into the checkpoint. A new field needs a step in upgrade.py."""
 
     epoch: int = 0
     """Epochs finished."""
@@ -22,11 +22,11 @@ class Progress:
     """Optimizer steps made."""
     resizes: int = 0
     wrapped_at: int = 0
-    """`step` when an undisturbed run last wrapped the network in DDP: at the start and after each resize."""
+    """`step` at which an undisturbed run last wrapped the network in DDP: 0, or the last resize."""
     compiled: bool = False
     """Whether the network's blocks ran compiled in the last epoch that began."""
     gpu_hours_before: float | None = 0.0
-    """Spent on the weights before this run started from them; None where nobody knows."""
+    """Spent on the weights before this run started from them; None where unknown."""
     best_top1: float = -1.0
     best_top5: float = -1.0
     last_line: dict[str, Any] = field(default_factory=dict)
@@ -40,7 +40,10 @@ class Progress:
 
 @dataclass
 class EpochSoFar:
-    """The epoch that a run is in the middle of, on one rank; goes into the checkpoint for a resume to go on there."""
+    """The epoch that a run is in the middle of, on one rank; goes into the checkpoint, so that a resume goes on there.
+
+    A new field needs a step in train/checkpoint/upgrade.py.
+    """
 
     threshold: float | None
     """Height t of the cut at its start, None where there was none."""
@@ -55,7 +58,7 @@ class EpochSoFar:
     images: int = 0
     """In these steps, all ranks together."""
     is_trained: bool = False
-    """Whether only the evaluation is left: batch-norm statistics are averaged, the method has had its say."""
+    """Whether only the evaluation is left: batch-norm statistics are averaged, the method's epoch_end is done."""
 
     @classmethod
     def beginning(cls, ledger: Ledger, device: torch.device, threshold: float | None = None) -> "EpochSoFar":
@@ -71,14 +74,15 @@ class EpochSoFar:
         """
         so_far = ranks[min(world.rank, len(ranks) - 1)]
         so_far = replace(so_far, loss_sum=so_far.loss_sum.to(world.device), skipped=so_far.skipped.to(world.device))
-        if (len(ranks), batch_ratio) != (world.size, 1) or so_far.step > steps:  # the set may have lost images
+        # Once an epoch's training has ended, its method has acted: no step comes after that.
+        step = steps if so_far.is_trained else min(math.floor(so_far.step / batch_ratio), steps)
+        if (len(ranks), step) != (world.size, so_far.step):  # other ranks, another batch, or images lost or added
             kept = max(so_far.step - float(so_far.skipped), 1)
             mean = sum(float(rank.loss_sum) for rank in ranks) / (kept * len(ranks))
-            so_far.step = min(math.floor(so_far.step / batch_ratio), steps)
+            so_far.step = step
             so_far.skipped = (so_far.skipped / float(batch_ratio)).floor().clamp(max=so_far.step)
             kept = so_far.step - float(so_far.skipped)
             so_far.loss_sum.fill_(mean * kept * world.size if world.is_main else 0.0)
-        so_far.is_trained &= so_far.step == steps  # smaller batches or more images may leave a step to make
         return so_far
 
     def state_dict(self) -> dict[str, Any]:

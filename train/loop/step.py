@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from data import Batch
 from train.loop.config import TrainConfig
 from train.loop.nonfinite import StepGuard
-from train.methods import Method
+from train.methods import Dense, Method
 from train.network.state import MEMORY_FORMAT, TrainState
 from train.world import World, no_sync
 
-NO_METHOD = Method()
+NO_METHOD = Dense()
 
 
 def training_step(
@@ -26,7 +26,7 @@ def training_step(
     """Forward, backward, optimizer step and EMA on one batch; returns this rank's loss, a detached scalar tensor.
 
     images: (B, C, H, W). labels: int64 (B,), or float (B, classes) where images were mixed. With config.accumulate the
-    batch goes through in pieces, whose gradients add up to the batch's; the ranks reduce them once, with the last.
+    batch is split into micro-batches, whose gradients add up to the batch's; DDP reduces them once, with the last.
     guard: leaves the step out where gradients are not finite. method: its penalty is added to what is differentiated,
     not to the loss that is returned; it may change the gradients.
     """

@@ -47,7 +47,7 @@ class Trainer:
     so_far: EpochSoFar | None
     """The epoch that is under way; None between two epochs."""
     is_resumed: bool
-    """Whether the next step is the first of this process, and not of the run."""
+    """From a resume until this process's first training step."""
     sinks: Sinks
     watch: Watch
     save: Callable[["Trainer", bool], None]

@@ -1,7 +1,7 @@
 """When to save, stop or give up in the middle of an epoch: looked at about once a second, decided alike by all ranks.
 
-A signal may reach one rank alone, and clocks differ. So the ranks compare notes, but not at every step: rank 0 measures
-how many steps a second takes, and with the answer to one look travels the number of steps to the next.
+A signal may reach one rank alone, and clocks differ, so the ranks all-reduce what they know. Not at every step, but
+when rank 0 says so: it measures how many steps a second takes, and sends the number of steps to the next look along.
 """
 
 import time
@@ -19,7 +19,7 @@ class Decision:
     """What all ranks do after this step."""
 
     stop: bool
-    """Somebody asked some rank to stop: save, then end."""
+    """Some rank was asked to stop: save, then end."""
     save: bool
     """The last checkpoint is old enough for another."""
     broken: bool
@@ -34,27 +34,27 @@ class Watch:
         world: World,
         stop_wanted: Callable[[], bool],
         save_every_s: float = 0.0,
-        beat: Callable[[], None] = lambda: None,
+        heartbeat: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """save_every_s: 0 = never in the middle of an epoch. beat: called at every look, and before what takes long."""
+        """save_every_s: 0 = never in the middle of an epoch. heartbeat: called at every look."""
         self._world = world
         self._stop_wanted = stop_wanted
         self._save_every_s = save_every_s
         self._look_every_s = min(LOOK_EVERY_S, save_every_s / 4) if save_every_s else LOOK_EVERY_S
-        self.heartbeat = beat
+        self.heartbeat = heartbeat
         self._clock = clock
         self._saved_at = clock()
         self.restart()
 
     def restart(self) -> None:
-        """Look after the next step: what comes now takes another time a step than what was before."""
+        """Look after the next step: the time of a step is about to change."""
         self._steps = 0
         self._steps_to_look = 1
         self._looked_at = self._clock()
 
     def saved(self) -> None:
-        """A checkpoint was written, or tried to be."""
+        """A checkpoint was attempted."""
         self._saved_at = self._clock()
 
     def step(self, is_broken: Callable[[], bool]) -> Decision | None:
@@ -63,7 +63,7 @@ class Watch:
         return self.look(is_broken) if self._steps >= self._steps_to_look else None
 
     def look(self, is_broken: Callable[[], bool] = lambda: False) -> Decision:
-        """What is to be done now; costs one exchange of a few bytes between the hosts."""
+        """Decide what to do now. All ranks call it; one all-reduce of a few bytes on the CPU."""
         broken, now = is_broken(), self._clock()
         save_due, steps_to_look = False, 0
         if self._world.is_main:

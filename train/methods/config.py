@@ -33,7 +33,7 @@ class PruneConfig(SharedOptions):
         super().__post_init__()
         if self.method not in METHODS:
             raise ValueError(f"method: found {self.method!r}, allowed: {', '.join(METHODS)}")
-        build_method(self, epochs=1)  # so that a method's own demands are heard before anything else exists
+        build_method(self, epochs=1)  # settings that a method refuses are an error before anything else exists
 
     @property
     def shrinks(self) -> bool:
@@ -51,5 +51,5 @@ METHODS: dict[str, Callable[[PruneConfig, int, Measured | None], Method]] = {
 
 
 def build_method(config: PruneConfig, epochs: int, measured: Measured | None = None) -> Method:
-    """The method that `config` names, at the beginning of a run. Raises ValueError for settings at odds."""
+    """The method that `config` names, at the beginning of a run. Raises ValueError for settings that conflict."""
     return METHODS[config.method](config, epochs, measured)

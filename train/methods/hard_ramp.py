@@ -24,7 +24,7 @@ class HardRampConfig:
     slope: float = 0.03
     """k of the threshold ramp, per epoch."""
     offset: float = 0.3
-    """b of the threshold ramp."""
+    """b of the threshold ramp: t at epoch 1."""
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the field, the value found and what is allowed."""

@@ -1,4 +1,4 @@
-"""The seam for pruning methods: what a method may do while a network trains, and what it is told."""
+"""The interface of pruning methods: what a method may do while a network trains, and when it is called."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,8 @@ class Method:
     """A pruning method. Every hook does nothing unless it is overridden.
 
     Decisions are made on rank 0 alone, where `epoch_start` and `epoch_end` are called; what follows from them reaches
-    the other ranks as an Action, of which `acted` tells all ranks. Epochs count from 1.
+    the other ranks as an Action; `acted` is called on all ranks. Epochs count from 1. The state is rank 0's and is
+    loaded on all ranks; statistics that a hook gathers on rank 0 are of that rank's share of the images.
     """
 
     label: str = "method"
@@ -51,7 +52,7 @@ class Method:
         return None
 
     def acted(self, action: Action, view: View) -> None:
-        """An action has been carried out; `view` shows the network after it. Called on all ranks."""
+        """An action has removed or zeroed channels; `view` shows the network after it. Called on all ranks."""
 
     def penalty(self, model: nn.Module) -> Tensor | None:
         """A scalar that is added to the loss of each step, or None. Called on all ranks; the logged loss is without it.
@@ -61,9 +62,9 @@ class Method:
         return None
 
     def after_backward(self, model: nn.Module) -> None:
-        """Change gradients in place, before they are clipped. Called on all ranks, once a step.
+        """Change gradients in place, before they are clipped. Called on all ranks, once a step; all do the same.
 
-        The ranks' gradients are reduced already. In fp16 they are still scaled.
+        The ranks' gradients are reduced already. In fp16 they are still scaled, so multiply them and add nothing.
         """
 
     @property

@@ -1,5 +1,6 @@
 """Networks by name: torchvision's, timm's, and the paper's small ones."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -32,11 +33,11 @@ def build_model(name: str, num_classes: int) -> nn.Module:
 
     name: a classification model of torchvision (`resnet50`), `timm:NAME`, or one of `lenet`, `mlp` (28 x 28 grey),
         `vgg16_cifar`, `resnet20_cifar`, `resnet32_cifar`, `resnet44_cifar`, `resnet56_cifar` (32 x 32).
-    Raises ConfigError for a name that nobody knows.
+    Raises ConfigError for an unknown name.
     """
     check_model_name(name)
-    if name in _OWN:
-        return _OWN[name](num_classes)
+    if name in OWN_MODELS:
+        return OWN_MODELS[name](num_classes)
     if name.startswith("timm:"):
         return _timm().create_model(name.removeprefix("timm:"), num_classes=num_classes)
     # Their auxiliary heads return several logits, which this trainer has no loss for.
@@ -49,9 +50,9 @@ def check_model_name(name: str) -> None:
     if name.startswith("timm:"):
         if not _timm().is_model(name.removeprefix("timm:")):
             raise ConfigError(f"model.name: found {name!r}, which timm does not know; timm.list_models() names them")
-    elif name not in _OWN and name not in torchvision.models.list_models(module=torchvision.models):
+    elif name not in OWN_MODELS and name not in torchvision.models.list_models(module=torchvision.models):
         raise ConfigError(
-            f"model.name: found {name!r}, allowed: {', '.join(_OWN)}, timm:NAME, or a classification model of "
+            f"model.name: found {name!r}, allowed: {', '.join(OWN_MODELS)}, timm:NAME, or a classification model of "
             "torchvision such as resnet18, resnet34, resnet50, vgg16_bn"
         )
 
@@ -61,7 +62,7 @@ def native_input_shape(name: str) -> tuple[int, int, int]:
     check_model_name(name)
     if name in ("lenet", "mlp"):
         return 1, 28, 28
-    if name in _OWN:
+    if name in OWN_MODELS:
         return 3, 32, 32
     if name.startswith("timm:"):
         return tuple(_timm().get_pretrained_cfg(name.removeprefix("timm:")).input_size)
@@ -177,7 +178,7 @@ class MLP(nn.Module):
         return self.fc3(F.relu(self.fc2(x)))
 
 
-_OWN = {
+OWN_MODELS: dict[str, Callable[[int], nn.Module]] = {
     "lenet": LeNet,
     "mlp": MLP,
     "vgg16_cifar": CifarVGG,
@@ -186,6 +187,7 @@ _OWN = {
     "resnet44_cifar": lambda num_classes: CifarResNet(7, num_classes),
     "resnet56_cifar": lambda num_classes: CifarResNet(9, num_classes),
 }
+"""Name -> what builds the network for a number of classes. A new network is a file and a line here."""
 
 
 def _timm() -> ModuleType:

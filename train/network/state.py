@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
+from train.network.ema import MovingAverage
 from train.network.precision import Precision
 
 MEMORY_FORMAT = torch.channels_last
@@ -27,7 +27,7 @@ class TrainState:
     parallel: nn.Module
     optimizer: torch.optim.Optimizer
     precision: Precision
-    ema: AveragedModel | None = None
+    ema: MovingAverage | None = None
 
     @property
     def best_model(self) -> nn.Module:

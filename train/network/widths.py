@@ -1,4 +1,4 @@
-"""`cup.round_to: measured`: which widths are worth having on the device at hand, found by timing layers.
+"""`prune.round_to: measured`: which widths are worth having on the device at hand, found by timing layers.
 
 Hardware works in tiles: the time of a layer over its width is a staircase, and a width in the middle of a step costs
 what the step's right edge costs. So for each group the layers that carry its channels are timed, forward and backward,

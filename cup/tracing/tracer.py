@@ -1,0 +1,296 @@
+"""Trace a network's forward pass with torch.fx; every node of the graph knows the shape of its value.
+
+The network's code runs once, on stand-ins for its tensors. Each operation is noted in the graph, and done on the meta
+device at once, so that code that asks for a number (`if x.shape[-1] % 2`) gets it. It is noted which numbers were asked
+for: where one is a width, its channels must stay.
+
+Why torch.fx and not torch.export or torch.compile's front end: those write every size into their graph as a bare
+number, and nothing tells a 64 that is a width from a 64 that is something else.
+"""
+
+import dataclasses
+import operator
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from cup.errors import CupError
+from cup.tracing.meta import Sample, arguments, does_not_take, first_line, map_tensors, meta_input
+from cup.tracing.rules import answers_no_width, arguments_besides_width, is_known
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """One forward pass as a graph; `node.meta` holds "shape" for a tensor, "unknown" for what may hold tensors.
+
+    root: the traced copy of the network, with the constants that its code made.
+    asked: nodes whose value the code took as a plain number.
+    hooked: values that go into or come out of a module with forward hooks, with the module's name.
+    """
+
+    graph: fx.Graph
+    root: nn.Module
+    asked: list[fx.Node] = field(default_factory=list)
+    hooked: list[tuple[fx.Node, str]] = field(default_factory=list)
+
+    def steps(self) -> list[tuple[str, str, str]]:
+        """(operation, what it is done to or by, arguments) of every node, comparable between traces of one network."""
+        nodes = self.graph.nodes
+        return [(node.op, self._target(node), arguments_besides_width(node, self.root)) for node in nodes]
+
+    def _target(self, node: fx.Node) -> str:
+        value = operator.attrgetter(node.target)(self.root) if node.op == "get_attr" else None
+        if not isinstance(value, torch.Tensor) or isinstance(value, nn.Parameter):
+            return str(node.target)
+        name = node.target.rpartition(".")[2]
+        if name in self.root.get_submodule(node.target.rpartition(".")[0])._buffers:
+            return str(node.target)
+        return f"a constant {tuple(value.shape)} {'' if value.is_meta else value.tolist()}"
+
+
+def trace_forward(twin: nn.Module, sample: Sample, hooked: Collection[str] = ()) -> Trace:
+    """Trace a copy from `meta_copy` on two samples, so that a batch is told from a size; the copy is used up.
+
+    hooked: names of the modules whose forward hooks may do anything. Raises CupError where the network cannot be
+    traced, or does not take such inputs.
+    """
+    tracer = _Tracer(meta_input(sample, batch=2), hooked)
+    try:
+        with _recorded_factories(tracer):
+            graph = tracer.trace(twin)
+    except Exception as error:  # whatever a network's own code raises on stand-ins
+        refusal = None if isinstance(error, fx.proxy.TraceError) else _refusal(twin, sample)
+        if refusal is not None:
+            raise CupError(does_not_take(twin, sample, refusal)) from error
+        raise CupError(f"torch.fx cannot trace {type(twin).__name__}: {first_line(error)}") from error
+    return Trace(graph, twin, tracer.asked, tracer.hooked)
+
+
+def _refusal(twin: nn.Module, sample: Sample) -> Exception | None:
+    """What the network raises on shapes alone, if it does not take them."""
+    positional, named = arguments(meta_input(sample, batch=2))
+    try:
+        with torch.no_grad(), torch.device("meta"):
+            twin(*positional, **named)
+    except Exception as error:
+        return error
+    return None
+
+
+@contextmanager
+def _recorded_factories(tracer: "_Tracer") -> Iterator[None]:
+    """Functions that make a tensor of a given size take stand-ins for sizes meanwhile; torch's own parser does not."""
+    with torch.device("meta"):
+        torch.empty(0)  # torch's table of such functions is made once, at their first use: with the originals, then
+    originals = {name: getattr(torch, name) for name in _FACTORIES}
+
+    def recorded(original: Callable) -> Callable:
+        def make(*args: Any, **kwargs: Any) -> Any:
+            sizes = any(isinstance(value, fx.Proxy) for value in _tensors_in((args, kwargs)))
+            return tracer.create_proxy("call_function", original, args, kwargs) if sizes else original(*args, **kwargs)
+
+        return make
+
+    try:
+        for name, original in originals.items():
+            setattr(torch, name, recorded(original))
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(torch, name, original)
+
+
+_FACTORIES = ("zeros", "ones", "empty", "full", "rand", "randn", "arange", "linspace", "eye")
+
+
+class _StandIn(fx.Proxy):
+    """Stands for one value of the forward pass, and answers what can be known of it without its entries."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        value = self.node.meta["value"]
+        if isinstance(value, torch.Tensor):
+            if name == "device":
+                return torch.device("cpu")  # where constants have values
+            if name in _PLAIN_ATTRIBUTES or not hasattr(value, name):
+                return getattr(value, name)
+        return _StandInAttribute(self, name)
+
+    @property
+    def __class__(self) -> type:
+        """So that isinstance says what it says of the value."""
+        value = self.node.meta["value"]
+        return torch.Tensor if isinstance(value, torch.Tensor) else type(value)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([self[index] for index in range(len(self))])
+
+    def __len__(self) -> int:
+        value = self.node.meta["value"]
+        return int(self.size(0)) if isinstance(value, torch.Tensor) else len(value)
+
+    def __bool__(self) -> bool:
+        return bool(self.tracer.answer(self.node))
+
+    def __int__(self) -> int:
+        return int(self.tracer.answer(self.node))
+
+    def __float__(self) -> float:
+        return float(self.tracer.answer(self.node))
+
+    def __index__(self) -> int:
+        return operator.index(self.tracer.answer(self.node))
+
+
+class _StandInAttribute(fx.proxy.Attribute, _StandIn):
+    """An attribute of a value: a node of its own unless it is called as a method."""
+
+
+_PLAIN_ATTRIBUTES = ("dtype", "ndim", "layout", "requires_grad", "is_cuda", "is_sparse", "is_quantized", "is_meta")
+
+
+class _Tracer(fx.Tracer):
+    """Looks inside all modules but torch's own and those that have a rule."""
+
+    def __init__(self, inputs: Any, hooked: Collection[str]) -> None:
+        super().__init__()
+        self.asked: list[fx.Node] = []
+        self.hooked: list[tuple[fx.Node, str]] = []
+        self._inputs, self._hooked_modules = inputs, hooked
+        self._computing = False
+        self._names: dict[int, str] = {}
+
+    def answer(self, node: fx.Node) -> Any:
+        """The plain value at a node, for code that cannot do without."""
+        value = node.meta["value"]
+        if isinstance(value, torch.Tensor):
+            raise fx.proxy.TraceError(f"what the code does depends on the entries of a tensor ({node.name})")
+        self.asked.append(node)
+        return value
+
+    # --- torch.fx's own hooks ---
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _StandIn(node, self)
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        """One placeholder for each tensor of the inputs; arguments that they do not name have their defaults."""
+        tensors = (*self.root.named_parameters(), *self.root.named_buffers())
+        self._names = {id(tensor): name for name, tensor in tensors}
+        positional, named = arguments(map_tensors(self._inputs, self._placeholder))
+        return lambda root: tuple(_tensors_in(root.forward(*positional, **named))), [self.root]
+
+    def create_node(self, kind: str, target: Any, args: tuple, kwargs: dict, *names: Any, **more: Any) -> fx.Node:
+        node = super().create_node(kind, target, args, kwargs, *names, **more)
+        if kind not in ("placeholder", "output"):
+            self._note(node, self._value(node))
+        return node
+
+    def create_proxy(self, kind: str, target: Any, args: tuple, kwargs: dict, *names: Any, **more: Any) -> Any:
+        proxy = super().create_proxy(kind, target, args, kwargs, *names, **more)
+        if not answers_no_width(proxy.node):
+            return proxy
+        self.graph.erase_node(proxy.node)
+        return proxy.node.meta["value"]
+
+    def create_arg(self, a: Any) -> Any:
+        return a.node if isinstance(a, fx.Proxy) else super().create_arg(a)
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        return _StandIn.__iter__(obj)
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return "forward" not in vars(module) and (is_known(module) or super().is_leaf_module(module, name))
+
+    def call_module(self, module: nn.Module, forward: Any, args: tuple, kwargs: dict) -> Any:
+        if self._computing:
+            return forward(*args, **kwargs)
+        result = super().call_module(module, forward, args, kwargs)
+        name = self.path_of_module(module)
+        if name in self._hooked_modules:
+            seen = (*_tensors_in((args, kwargs)), *_tensors_in(result))
+            self.hooked.extend((value.node, name) for value in seen if isinstance(value, fx.Proxy))
+        return result
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        """A stand-in for a parameter or buffer. As torch.fx's own, which looks through all of them each time."""
+        name = None if self._computing or not isinstance(attr_val, torch.Tensor) else self._names.get(id(attr_val))
+        if name is None:
+            return attr_val
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache[name]
+
+    # --- values ---
+
+    def _placeholder(self, value: torch.Tensor) -> fx.Proxy:
+        node = self.create_node("placeholder", "x", (), {})
+        self._note(node, value)
+        return self.proxy(node)
+
+    def _note(self, node: fx.Node, value: Any) -> None:
+        node.meta["value"] = value
+        if isinstance(value, torch.Tensor):
+            node.meta["shape"] = tuple(value.shape)
+        elif not isinstance(value, _PLAIN):
+            node.meta["unknown"] = True
+
+    def _value(self, node: fx.Node) -> Any:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["value"])
+        args, kwargs = tuple(map(_on_meta, args)), {name: _on_meta(value) for name, value in kwargs.items()}
+        with self._plain_modules(), torch.no_grad(), torch.device("meta"):
+            if node.op == "get_attr":
+                value = operator.attrgetter(node.target)(self.root)
+                return value.to("meta") if isinstance(value, torch.Tensor) else value
+            if node.op == "call_module":
+                return _call(self.root.get_submodule(node.target), args, kwargs)
+            if node.op == "call_method":
+                return getattr(args[0], node.target)(*args[1:], **kwargs)
+            # Batch norm keeps the shape, and torch's own meta kernel for it is slow Python.
+            return args[0] if node.target is F.batch_norm and args else node.target(*args, **kwargs)
+
+    @contextmanager
+    def _plain_modules(self) -> Iterator[None]:
+        """While a node's value is computed, modules are called and read as they are."""
+        before, self._computing = self._computing, True
+        try:
+            yield
+        finally:
+            self._computing = before
+
+
+# What a size query or arithmetic on sizes gives; any other value that is no tensor may hold tensors.
+_PLAIN = (torch.Size, int, float, str, torch.dtype, torch.device, type(None))
+
+
+def _call(module: nn.Module, args: tuple, kwargs: dict) -> Any:
+    if args and isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return args[0]
+    return module(*args, **kwargs)
+
+
+def _on_meta(argument: Any) -> Any:
+    return torch.device("meta") if isinstance(argument, torch.device) else argument
+
+
+def _tensors_in(value: Any) -> Iterator[Any]:
+    """Stand-ins, constant tensors, and whatever else may hold tensors, in what a module was given or gives back."""
+    if isinstance(value, fx.Proxy):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors_in(item)
+    elif isinstance(value, list | tuple | set):
+        for item in value:
+            yield from _tensors_in(item)
+    elif dataclasses.is_dataclass(value):
+        for part in dataclasses.fields(value):
+            yield from _tensors_in(getattr(value, part.name))
+    elif not isinstance(value, _PLAIN):
+        yield value  # torch.fx takes a constant tensor, and refuses objects of unknown kinds

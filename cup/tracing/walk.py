@@ -1,0 +1,202 @@
+"""From a traced graph to channel groups.
+
+The walk visits the graph once and carries labels (labels.py) from producers to consumers by the rules of rules.py: a
+flatten repeats each of them, a concatenation strings arrays together, an addition ties two labels into one. What the
+rules do not cover freezes the labels it touches, with the reason; the walk never guesses.
+"""
+
+import operator
+from collections import Counter
+
+import numpy as np
+from torch import fx
+
+from cup.tracing.groups import AxisName, Call, ChannelGroup, Network, Place
+from cup.tracing.labels import Channels, Labels
+from cup.tracing.meta import Sample
+from cup.tracing.rules import (
+    LAYER_FUNCTIONS,
+    Operation,
+    find_rule,
+    freeze_what_is_counted,
+    has_width,
+    layer_at,
+    reads_no_width,
+    shape_of,
+)
+from cup.tracing.tracer import Trace
+
+
+def groups_of(trace: Trace, sample: Sample) -> list[ChannelGroup]:
+    """The channel groups of a traced network, in network order."""
+    return _Walk(trace).groups(sample)
+
+
+Entries = list[tuple[str, np.ndarray]]
+"""(layer or free parameter, int64: the channel at each of its indices)."""
+
+_IS_OUTPUT = "it is an output of the network"
+
+
+class _Walk:
+    """Visits every node once, in order; `channels` holds what is known of each value's channel axis."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace, self.nodes, self.twin = trace, list(trace.graph.nodes), trace.root
+        self.layer_of = {node: layer_at(node, self.twin) for node in self.nodes}
+        self.shared = self._shared_layers()
+        self.labels = Labels()
+        self.channels: dict[fx.Node, Channels | None] = {}
+        self.calls: list[tuple[str, fx.Node, Channels | None, fx.Node, Channels | None]] = []
+
+    def groups(self, sample: Sample) -> list[ChannelGroup]:
+        for node in self.nodes:
+            self.channels[node] = self._visit(node)
+            if self.layer_of[node] is not None and node.args and shape_of(node.args[0]) and shape_of(node):
+                value = node.args[0]
+                self.calls.append((self.layer_of[node], value, self.channels[value], node, self.channels[node]))
+        freeze_what_is_counted(self.nodes, self.trace.asked, self.channels, self.labels)
+        for node, module in self.trace.hooked:
+            self.labels.freeze([self.channels[node]], f"{module} has a forward hook, which may do anything")
+        return self._assemble(sample)
+
+    def _visit(self, node: fx.Node) -> Channels | None:
+        inputs = [self.channels[n] for n in node.all_input_nodes if self.channels[n] is not None]
+        layer = self.layer_of[node]
+        if node.op == "output":
+            self.labels.freeze(inputs, _IS_OUTPUT)
+            return None
+        if shape_of(node) is None or node.op in ("placeholder", "get_attr"):
+            if node.meta.get("unknown"):  # several tensors in one value: a chunk, a split, attention, several heads
+                is_output = all(user.op == "output" for user in node.users)
+                self.labels.freeze(inputs, _IS_OUTPUT if is_output else f"{title(node)} is not followed")
+            elif not reads_no_width(node):
+                self.labels.freeze(inputs, f"{title(node)} may read its width as a number")
+            return None  # the network's input, a free parameter, a size: no channels that could go
+        if layer in self.shared:
+            reason = f"{layer} is used more than once or shares a parameter"
+        elif _tensor_keywords(node):
+            reason = f"{title(node)} is called with keywords"
+        else:
+            module = None if layer is None else self.twin.get_submodule(layer)
+            operation = Operation(node, layer or title(node), module, self.channels, self.twin)
+            if (rule := find_rule(operation)) is not None:
+                return rule(operation, self.labels)
+            reason = f"{title(node)} is not followed"
+        self.labels.freeze(inputs, reason)
+        self._freeze_output(layer, reason)
+        return None
+
+    def _freeze_output(self, layer: str | None, reason: str) -> None:
+        """A layer that is not followed is a frozen group of its own: nothing can be pruned through it."""
+        module = None if layer is None else self.twin.get_submodule(layer)
+        width = getattr(module, "out_channels", getattr(module, "out_features", None))
+        if isinstance(width, int) and all(name != layer for name, _ in self.labels.producers):
+            labels_C = self.labels.fresh(width)
+            self.labels.producers.append((layer, labels_C))
+            self.labels.frozen.append((labels_C, reason))
+
+    def _shared_layers(self) -> set[str]:
+        """Layers that run twice, or that share a parameter or buffer with something else.
+
+        Scalars (a batch norm's count of batches) are nothing to share: they have no channels.
+        """
+        calls = Counter(layer for layer in self.layer_of.values() if layer is not None)
+        layers = {layer: self.twin.get_submodule(layer) for layer in calls}
+        named = (
+            *self.twin.named_parameters(remove_duplicate=False),
+            *self.twin.named_buffers(remove_duplicate=False),
+        )
+        tensors = [(name, tensor) for name, tensor in named if tensor.dim() > 0]
+        users: dict[int, set[str]] = {}
+        for name, tensor in tensors:
+            users.setdefault(id(tensor), set()).add(name)
+        for node in self.nodes:
+            if node.op == "get_attr" and any(self.layer_of[user] is None for user in node.users):
+                users.setdefault(id(operator.attrgetter(node.target)(self.twin)), set()).add("read as a tensor")
+        shared = {layer for layer, n in calls.items() if n > 1 and (has_width(layers[layer]) or self._has_state(layer))}
+        for name, tensor in tensors:
+            owner = name.rpartition(".")[0]
+            if owner in calls and len(users[id(tensor)]) > 1:
+                shared.add(owner)
+        return shared
+
+    def _has_state(self, layer: str) -> bool:
+        return bool(self.twin.get_submodule(layer).state_dict())
+
+    # --- from labels to groups ---
+
+    def _assemble(self, sample: Sample) -> list[ChannelGroup]:
+        channel_of, group_of = self.labels.channels(), self.labels.groups()
+        frozen = reversed(self.labels.frozen)  # of several reasons the first
+        reasons = {int(group_of[label]): reason for labels_C, reason in frozen for label in labels_C}
+        residual = {int(group_of[label]) for labels_C in self.labels.residual for label in labels_C}
+
+        found: dict[str, dict[int, Entries]] = {}
+        for role in ("producers", "followers", "consumers"):
+            found[role] = {}
+            for layer, labels_C in getattr(self.labels, role):
+                for group in np.unique(group_of[labels_C]).tolist():
+                    found[role].setdefault(group, []).append((layer, channel_of[labels_C]))
+        network = self._network(sample, channel_of)
+        return [
+            self._group(
+                {role: groups.get(group, []) for role, groups in found.items()},
+                reasons.get(group, ""),
+                group not in residual,
+                network,
+            )
+            for group in found["producers"]
+        ]
+
+    def _network(self, sample: Sample, channel_of: np.ndarray) -> Network:
+        def numbers(value: Channels | None) -> np.ndarray | None:
+            return None if value is None else channel_of[value.labels_C]
+
+        calls = tuple(
+            Call(layer, (1, *shape_of(read)[1:]), (1, *shape_of(written)[1:]), numbers(value), numbers(result))
+            for layer, read, value, written, result in self.calls
+        )
+        return Network(sample, calls, np.ones(channel_of.max(initial=-1) + 1, dtype=bool))
+
+    def _group(self, entries: dict[str, Entries], reason: str, inner: bool, network: Network) -> ChannelGroup:
+        name, first_C = entries["producers"][0]
+        channels = np.array(list(dict.fromkeys(first_C.tolist())), dtype=np.int64)
+        if not reason and len(channels) == 1 < len(first_C):
+            reason = "its channels are tied to each other"
+        for layer, channels_C in entries["producers"][1:]:
+            if not reason and set(channels_C.tolist()) != set(channels.tolist()):
+                reason = f"it shares only some of its channels with {layer}"
+        number = np.full(len(network.alive), -1, dtype=np.int64)
+        number[channels] = np.arange(len(channels))
+
+        def places(axis: AxisName, role: str) -> tuple[Place, ...]:
+            indices = ((layer, number[channels_C]) for layer, channels_C in entries[role])
+            return tuple(Place(layer, axis, index_C) for layer, index_C in indices if (index_C >= 0).any())
+
+        return ChannelGroup(
+            name=name,
+            width=len(channels),
+            producers=places("out", "producers"),
+            followers=places("out", "followers"),
+            consumers=places("in", "consumers"),
+            inner=inner,
+            frozen=reason,
+            numbers=channels,
+            network=network,
+        )
+
+
+def _tensor_keywords(node: fx.Node) -> bool:
+    """Whether a tensor is passed by keyword: the rules look at positions, and at a layer's own weights by name."""
+    found: list[fx.Node] = []
+    fx.map_arg(node.kwargs, found.append)
+    values = [n for n in found if not (n.op == "get_attr" and node.target in LAYER_FUNCTIONS)]
+    return any(shape_of(n) is not None or n.meta.get("unknown") for n in values)
+
+
+def title(node: fx.Node) -> str:
+    """What a node is called in a reason: a module's dotted name, or a function's."""
+    if node.op == "call_module":
+        return node.target
+    return getattr(node.target, "__name__", str(node.target))
