@@ -140,6 +140,13 @@ def test_a_setting_without_effect_is_named():
         "no effect with prune.method: none: prune.target_reduction, prune.last_epoch, prune.hard_ramp.kind",
         "no effect with optim.schedule: cosine: optim.gamma",
     ]
+    notes = parse("--prune.method", "prune_train", "--prune.criterion", "l1", "--prune.early.patience", "9")
+    assert notes.without_effect() == [
+        "no effect with prune.method: prune_train: prune.hard_ramp.kind, prune.early.patience",
+        "no effect with prune.method: prune_train, which has its own: prune.criterion",
+    ]
+    thin = parse("--prune.method", "none", "--prune.scope", "all", "--model.width", "0.5").without_effect()
+    assert not any("prune.scope" in note for note in thin)
     notes = parse("--data.flip", "0.1", "--data.grow_epochs", "2", "--data.randaugment_ops", "3").without_effect()
     assert notes == [
         "no effect with data.loader: synthetic: data.flip, data.randaugment_ops",

@@ -127,6 +127,18 @@ def test_a_run_zeroes_softly_and_cuts_after_the_last_epoch(tmp_path: Path):
     assert network.model.conv2.weight.shape == (35, 14, 5, 5)
 
 
+def test_widths_change_only_before_the_epoch_after_the_last_one():
+    """Zeroing leaves them alone, so blocks may run compiled."""
+    model = small_network()
+    view = cup.View(model, cup.channel_groups(model, torch.zeros(1, 1, 8, 8)))
+    config = PruneConfig(method="soft_rate", last_epoch=3, every=2, soft_rate=SoftRateConfig(rate=RATE))
+    method = build_method(config, epochs=5)
+    method.begin(view)
+    assert [method.may_act(epoch, view) for epoch in range(1, 6)] == [False, False, False, True, False]
+    actions = [method.epoch_end(epoch, view) for epoch in range(1, 6)]
+    assert [action and action.soft for action in actions] == [None, True, False, None, None]
+
+
 def test_the_share_lands_on_the_target_and_the_cut_may_come_earlier(tmp_path: Path):
     changes = {"prune__soft_rate__rate": "null", "prune__target_reduction": 2.0, "prune__last_epoch": 2}
     log = train(tmp_path, **(SFP | changes | {"prune__criterion": "gm"}))
