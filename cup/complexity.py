@@ -82,7 +82,7 @@ def flops_after(model: nn.Module, groups: Sequence[ChannelGroup], plan: PrunePla
 def complexity_after(model: nn.Module, groups: Sequence[ChannelGroup], plan: PrunePlan, now: Complexity) -> Complexity:
     """What `complexity` will count once `plan` is applied; the arguments are those of `flops_after`."""
     changes = FlopsByWidths(model, groups, now).changes(plan.kept)
-    removed = _removed_parameters(model, groups, plan)
+    removed, repeated = _removed_parameters(model, groups, plan)
     layers = []
     for layer in now.layers:
         flops, macs = changes.get(layer.name, (0, 0))
@@ -92,7 +92,7 @@ def complexity_after(model: nn.Module, groups: Sequence[ChannelGroup], plan: Pru
         layers=tuple(layers),
         flops=sum(layer.flops for layer in layers),
         macs=sum(layer.macs for layer in layers),
-        params=now.params - sum(removed.values()),
+        params=now.params - sum(removed.values()) + repeated,
     )
 
 
@@ -158,21 +158,31 @@ def _rates(layer: nn.Module, call: Call) -> tuple[int, int, int]:
     return (macs // (reads * writes), 0, beside) if mixes else (0, macs // writes, beside)
 
 
-def _removed_parameters(model: nn.Module, groups: Sequence[ChannelGroup], plan: PrunePlan) -> dict[str, int]:
-    """Layer, or free parameter, -> how many of its parameters the plan removes."""
+def _removed_parameters(
+    model: nn.Module, groups: Sequence[ChannelGroup], plan: PrunePlan
+) -> tuple[dict[str, int], int]:
+    """Layer, or free parameter, -> how many of its parameters the plan removes; and how many of these are in it twice,
+    in layers with tied weights.
+    """
     masks = keep_masks((group, plan.kept[group.name]) for group in groups if group.name in plan.removed)
-    removed = {}
-    for name in {name for name, _ in masks}:
+    removed: dict[str, int] = {}
+    counted: set[int] = set()
+    repeated = 0
+    for name in dict.fromkeys(name for name, _ in masks):
         layer = find_layer(model, name)
+        if isinstance(layer, torch.Tensor) and not isinstance(layer, nn.Parameter):
+            continue  # a free buffer
         stays = {axis: masks[name, axis] for axis in ("in", "out") if (name, axis) in masks}
         weight = weight_of(layer)
         before = after = 0 if weight is None else weight.numel()
         for mask in stays.values():
             after = after // len(mask) * int(mask.sum())
+        repeated += before - after if id(weight) in counted else 0
+        counted.add(id(weight))
         if "out" in stays and getattr(layer, "bias", None) is not None:
             before, after = before + len(stays["out"]), after + int(stays["out"].sum())
         removed[name] = before - after
-    return removed
+    return removed, repeated
 
 
 def _count(twin: nn.Module, sample: Sample) -> Complexity:

@@ -8,6 +8,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -48,6 +49,20 @@ def lines_of(path: str | Path) -> Iterator[bytes]:
             yield line.removesuffix(b"\n").removesuffix(b"\r")
 
 
+def why_not(error: Exception) -> str:
+    """What the operating system says, without the name, which the caller tells; else the error's own words."""
+    return getattr(error, "strerror", None) or str(error)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns what the operating system says, inside, of a place that cannot be looked at into a DataError."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{error.filename or path}: cannot be read ({why_not(error)})") from error
+
+
 def refuse_link(path: Path) -> None:
     """DataError if a link stands at a name that is about to be made, replaced or removed."""
     if path.is_symlink():
@@ -62,7 +77,9 @@ def write_whole(file: Path, content: bytes) -> None:
     unfinished = file.with_name(f".{file.name}.part")
     for path in (file, unfinished):
         refuse_link(path)
-    descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o666)
+    # Never the file that an earlier attempt left: it may have another name elsewhere, or be a pipe by now.
+    unfinished.unlink(missing_ok=True)
+    descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         with os.fdopen(descriptor, "wb") as target:
             target.write(content)
@@ -75,4 +92,4 @@ def cannot_write(path: Path, error: OSError) -> DataError:
     """The error to raise where a file or folder cannot be written."""
     if error.errno in FULL:
         return DataError(f"{path}: no space left on {path.absolute().parent}: make room, or choose another place")
-    return DataError(f"{path}: cannot be written ({error.strerror or error}): choose another place")
+    return DataError(f"{path}: cannot be written ({why_not(error)}): choose another place")

@@ -44,9 +44,6 @@ class FolderSource:
         self._sharding = sharding
         self._steps = _Steps(sharding)
         self._device = device
-        self._normalise = v2.Compose(
-            [v2.ToDtype(torch.float32, scale=True), v2.Normalize(*NORMALISATION[config.channels])]
-        )
         self._loader: DataLoader | None = DataLoader(
             _Images(config, images, split, seed),
             batch_sampler=self._steps,
@@ -71,7 +68,7 @@ class FolderSource:
             indices_B, _ = self._sharding.indices(self._epoch, self._step)
             raise decode_failure(self._images, indices_B, error) from error
         self._step += 1
-        return self._normalise(images.to(self._device, non_blocking=True).permute(0, 3, 1, 2))
+        return _normalised(images.to(self._device, non_blocking=True))
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -85,6 +82,15 @@ class FolderSource:
         if self._batches is not None:
             self._batches._shutdown_workers()
         self._batches = self._loader = None
+
+
+def _normalised(images: torch.Tensor) -> torch.Tensor:
+    """uint8 (B, height, width, channels) -> float32 (B, channels, height, width), channels-last."""
+    height, width, channels = images.shape[1:]
+    # A row of pixels at a time: broadcast over three channels, the same arithmetic takes several times as long.
+    rows = v2.functional.to_dtype(images.view(-1, height, width * channels), torch.float32, scale=True)
+    mean, std = (torch.tensor(values, device=rows.device).repeat(width) for values in NORMALISATION[channels])
+    return rows.sub_(mean).div_(std).view(images.shape).permute(0, 3, 1, 2)
 
 
 def _worker_context() -> BaseContext:

@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from data.batch import DataError, Split
-from data.files import MOST_IMAGE_BYTES, lines_of, read_bounded
+from data.files import MOST_IMAGE_BYTES, lines_of, read_bounded, reading, why_not
 from data.shards import MANIFEST, MOST_DIGITS, TarPlaces, read_shards
 
 EXCLUDE_FILE = "exclude.txt"
@@ -119,11 +119,17 @@ def list_validation(path: str | Path, exclude: str | Path = "") -> ImageList:
 
 def has_split(path: str | Path, split: str) -> bool:
     """Whether a data set has this split, in whatever form."""
-    return any((Path(path) / name).exists() for name in (split, f"{split}.txt"))
+    with reading(Path(path)):
+        return any((Path(path) / name).exists() for name in (split, f"{split}.txt"))
 
 
 def list_split(path: str | Path, split: str) -> ImageList:
     """All images of one split as they are found, classes without images included; DataError if there are none."""
+    with reading(Path(path)):
+        return _list_split(path, split)
+
+
+def _list_split(path: str | Path, split: str) -> ImageList:
     root, lines = Path(path) / split, Path(path) / f"{split}.txt"
     if not Path(path).is_dir():
         hint = "object storage is read through file lists in a folder here; " if is_remote(str(path)) else ""
@@ -259,7 +265,7 @@ def _list_lines(file: Path) -> ImageList:
     try:
         lines = [line.decode() for line in _without_mark(lines_of(file))]
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: cannot be read ({error})") from error
+        raise DataError(f"{file}: cannot be read ({why_not(error)})") from error
     for number, line in enumerate(lines, start=1):
         if line.strip():
             *name, class_name = line.strip().rsplit("\t" if "\t" in line else None, maxsplit=1)

@@ -24,7 +24,7 @@ import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from data.batch import DataError
-from data.files import MOST_IMAGE_BYTES, lines_of, read_bounded, write_whole
+from data.files import MOST_IMAGE_BYTES, lines_of, read_bounded, why_not, write_whole
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
@@ -125,7 +125,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(read_bounded(file, MOST_MANIFEST_BYTES).decode())
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{file}: cannot be read ({error}): {again}") from error
+        raise DataError(f"{file}: cannot be read ({why_not(error)}): {again}") from error
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != MANIFEST_FORMAT:
         raise DataError(f"{file}: found format {found!r}, allowed: {MANIFEST_FORMAT}")
@@ -245,8 +245,8 @@ def samples_of(file: Path) -> Iterator[list[IndexedFile]]:
             raise ValueError(f"{version} with {found} of {count} samples, expected {INDEX_VERSION} with all of them")
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{file}: cannot be read as an index of a shard ({error}): launch/prepare.py index {file.parent.parent} "
-            "writes it anew"
+            f"{file}: cannot be read as an index of a shard ({why_not(error)}): "
+            f"launch/prepare.py index {file.parent.parent} writes it anew"
         ) from error
 
 

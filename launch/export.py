@@ -38,7 +38,7 @@ def _export(argv: list[str]) -> None:
     network = load_network(options.checkpoint)
     channels, height, width = network.architecture.input_shape
     shape = (channels, options.image_size or height, options.image_size or width)
-    exported = export_network(network.model, shape, options.format, out)
+    exported = export_network(network.model, shape, options.format, out, network.classes)
     print(f"input: images, float32 (N, {', '.join(map(str, shape))}), normalised as in training; output: logits")
     print(
         f"largest difference from the checkpoint's own logits, batches of {' and '.join(map(str, BATCH_SIZES))}: "

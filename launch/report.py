@@ -17,10 +17,11 @@ if not __package__:
 
 from launch.reports.figures import Figure, draw_figures
 from launch.reports.page import page
-from launch.reports.read import Group, group_runs, read_run
+from launch.reports.read import Group, group_runs, read_runs
 from launch.reports.tables import markdown, means_csv, notes, our_rows, published_rows, runs_csv
 from train.cli import Parser, exit_code_of
 from train.errors import TrainError
+from train.files import why_unwritten
 
 
 def main(argv: list[str]) -> int:
@@ -40,9 +41,10 @@ def _report(argv: list[str]) -> None:
     directories: dict[Path, Path] = {}
     for directory in options.runs:  # by two paths a run would be its own repetition
         directories.setdefault(directory.resolve(), directory)
-    groups = group_runs([read_run(directory) for directory in directories.values()])
+    runs, left_out = read_runs(directories.values())
+    groups = group_runs(runs)
     rows = [*our_rows(groups), *published_rows(group.one for group in groups)]
-    remarks = notes(groups)
+    remarks = left_out + notes(groups)
     out = options.out
     try:
         trees, missing = _draw_layers(groups, options.dendrogram, out)  # first, for a layer's name can be wrong
@@ -54,7 +56,7 @@ def _report(argv: list[str]) -> None:
         (out / "runs.csv").write_text(runs_csv(groups), encoding="utf-8")
         (out / "report.html").write_text(page(groups, figures + trees, remarks), encoding="utf-8")
     except OSError as error:
-        raise TrainError(f"cannot write the report to {out}: {error.strerror}") from error
+        raise TrainError(f"cannot write the report: {why_unwritten(error, out / 'report.html')}") from error
     print(markdown(rows), end="")
     for remark in remarks:
         print(remark)

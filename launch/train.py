@@ -8,11 +8,17 @@ import sys
 import time
 from pathlib import Path
 
-STARTED = time.perf_counter()  # importing torch is part of the run's startup
 # A script's own folder comes first on the path, and there `train` is launch/train.py: put the root in its place.
 ROOT = Path(__file__).resolve().parents[1]
 if not __package__:
     sys.path[0] = str(ROOT)
+
+from train.log.attempt import Attempt, seconds_since_start  # noqa: E402
+
+DEMO = ROOT / "launch" / "configs" / "demo.yaml"
+# Python's own start and the import of torch are part of the run, and an attempt that is killed in them has spent them.
+STARTED = time.perf_counter() - seconds_since_start()
+ATTEMPT = Attempt(sys.argv[1:], DEMO) if __name__ == "__main__" and os.environ.get("RANK", "0") == "0" else None
 
 from train.cli import command_again, exit_code_of  # noqa: E402
 from train.config import parse_config  # noqa: E402
@@ -20,19 +26,26 @@ from train.log.ledger import Ledger  # noqa: E402
 from train.run import run  # noqa: E402
 from train.world import open_world  # noqa: E402
 
-DEMO = ROOT / "launch" / "configs" / "demo.yaml"
 AFTER_INTERRUPT = "the same command goes on from the last checkpoint, if there is one"
 
 
 def main(argv: list[str]) -> int:
     """Exit code: 0 after a finished run or a stopped and saved one, 2 for a configuration error, 1 for any other."""
-    return exit_code_of(lambda: _train(argv), "--debug" in argv, AFTER_INTERRUPT)
+    try:
+        return exit_code_of(lambda: _train(argv), "--debug" in argv, AFTER_INTERRUPT)
+    finally:
+        _end_attempt()
+
+
+def _end_attempt() -> None:
+    if ATTEMPT is not None:
+        ATTEMPT.end()
 
 
 def _train(argv: list[str]) -> None:
     config = parse_config(argv, "launch/train.py", str(DEMO))
     world = open_world(config.run.device, config.run.timeout_minutes)
-    ending = run(config, world, Ledger(world.size, started=STARTED))
+    ending = run(config, world, Ledger(world.size, started=STARTED), _end_attempt)
     world.close()
     if ending["event"] == "stopped" and world.is_main:
         where = f"in epoch {ending['epoch']}, after step {ending['step']}"

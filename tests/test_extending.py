@@ -1,6 +1,9 @@
 """The examples of docs/extending.md, added to the project as the page says, train and cut."""
 
 import csv
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +14,6 @@ import torch
 import torchvision
 from launching import ROOT, events, train
 from pages import code_blocks
-from torch import nn
 
 import cup
 from cup.criteria import CRITERIA
@@ -40,34 +42,67 @@ def example(heading: str) -> SimpleNamespace:
     return SimpleNamespace(**names)
 
 
+def add_to_copy(folder: Path, heading: str, file: str, table: str) -> None:
+    """A copy of the packages in `folder`, with a section's file and its lines in the table's file."""
+    for package in ("cup", "data", "train"):
+        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    section = PAGE.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    (folder / file).write_text(code_blocks(section, "python")[0], encoding="utf-8")
+    [change] = code_blocks(section, "diff")
+    statement, opening, *entries = change.splitlines()
+    lines = (folder / table).read_text(encoding="utf-8").splitlines()
+    imports = [index for index, line in enumerate(lines) if line.startswith("from ")]
+    lines[min(imports) : max(imports) + 1] = sorted([statement[1:], *lines[min(imports) : max(imports) + 1]])
+    at = lines.index(opening[1:]) + 1
+    lines[at:at] = [entry[1:] for entry in entries]
+    (folder / table).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def last_line(folder: Path, code: str) -> str:
+    """What a fresh process that imports the copy prints last."""
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+
+
+def test_a_criterion_is_a_file_and_a_line(tmp_path: Path):
+    add_to_copy(tmp_path, "A criterion", "cup/criteria/read_least.py", "cup/criteria/__init__.py")
+    code = "import cup; print(cup.__file__, type(cup.PlanOptions(criterion='read_least').ranker).__name__)"
+    assert last_line(tmp_path, code) == f"{tmp_path}/cup/__init__.py ReadLeast"
+
+
+def test_a_method_is_a_file_and_a_line(tmp_path: Path):
+    add_to_copy(tmp_path, "A method", "train/methods/one_shot.py", "train/methods/config.py")
+    code = "from train.methods import PruneConfig, build_method as b; print(b(PruneConfig(method='one_shot'), 3).label)"
+    assert last_line(tmp_path, code) == "one-shot"
+
+
 def test_every_section_is_run():
     assert [line for line in PAGE.splitlines() if line.startswith("## ")] == [
         f"## {heading}" for heading in ("A criterion", "A method", "A model", "A loader", "A tracker")
     ]
 
 
-def test_the_criterion_keeps_the_largest_scales():
-    example("A criterion")
+def test_the_criterion_keeps_what_is_read_with_the_largest_weights():
+    CRITERIA["read_least"] = example("A criterion").ReadLeast()
+    torch.manual_seed(0)
     model, images = torchvision.models.resnet18(num_classes=10), torch.zeros(1, 3, 64, 64)
-    for layer in model.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            nn.init.uniform_(layer.weight, -1, 1)
     groups = cup.channel_groups(model, images)
-    plan = cup.plan_by_reduction(model, groups, 2.0, cup.PlanOptions(criterion="bn_scale"))
-    kept = list(plan.kept["layer1.0.conv1"])
-    scale = model.layer1[0].bn1.weight.abs()
-    assert 1 < len(kept) < 64
-    assert set(kept) == set(scale.topk(len(kept)).indices.tolist())
+    plan = cup.plan_by_counts(model, groups, {"layer1.0.conv1": 20}, cup.PlanOptions(criterion="read_least"))
+    sums = model.layer1[0].conv2.weight.abs().sum(dim=(0, 2, 3))
+    assert set(plan.kept["layer1.0.conv1"]) == set(sums.topk(20).indices.tolist())
 
 
 def test_the_criterion_trains(tmp_path: Path):
-    example("A criterion")
-    log = train(tmp_path, prune__criterion="bn_scale", model__name="resnet20_cifar", data__channels=3)
+    CRITERIA["read_least"] = example("A criterion").ReadLeast()
+    log = train(tmp_path, prune__criterion="read_least", model__name="resnet20_cifar", data__channels=3)
     assert events(log, "resize")
 
 
 def test_the_method_cuts_once(tmp_path: Path):
-    example("A method")
+    method = example("A method").OneShot
+    METHODS["one_shot"] = lambda config, epochs, measured: method(
+        config.last_epoch, config.target_reduction, config.plan_options(measured)
+    )
     log = train(tmp_path, prune__method="one_shot", prune__last_epoch=2, prune__target_reduction=1.5)
     reductions = [event["flops_reduction"] for event in events(log, "epoch")]
     assert reductions[0] == 1

@@ -35,7 +35,7 @@ def test_importing_the_rooms_imports_neither_dali_nor_tensorboard():
 def test_torch_never_unpickles():
     assert files_naming(("weights_only=False",)) == set()
     loading = files_naming(("torch.load(",))
-    assert loading == {"train/checkpoint/file.py", "train/world.py"}
+    assert loading == {"train/checkpoint/archive.py", "train/world.py"}
     assert all((ROOT / name).read_text().count("weights_only=True") == 1 for name in loading)
 
 

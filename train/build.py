@@ -1,5 +1,6 @@
 """From a configuration and a start to a trainer that is complete."""
 
+import copy
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from cup import REDUCTION_TOLERANCE, complexity, has_reached, prunable_groups
 from data import Loader, build_loaders, prepare_data, train_size
@@ -19,9 +21,11 @@ from train.checkpoint.restore import Restored, load_run, restore, restore_method
 from train.checkpoint.saver import Saver
 from train.checkpoint.weights import load_weights
 from train.config import RunConfig
+from train.config_file import create_run_dir
 from train.errors import ConfigError, TrainError
-from train.log.heartbeat import Heartbeat
+from train.files import why_unwritten
 from train.log.ledger import Ledger
+from train.log.mending import lines_of_checkpoint
 from train.log.rundir import RunDir, read_log
 from train.log.sinks import ConsoleSink, JsonLines, Sinks, TensorBoard
 from train.loop.mixing import build_mixing
@@ -39,7 +43,7 @@ from train.network.precision import Precision
 from train.network.state import MEMORY_FORMAT, TrainState, state_digest
 from train.network.widths import NOISE, AllowedWidths, measured_widths
 from train.resizer import Resizer
-from train.start import Start, create_run_dir
+from train.start import Start
 from train.world import World
 
 
@@ -53,7 +57,6 @@ class Run:
     config: RunConfig
     trainer: Trainer
     saver: Saver
-    heartbeat: Callable[[bool], None]
     notes: list[str]
 
 
@@ -76,10 +79,11 @@ def build_run(config: RunConfig, start: Start, world: World, ledger: Ledger, sto
     USER_ERRORS.
     """
     stored, source = _load(config, start, world)
-    config = _with_model_name(config, stored or source)
+    config = _with_model_name(config, stored or source, start.checkpoint or config.model.checkpoint)
     world.on_rank_zero(lambda: prepare_data(config.data))
     fitted, fitting_notes = _fitted(config, world, start.goes_on)
-    parts = world.on_every_rank(lambda: _build_parts(fitted, world))
+    classes = (stored or source or {}).get("classes")
+    parts = world.on_every_rank(lambda: _build_parts(fitted, world, classes))
     begun = world.on_every_rank(lambda: _begin(fitted, stored, source, parts, ledger, world))
     allowed_widths, width_notes = _allowed_widths(fitted, begun, parts, world)
     method = build_method(fitted.prune, fitted.train.epochs, allowed_widths)
@@ -88,13 +92,19 @@ def build_run(config: RunConfig, start: Start, world: World, ledger: Ledger, sto
         world.on_every_rank(lambda: restore_method(stored, method, fitted.prune.method))
     compiler = _build_compiler(fitted, method, parts)
     ledger.add_lost(**start.lost)
-    world.on_rank_zero(lambda: create_run_dir(start.run_dir, config))
+    world.on_rank_zero(lambda: create_run_dir(start.run_dir, config, start.run_id))
     _join_ranks(parts.state, stored, world)
-    saver = Saver(config, start.run_dir, parts.architecture, fitted.data.batch_size, allowed_widths, begun.progress)
-    log_bytes = 0 if stored is None else stored["log_bytes"]
-    sinks, sink_notes = world.on_every_rank(lambda: _open_sinks(start.run_dir, world, ledger, log_bytes))
-    world.on_rank_zero(lambda: put_aside([Path(file) for file in start.damaged]))  # the log is ours alone by now
-    heartbeat = Heartbeat(start.run_dir.alive, ledger) if world.is_main else lambda at_once=False: None
+    saver = Saver(
+        config,
+        start.run_dir,
+        start.run_id,
+        parts.architecture,
+        fitted.data.batch_size,
+        allowed_widths,
+        begun.progress,
+    )
+    sinks, sink_notes = world.on_every_rank(lambda: _open_sinks(start.run_dir, world, ledger, stored))
+    world.on_rank_zero(lambda: _replace_damaged(start, config))  # the log is ours alone by now
     loop = TrainLoop(
         config=fitted.train,
         optim=fitted.optim,
@@ -115,16 +125,21 @@ def build_run(config: RunConfig, start: Start, world: World, ledger: Ledger, sto
         so_far=begun.so_far,
         is_resumed=stored is not None,
         sinks=sinks,
-        watch=Watch(world, stop_wanted, 60 * config.run.save_every_minutes, heartbeat),
+        watch=Watch(world, stop_wanted, 60 * config.run.save_every_minutes),
         save=saver.save,
     )
     data_notes = _data_notes(fitted, parts)
     notes = [*start.notes, *fitting_notes, *config.without_effect(), *data_notes, *begun.notes, *width_notes]
-    return Run(fitted, trainer, saver, heartbeat, notes + sink_notes)
+    return Run(fitted, trainer, saver, notes + sink_notes)
 
 
-def build_split_loaders(config: RunConfig, world: World, splits: Sequence[Split]) -> list[Loader]:
-    """This rank's loaders of the splits, in their order."""
+def build_split_loaders(
+    config: RunConfig, world: World, splits: Sequence[Split], classes: Sequence[str] | None = None
+) -> list[Loader]:
+    """This rank's loaders of the splits, in their order. classes: names in the order of the logits; None: the data's.
+
+    Raises DataError for a data set of other classes.
+    """
     return build_loaders(
         config.data,
         rank=world.rank,
@@ -133,6 +148,7 @@ def build_split_loaders(config: RunConfig, world: World, splits: Sequence[Split]
         device=world.device,
         seed=config.run.seed,
         splits=splits,
+        classes=classes,
     )
 
 
@@ -145,21 +161,21 @@ def _load(config: RunConfig, start: Start, world: World) -> tuple[dict[str, Any]
     return None, None
 
 
-def _with_model_name(config: RunConfig, begun: dict[str, Any] | None) -> RunConfig:
-    """The configuration with the name of the network that the checkpoint holds, where there is one."""
+def _with_model_name(config: RunConfig, begun: dict[str, Any] | None, path: str | None) -> RunConfig:
+    """The configuration with the name of the network that the checkpoint at `path` holds, where there is one."""
     if begun is None:
         return config
     name = stored_architecture(begun).name
     if config.model.name not in (None, name):
         raise ConfigError(
-            f"model.name: found {config.model.name}, but {config.model.checkpoint} holds {name}; allowed: {name}, or "
-            "null, which takes what the file holds"
+            f"model.name: found {config.model.name}, but {path} holds {name}; allowed: {name}, or null, which takes "
+            "what the file holds"
         )
     return dataclasses.replace(config, model=dataclasses.replace(config.model, name=name))
 
 
-def _build_parts(config: RunConfig, world: World) -> _Parts:
-    train_loader, val_loader = build_split_loaders(config, world, SPLITS)
+def _build_parts(config: RunConfig, world: World, classes: Sequence[str] | None) -> _Parts:
+    train_loader, val_loader = build_split_loaders(config, world, SPLITS, classes)
     torch.manual_seed(config.run.seed)  # the same initial weights on every rank
     side, channels = config.data.image_size, config.data.channels
     architecture = Architecture(
@@ -173,6 +189,7 @@ def _build_parts(config: RunConfig, world: World) -> _Parts:
         smallest = train_size(config.data, 0)
         example = dataclasses.replace(architecture, input_shape=(channels, smallest, smallest)).example_input()
         complexity(model, example)
+    require_trainable(model, config, world.size)
     model.to(world.device, memory_format=MEMORY_FORMAT)
     torch.manual_seed(config.run.seed + world.rank)  # dropout differs between ranks
     torch.backends.cudnn.benchmark = world.device.type == "cuda"
@@ -180,6 +197,28 @@ def _build_parts(config: RunConfig, world: World) -> _Parts:
     precision = Precision(config.train.precision, world.device)
     state = TrainState(model, model, build_optimizer(model, config.optim), precision, ema)
     return _Parts(architecture, train_loader, val_loader, resizer, state)
+
+
+def require_trainable(model: nn.Module, config: RunConfig, ranks: int) -> None:
+    """Raises ConfigError if batch norm would see a single value a channel, of which there is no deviation.
+
+    That is one image a piece where the maps are 1 x 1, with the smallest images of the run.
+    """
+    local = config.data.batch_size // ranks
+    if local // min(config.train.accumulate, local) > 1:
+        return
+    side = train_size(config.data, 0)
+    try:
+        with torch.no_grad():
+            copy.deepcopy(model).to("meta").train()(torch.zeros(1, config.data.channels, side, side, device="meta"))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ConfigError(
+            f"data.batch_size: found {config.data.batch_size}, which on {ranks} ranks with train.accumulate "
+            f"{config.train.accumulate} makes pieces of one image, and batch norm at 1 x 1 maps needs two: raise "
+            "data.batch_size or lower train.accumulate"
+        ) from error
 
 
 def _begin(
@@ -325,7 +364,7 @@ def _build_compiler(config: RunConfig, method: Method, parts: _Parts) -> BlockCo
 
 def _join_ranks(state: TrainState, stored: dict[str, Any] | None, world: World) -> None:
     """Wrap the network in DDP, once all ranks are known to start from the same bits: DDP would not notice."""
-    digests = world.all_gather(state_digest(state))
+    digests = world.all_gather(world.on_every_rank(lambda: state_digest(state)))
     if len(set(digests)) > 1:
         raise TrainError(f"the ranks do not start from equal weights ({digests}): do all run the same versions?")
     if stored is not None:
@@ -333,17 +372,31 @@ def _join_ranks(state: TrainState, stored: dict[str, Any] | None, world: World) 
     state.parallel = world.wrap(state.model)
 
 
-def _open_sinks(run_dir: RunDir, world: World, ledger: Ledger, log_bytes: int) -> tuple[Sinks, list[str]]:
-    """Rank 0's sinks, going on after the log's first `log_bytes`, none on the other ranks; and notes."""
+def _replace_damaged(start: Start, config: RunConfig) -> None:
+    put_aside([Path(file) for file in start.damaged])
+    create_run_dir(start.run_dir, config, start.run_id)
+
+
+def _open_sinks(
+    run_dir: RunDir, world: World, ledger: Ledger, stored: dict[str, Any] | None
+) -> tuple[Sinks, list[str]]:
+    """Rank 0's sinks, going on after the log's lines that `stored` says, none on the other ranks; and notes."""
     if not world.is_main:
         return Sinks([]), []
+    notes = []
+
+    def goes_on(found: bytes) -> bytes:
+        lines, note = lines_of_checkpoint(found, stored, str(run_dir.log))
+        notes.extend(filter(None, [note]))
+        return lines
+
     try:
-        log = JsonLines(run_dir.log, keep_bytes=log_bytes)
+        log = JsonLines(run_dir.log) if stored is None else JsonLines(run_dir.log, goes_on)
     except OSError as error:
-        raise TrainError(f"cannot write in {run_dir.path}: {error.strerror}") from error
+        raise TrainError(f"cannot write in {run_dir.path}: {why_unwritten(error, run_dir.log)}") from error
     try:
         curves = [TensorBoard(run_dir.tensorboard, time.time() - ledger.total_s, read_log(run_dir.log))]
-        notes = []
     except Exception as error:  # a view of the log: training goes on without it, whatever it is
-        curves, notes = [], [f"{run_dir.tensorboard} cannot be written and is left out: {error}"]
+        curves = []
+        notes.append(f"{run_dir.tensorboard} cannot be written and is left out: {error}")
     return Sinks([log, *curves, ConsoleSink()], log), notes

@@ -1,6 +1,7 @@
 """From an exception to one line and an exit code: what every script in launch/ ends with."""
 
 import argparse
+import errno
 import os
 import shlex
 import sys
@@ -15,6 +16,7 @@ from typing import NoReturn
 from train.errors import ConfigError, TrainError
 
 LINGER_S = 3.0
+NO_MEMORY = ("allocate memory", "start new thread", "Cannot allocate", "std::bad_alloc")
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = tuple(ROOT / name for name in ("cup", "data", "launch", "train"))
 
@@ -27,6 +29,9 @@ def exit_code_of(action: Callable[[], None], debug: bool, after_interrupt: str =
     0 after success; 2 for a configuration error, 1 for any other that a user can cause, each printed as one line on
     stderr, with its traceback only if `debug`; 130 after Ctrl-C. What only a programmer can cause passes through.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a name of a file may hold letters that the terminal does not know
+            stream.reconfigure(errors="backslashreplace")
     try:
         with _warnings_in_a_line():
             action()
@@ -58,7 +63,25 @@ def _message(error: Exception) -> str | None:
         announce_failure(error)
     if isinstance(error, USER_ERRORS):
         return " ".join(str(error).split())
-    return lost or explain_out_of_memory(error)
+    return lost or explain_out_of_memory(error) or _explain_limits(error)
+
+
+def _explain_limits(error: BaseException | None) -> str | None:
+    """What to do, as a message, if the error or what it came of means that the system gives this process no more."""
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE) or "open files" in str(error):
+            return f"too few files may be open at once: raise the limit (ulimit -n; {_first_line(error)})"
+        if isinstance(error, MemoryError) or any(sign in str(error) for sign in NO_MEMORY):
+            return (
+                "not enough memory: lower data.batch_size or data.threads, or raise the limit, if there is one "
+                f"(ulimit -v; {_first_line(error)})"
+            )
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def command_again(argv: list[str], resume: str, name: str, directory: str) -> str:

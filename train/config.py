@@ -248,6 +248,9 @@ def differing_keys(one: dict[str, Any], other: dict[str, Any], prefix: str = "")
 
 def _section(name: str, kind: type[T], values: dict[str, Any]) -> T:
     """The dataclass of these values, with the dataclasses inside it. `name`: dotted, for errors."""
+    for key, value in values.items():
+        if any(isinstance(one, float) and not math.isfinite(one) for one in (value, *_entries(value))):
+            raise ConfigError(f"{name}.{key}: found {value!r}, allowed: finite numbers")
     inner = {f.name: f.default_factory for f in dataclasses.fields(kind) if dataclasses.is_dataclass(f.default_factory)}
     try:
         settings = {
@@ -265,6 +268,10 @@ def _of_other_methods(method: str) -> list[str]:
     """The settings that only methods other than this one have."""
     sections = [f"prune.{name}." for name in METHODS if name != method]
     return [key for key in all_settings() if key.startswith(tuple(sections))]
+
+
+def _entries(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, list | tuple) else ()
 
 
 def _of_data(*names: str) -> list[str]:

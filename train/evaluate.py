@@ -27,7 +27,7 @@ def evaluate_checkpoint(
     stored = world.on_every_rank(lambda: load_network(path))
     architecture, model = stored.architecture, stored.model
     config = _evaluation_config(path, stored, {"path": data_path, "batch_size": batch_size})
-    [val_loader] = world.on_every_rank(lambda: build_split_loaders(config, world, ("val",)))
+    [val_loader] = world.on_every_rank(lambda: build_split_loaders(config, world, ("val",), stored.classes))
     if val_loader.num_classes != architecture.num_classes:
         raise TrainError(
             f"{config.data.path} has {val_loader.num_classes} classes, the network {architecture.num_classes}"
@@ -35,6 +35,10 @@ def evaluate_checkpoint(
     notes = [*unmatched_note(config, val_loader), *passed_over_notes(config, {"validation": val_loader})]
     if val_loader.num_excluded:
         notes.append(f"{config.data.path}: {val_loader.num_excluded} validation images are excluded and not counted")
+    if stored.classes is None and val_loader.classes is not None:
+        notes.append(
+            f"{path} does not hold the names of its classes: taken to be those of {config.data.path}, in its order"
+        )
     for note in notes if world.is_main else ():
         warnings.warn(note, stacklevel=2)
     model.to(world.device, memory_format=MEMORY_FORMAT)

@@ -4,7 +4,8 @@ Nothing is believed unseen: what was written is read back, run, and compared wit
 """
 
 import importlib.util
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,6 +22,9 @@ SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2"}
 
 TOLERANCE = 1e-4
 """Difference that counts as rounding, relative to the largest logit."""
+
+CLASSES = "classes"
+"""Under which an exported file holds the names of the classes."""
 
 BATCH_SIZES = (1, 5)
 """Neither is the one that the network is traced with."""
@@ -41,10 +45,18 @@ class Exported:
     size_bytes: int
 
 
-def export_network(model: nn.Module, input_shape: tuple[int, int, int], form: Format, path: Path) -> Exported:
+def export_network(
+    model: nn.Module,
+    input_shape: tuple[int, int, int],
+    form: Format,
+    path: Path,
+    classes: Sequence[str] | None = None,
+) -> Exported:
     """Write `model` in evaluation mode to `path`, for any batch size, once the file is known to compute the same.
 
-    model: on the CPU; put into evaluation mode. input_shape: one image, (channels, height, width).
+    model: on the CPU; put into evaluation mode. input_shape: one image, (channels, height, width). classes: names in
+    the order of the logits, which the file holds as a JSON list under `CLASSES`: among ONNX's metadata, or as an extra
+    file of PyTorch's program.
     Raises ExportError, with nothing left at `path` that was not there before; ConfigError where a package is missing.
     """
     if form == "onnx":
@@ -54,7 +66,7 @@ def export_network(model: nn.Module, input_shape: tuple[int, int, int], form: Fo
     program = _trace(model, samples[0].images.expand(2, *input_shape))  # 1 would be taken for a constant
     temporary = path.with_name(path.name + ".part")
     try:
-        write(program, temporary)
+        write(program, temporary, {} if classes is None else {CLASSES: json.dumps(list(classes))})
         difference = max(_difference(read(temporary), sample) for sample in samples)
         size_bytes = temporary.stat().st_size
         temporary.replace(path)
@@ -112,9 +124,9 @@ def _difference(run: Run, sample: _Sample) -> float:
     return difference
 
 
-def _write_torch(program: ExportedProgram, path: Path) -> None:
+def _write_torch(program: ExportedProgram, path: Path, more: dict[str, str]) -> None:
     with path.open("wb") as file:  # a path would have to end in .pt2
-        torch.export.save(program, file)
+        torch.export.save(program, file, extra_files=more)
 
 
 def _read_torch(path: Path) -> Run:
@@ -122,11 +134,12 @@ def _read_torch(path: Path) -> Run:
         return torch.export.load(file).module()
 
 
-def _write_onnx(program: ExportedProgram, path: Path) -> None:
+def _write_onnx(program: ExportedProgram, path: Path, more: dict[str, str]) -> None:
     try:
         onnx_program = torch.onnx.export(
             program, dynamo=True, input_names=["images"], output_names=["logits"], external_data=False, verbose=False
         )
+        onnx_program.model.metadata_props.update(more)
         onnx_program.save(path, external_data=False)
     except torch.onnx.errors.OnnxExporterError as error:
         raise ExportError(f"torch.onnx cannot express this network: {_first_line(error)}") from error

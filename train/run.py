@@ -4,8 +4,10 @@ import hashlib
 import json
 import os
 import platform
+from collections.abc import Callable
 from contextlib import suppress
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from train.build import Run, build_run
 from train.checkpoint.saver import Saver
 from train.config import RunConfig
 from train.errors import TrainError
+from train.log.heartbeat import Beat, write_alive
 from train.log.ledger import Ledger
 from train.log.rundir import RunDir
 from train.log.sinks import ConsoleSink
@@ -28,10 +31,11 @@ PACKAGES = ("torch", "torchvision", "timm", "nvidia-dali-cuda130", "nvidia-dali-
 """Of which the log holds the versions, where they are installed."""
 
 
-def run(config: RunConfig, world: World, ledger: Ledger) -> dict[str, Any]:
+def run(config: RunConfig, world: World, ledger: Ledger, has_word: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Train as `config` says; returns the closing event, or an event `stopped` if a signal asked for it.
 
-    All ranks call it. Raises train/world.py's USER_ERRORS.
+    has_word: called once the run directory has word of the seconds so far. All ranks call it. Raises train/world.py's
+    USER_ERRORS.
     """
     start = Start(**world.on_rank_zero(lambda: vars(find_start(config, torchrun_job()))))
     if start.done is not None:
@@ -43,13 +47,16 @@ def run(config: RunConfig, world: World, ledger: Ledger) -> dict[str, Any]:
     built = build_run(config, start, world, ledger, lambda: signals.stop_wanted)
     trainer = built.trainer
     with signals:
-        built.heartbeat()  # a kill from here on is in the account
+        beat = _begin_beat(start, ledger) if world.is_main else None  # a kill from here on is in the account
+        has_word()
         try:
-            trainer.sinks.write(_first_line(built, start.run_dir))
+            trainer.sinks.write(_first_line(built, start))
             for note in built.notes:
                 trainer.sinks.note(note, ledger.total_s)
             ledger.end_startup()
             done = {**fit(trainer), "directory": start.directory}
+            if beat is not None:
+                beat.stop()
             world.on_rank_zero(lambda: _close(trainer, built.saver, start.run_dir, done))
             return done
         except Stopped:
@@ -57,12 +64,22 @@ def run(config: RunConfig, world: World, ledger: Ledger) -> dict[str, Any]:
             _await_own_signal(signals)
             return _stopped_event(trainer, start.run_dir)
         except BaseException:  # the minutes that a rank waited for a dead one count, too
-            built.heartbeat(at_once=True)
+            if beat is not None:
+                beat.now()
             raise
         finally:
+            if beat is not None:
+                beat.stop()
             trainer.sinks.close()
             trainer.loop.loader.close()
             trainer.val_loader.close()
+
+
+def _begin_beat(start: Start, ledger: Ledger) -> Beat:
+    beat = Beat(lambda: write_alive(start.run_dir.alive, ledger))
+    for file in start.counted if start.run_dir.alive.exists() else ():
+        Path(file).unlink(missing_ok=True)
+    return beat
 
 
 def _close(trainer: Trainer, saver: Saver, run_dir: RunDir, done: dict[str, Any]) -> None:
@@ -75,6 +92,7 @@ def _close(trainer: Trainer, saver: Saver, run_dir: RunDir, done: dict[str, Any]
             f"{run_dir.last} is complete, and the same command closes the run once there is room"
         )
     with suppress(OSError):  # the run is finished all the same
+        trainer.sinks.sync_log()
         run_dir.alive.unlink(missing_ok=True)
 
 
@@ -101,7 +119,7 @@ def _stopped_event(trainer: Trainer, run_dir: RunDir) -> dict[str, Any]:
     return {"event": "stopped", "epoch": trainer.progress.epoch + 1, "step": step, "directory": str(run_dir.path)}
 
 
-def _first_line(built: Run, run_dir: RunDir) -> dict[str, Any]:
+def _first_line(built: Run, start: Start) -> dict[str, Any]:
     """The run event."""
     config, trainer = built.config, built.trainer
     world, dense = trainer.world, trainer.resizer.dense
@@ -109,7 +127,8 @@ def _first_line(built: Run, run_dir: RunDir) -> dict[str, Any]:
     return {
         "event": "run",
         "time_s": trainer.ledger.total_s,
-        "directory": str(run_dir.path),
+        "run_id": start.run_id,
+        "directory": start.directory,
         "config_digest": hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest(),
         "config": config.to_dict(),
         "model": config.model.name,

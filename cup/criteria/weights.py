@@ -32,7 +32,7 @@ class Weights:
         return isinstance(find_layer(self._model, name), nn.Linear)
 
     def filters(self, name: str) -> np.ndarray:
-        """(O, I, K): a layer's weight, what it writes first, also for a transposed convolution."""
+        """(O, I, ...): a layer's weight, what it writes first, also for a transposed convolution."""
         if name not in self._filters:
             self._filters[name] = self._finished(name, self._read(name).numpy())
         return self._filters[name]

@@ -13,8 +13,8 @@ TRANSPOSED_CONVS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED_CONVS)
 
 
-def find_layer(model: nn.Module, name: str) -> nn.Module | nn.Parameter:
-    """The module, or the free parameter, with this dotted name. CupError where the model has none."""
+def find_layer(model: nn.Module, name: str) -> nn.Module | torch.Tensor:
+    """The module, or the free parameter or buffer, with this dotted name. CupError where the model has none."""
     owner, _, attribute = name.rpartition(".")
     try:
         return getattr(model.get_submodule(owner), attribute) if name else model
@@ -22,23 +22,23 @@ def find_layer(model: nn.Module, name: str) -> nn.Module | nn.Parameter:
         raise CupError(f"these groups are another network's: no layer {name}") from error
 
 
-def weight_of(layer: nn.Module | nn.Parameter) -> torch.Tensor | None:
+def weight_of(layer: nn.Module | torch.Tensor) -> torch.Tensor | None:
     """The tensor with the layer's channels; None for a norm without weights."""
-    return layer if isinstance(layer, nn.Parameter) else layer.weight
+    return layer if isinstance(layer, torch.Tensor) else layer.weight
 
 
-def weight_dim(layer: nn.Module | nn.Parameter, axis: AxisName) -> int:
+def weight_dim(layer: nn.Module | torch.Tensor, axis: AxisName) -> int:
     """The dimension of the weight that carries the channels written ("out") or read ("in")."""
-    if isinstance(layer, nn.Parameter):
+    if isinstance(layer, torch.Tensor):
         return max(range(layer.dim()), key=lambda dim: layer.shape[dim])  # its other dimensions have length one
     if isinstance(layer, TRANSPOSED_CONVS):
         return {"in": 0, "out": 1}[axis]
     return {"out": 0, "in": 1}[axis]
 
 
-def axis_length(layer: nn.Module | nn.Parameter, axis: AxisName) -> int | None:
+def axis_length(layer: nn.Module | torch.Tensor, axis: AxisName) -> int | None:
     """Channels on an axis of the layer, by its own attributes; None for what is no layer with such an axis."""
-    if isinstance(layer, nn.Parameter):
+    if isinstance(layer, torch.Tensor):
         return max(layer.shape) if axis == "out" else None
     if isinstance(layer, (*CONVS, nn.Linear)):
         written, read = (

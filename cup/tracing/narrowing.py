@@ -32,7 +32,10 @@ def narrow_layers(model: nn.Module, masks: Masks) -> tuple[ParameterChange, ...]
     indices: dict[str, dict[AxisName, torch.Tensor]] = {}
     for (module, axis), mask in masks.items():
         indices.setdefault(module, {})[axis] = torch.from_numpy(mask.nonzero()[0])
-    narrowed = [_narrowed(model, name, axes) for name, axes in indices.items()]  # all before any of it is installed
+    renewed: dict[int, nn.Parameter] = {}
+    narrowed = [
+        _narrowed(model, name, axes, renewed) for name, axes in indices.items()
+    ]  # all before any of it is installed
     for layer in narrowed:
         _install(model, layer)
     return tuple(change for layer in narrowed for change in layer.changes)
@@ -59,32 +62,44 @@ def _memory_format(tensor: torch.Tensor) -> torch.memory_format:
 
 @dataclass(frozen=True, eq=False)
 class _NarrowedLayer:
-    """New tensors of one layer, or free parameter, not installed yet. entries: of its "out" axis, if that shrinks."""
+    """New tensors of one layer, or the free parameter or buffer itself, not installed yet.
+
+    buffers: dotted name -> tensor. entries: of its "out" axis, if that shrinks.
+    """
 
     name: str
     changes: tuple[ParameterChange, ...]
-    statistics: Mapping[str, torch.Tensor]
-    entries: int
+    buffers: Mapping[str, torch.Tensor]
+    entries: int = 0
 
 
-def _narrowed(model: nn.Module, name: str, axes: Mapping[AxisName, torch.Tensor]) -> _NarrowedLayer:
-    """The layer's tensors along its "out" axis, its "in" axis or both; the layer itself stays as it is."""
+def _narrowed(
+    model: nn.Module, name: str, axes: Mapping[AxisName, torch.Tensor], renewed: dict[int, nn.Parameter]
+) -> _NarrowedLayer:
+    """The layer's tensors along its "out" axis, its "in" axis or both; the layer itself stays as it is.
+
+    renewed: id of an old parameter -> its new one, so that tied weights stay tied; added to.
+    """
     layer = find_layer(model, name)
     weight_axes = {weight_dim(layer, axis): index for axis, index in axes.items()}
     if isinstance(layer, nn.Parameter):
-        return _NarrowedLayer(name, (_change(model, name, weight_axes),), {}, 0)
-    changes = [_change(model, f"{name}.weight", weight_axes)] if layer.weight is not None else []
+        return _NarrowedLayer(name, (_change(model, name, weight_axes, renewed),), {})
+    if isinstance(layer, torch.Tensor):
+        return _NarrowedLayer(name, (), {name: select(layer, weight_axes)})
+    changes = [_change(model, f"{name}.weight", weight_axes, renewed)] if layer.weight is not None else []
     if "out" not in axes:
-        return _NarrowedLayer(name, tuple(changes), {}, 0)
+        return _NarrowedLayer(name, tuple(changes), {})
     entries = {0: axes["out"]}
     if getattr(layer, "bias", None) is not None:
-        changes.append(_change(model, f"{name}.bias", entries))
+        changes.append(_change(model, f"{name}.bias", entries, renewed))
     statistics = {key: getattr(layer, key, None) for key in ("running_mean", "running_var")}
-    statistics = {key: select(value, entries) for key, value in statistics.items() if value is not None}
-    return _NarrowedLayer(name, tuple(changes), statistics, len(axes["out"]))
+    buffers = {f"{name}.{key}": select(value, entries) for key, value in statistics.items() if value is not None}
+    return _NarrowedLayer(name, tuple(changes), buffers, len(axes["out"]))
 
 
-def _change(model: nn.Module, name: str, axes: Mapping[int, torch.Tensor]) -> ParameterChange:
+def _change(
+    model: nn.Module, name: str, axes: Mapping[int, torch.Tensor], renewed: dict[int, nn.Parameter]
+) -> ParameterChange:
     name = name.removeprefix(".")  # of a network that is one layer
     try:
         old = model.get_parameter(name)
@@ -92,22 +107,27 @@ def _change(model: nn.Module, name: str, axes: Mapping[int, torch.Tensor]) -> Pa
         raise CupError(
             f"{name} is computed from other parameters, by a mask or a parametrization: trace again"
         ) from error
+    if id(old) not in renewed:
+        renewed[id(old)] = _renew(old, axes)
+    return ParameterChange(name, old, renewed[id(old)], dict(axes))
+
+
+def _renew(old: nn.Parameter, axes: Mapping[int, torch.Tensor]) -> nn.Parameter:
     new = nn.Parameter(select(old, axes), requires_grad=old.requires_grad)
     vars(new).update(vars(old))  # what a user has noted on the parameter
-    return ParameterChange(name, old, new, dict(axes))
+    if old.requires_grad:  # a hook on the tensor would be lost without a word with the old one
+        for hook in (old._backward_hooks or {}).values():
+            new.register_hook(hook)
+        for hook in (old._post_accumulate_grad_hooks or {}).values():
+            new.register_post_accumulate_grad_hook(hook)
+    return new
 
 
 def _install(model: nn.Module, narrowed: _NarrowedLayer) -> None:
-    for change in narrowed.changes:
-        owner, _, attribute = change.name.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, change.new)
-        if change.old.requires_grad:  # a hook on the tensor would be lost without a word with the old one
-            for hook in (change.old._backward_hooks or {}).values():
-                change.new.register_hook(hook)
-            for hook in (change.old._post_accumulate_grad_hooks or {}).values():
-                change.new.register_post_accumulate_grad_hook(hook)
+    tensors = {**{change.name: change.new for change in narrowed.changes}, **narrowed.buffers}
+    for name, tensor in tensors.items():
+        owner, _, attribute = name.removeprefix(".").rpartition(".")
+        setattr(model.get_submodule(owner), attribute, tensor)
     layer = find_layer(model, narrowed.name)
-    if not isinstance(layer, nn.Parameter):
-        for key, value in narrowed.statistics.items():
-            setattr(layer, key, value)
+    if isinstance(layer, nn.Module):
         set_widths(layer, narrowed.entries)

@@ -6,7 +6,7 @@ none can be followed any more. What a rule is not sure of it freezes, with the r
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +73,11 @@ def _size_at(node: fx.Node, dim: int) -> Any:
     return sizes[dim] if len(sizes) == len(shape_of(node)) else None
 
 
+def is_constant(node: fx.Node) -> bool:
+    """Whether the value is computed from parameters and buffers alone."""
+    return node.meta.get("constant", False)
+
+
 Rule = Callable[[Operation, Labels], Channels | None]
 
 
@@ -107,7 +112,7 @@ def layer_at(node: fx.Node, model: nn.Module) -> str | None:
         return None
     owner = stack[-1]
     layer = model.get_submodule(owner)
-    read = {n.target for n in node.all_input_nodes if n.op == "get_attr"}
+    read = {n.target for n in map(unscaled, node.all_input_nodes) if n.op == "get_attr"}
     own = {f"{owner}.{name}" for name in ("weight", "bias", "running_mean", "running_var")}
     if not isinstance(layer, kind) or f"{owner}.weight" not in read or not read <= own:
         return None
@@ -116,6 +121,13 @@ def layer_at(node: fx.Node, model: nn.Module) -> str | None:
     wanted = getattr(layer, name, None)
     as_layer = given == wanted or (isinstance(given, list | tuple) and tuple(given) == tuple(wanted))
     return owner if as_layer or (given is None and wanted == 1) else None
+
+
+def unscaled(node: fx.Node) -> fx.Node:
+    """A parameter that is multiplied with numbers (an equalised learning rate), or any other value itself."""
+    while node.target in _SCALINGS and len(node.all_input_nodes) == 1 and is_constant(node):
+        node = node.all_input_nodes[0]
+    return node
 
 
 def arguments_besides_width(node: fx.Node, model: nn.Module) -> str:
@@ -133,7 +145,7 @@ def arguments_besides_width(node: fx.Node, model: nn.Module) -> str:
 
 def has_width(module: nn.Module) -> bool:
     """Whether surgery changes something about the module, be it only an attribute."""
-    return isinstance(module, tuple(_LAYERS))
+    return isinstance(module, tuple(_LAYERS)) and getattr(module, "num_parameters", 2) > 1  # a PReLU of one slope
 
 
 def reads_no_width(node: fx.Node) -> bool:
@@ -385,7 +397,8 @@ def _reduce(op: Operation, labels: Labels) -> Channels | None:
 def _add(op: Operation, labels: Labels) -> Channels | None:
     """Addition and subtraction: of two tensors with channels it is a residual, of a parameter or a number it is not."""
     value = _elementwise(op, labels)
-    whole = [op.channels[n] for n in _operands(op) if op.channels[n] is not None and not _is_spread(op, n)]
+    computed = [n for n in _operands(op) if op.channels[n] is not None and not is_constant(n)]
+    whole = [op.channels[n] for n in computed if not _is_spread(op, n)]
     if len(whole) > 1:
         labels.residual.extend(one.labels_C for one in whole)
     return value
@@ -398,28 +411,47 @@ def _operands(op: Operation) -> list[fx.Node]:
 def _elementwise(op: Operation, labels: Labels) -> Channels | None:
     """Operations on tensors of equal or broadcast shapes: the operands' channels become the same channels.
 
-    A parameter with an entry for each channel goes along; what has one entry for all channels (a map over pixels, a
-    number) changes nothing.
+    So a free parameter with an entry for each channel goes along. What has one entry for all channels (a map over
+    pixels, a number) changes nothing.
     """
-    operands, rank = _operands(op), len(op.output_shape)
-    followed = [n for n in operands if op.channels[n] is not None]
-    axes = {op.channels[n].dim + rank - len(shape_of(n)) for n in followed}
-    if not followed:
+    operands = _operands(op)
+    known, axis = _on_one_axis(op, labels, operands)
+    followed = [n for n in operands if known[n] is not None]
+    if axis is None:
         return None
-    if len(axes) > 1:
-        labels.freeze([op.channels[n] for n in followed], f"{op.name} combines channels with another axis")
-        return None
-    labels.freeze([op.channels[n] for n in followed if _is_spread(op, n)], f"{op.name} spreads it over other channels")
-    whole = [op.channels[n] for n in followed if not _is_spread(op, n)]
+    labels.freeze([known[n] for n in followed if _is_spread(op, n)], f"{op.name} spreads it over other channels")
+    whole = [known[n] for n in followed if not _is_spread(op, n)]
     if not whole:
         return None
-    value = Channels(axes.pop(), whole[0].labels_C)
     for operand in operands:
-        varies = op.channels[operand] is None and _length_at(op, operand, value.dim) > 1
-        if varies and not _goes_along(op, labels, value, operand):
+        if known[operand] is None and _length_at(op, operand, axis) > 1:
+            other = f"{operand.target}, which is" if operand.op == "get_attr" else "values that are"
+            labels.freeze([known[n] for n in followed], f"{op.name} combines it with {other} not followed")
             return None
-    labels.ties.extend((value.labels_C, other.labels_C) for other in whole[1:])
-    return value
+    labels.ties.extend((whole[0].labels_C, other.labels_C) for other in whole[1:])
+    return Channels(axis, whole[0].labels_C)
+
+
+def _on_one_axis(
+    op: Operation, labels: Labels, operands: Sequence[fx.Node]
+) -> tuple[dict[fx.Node, Channels | None], int | None]:
+    """What is known of each operand's channels, and the dimension of the output that they all lie on.
+
+    A parameter whose entries lie on another (a profile over rows) keeps them all. None for the dimension where nothing
+    is known, or where the operands do not agree, which freezes them.
+    """
+    known = {n: op.channels[n] for n in operands}
+    rank = len(op.output_shape)
+    axis_of = {n: value.dim + rank - len(shape_of(n)) for n, value in known.items() if value is not None}
+    axes = {axis for n, axis in axis_of.items() if not is_constant(n)} or set(axis_of.values())
+    if len(axes) != 1:
+        labels.freeze(known.values(), f"{op.name} combines channels with another axis")
+        return known, None
+    (axis,) = axes
+    for n in [n for n, other in axis_of.items() if other != axis]:
+        labels.freeze([known[n]], f"{op.name} combines it with another axis")
+        known[n] = None
+    return known, axis
 
 
 def _length_at(op: Operation, operand: fx.Node, dim: int) -> int:
@@ -436,39 +468,42 @@ def _is_spread(op: Operation, operand: fx.Node) -> bool:
     return len(value.labels_C) == 1 < op.output_shape[dim]
 
 
-def _goes_along(op: Operation, labels: Labels, value: Channels, operand: fx.Node) -> bool:
-    """Whether an operand is a free parameter with an entry for each channel (a layer scale), which becomes a follower.
-
-    value: the channels, at their dimension of the output; frozen if not.
-    """
-    read = _parameter_read(operand)
-    if read is None:
-        labels.freeze([value], f"{op.name} combines it with values that are not followed")
-        return False
-    tensor, shape = operator.attrgetter(read.target)(op.model), shape_of(operand)
-    dim = value.dim - (len(op.output_shape) - len(shape))
-    one_axis = shape[dim] == max(tensor.shape) == tensor.numel() == len(value.labels_C)
-    shrinks = one_axis and (operand.op == "get_attr" or _size_at(operand, dim) == -1)
-    if not shrinks or not isinstance(tensor, nn.Parameter) or not _read_once(op, operand, tensor):
-        labels.freeze([value], f"{op.name} combines it with {read.target}, which is not followed")
-        return False
-    labels.followers.append((read.target, value.labels_C))
-    return True
+def _expand(op: Operation, labels: Labels) -> Channels | None:
+    """To named sizes, aligned at their ends; -1 keeps a size."""
+    value, sizes = op.value, _spelt_out(op.node)
+    if value is None:
+        return None
+    dim = value.dim + len(op.output_shape) - len(op.input_shape)
+    if len(sizes) != len(op.output_shape) or not _size_follows(op, labels, sizes[dim], value):
+        labels.freeze([value], f"{op.name} to a size that does not follow it")
+        return None
+    return Channels(dim, value.labels_C)
 
 
-def _parameter_read(node: fx.Node) -> fx.Node | None:
-    """The node that reads a free parameter, or buffer: this one, or the one that it views as (1, -1, 1, 1) or so."""
-    if _is_view(node):
-        return node.args[0] if node.args[0].op == "get_attr" else None
-    return node if node.op == "get_attr" else None
+def _retyped(op: Operation, labels: Labels) -> Channels | None:
+    """The first operand in the second's type, or on its device."""
+    return op.value
 
 
-def _read_once(op: Operation, operand: fx.Node, tensor: torch.Tensor) -> bool:
-    """Whether nothing but this operation sees the parameter, under this name or another."""
-    read = _parameter_read(operand)
-    names = [name for name, other in op.model.named_parameters(remove_duplicate=False) if other is tensor]
-    readers = {user for n in op.node.graph.nodes if n.op == "get_attr" and n.target == read.target for user in n.users}
-    return len(names) == 1 and len(readers) == len(operand.users) == 1
+def _softmax(op: Operation, labels: Labels) -> Channels | None:
+    value, dim = op.value, op.argument(1, "dim")
+    if value is not None and (not isinstance(dim, int) or dim % len(op.input_shape) == value.dim):
+        labels.freeze([value], f"{op.name} works across channels")
+        return None
+    return value
+
+
+def _stack(op: Operation, labels: Labels) -> Channels | None:
+    """Along a new axis: the parts' channels become the same channels."""
+    if isinstance(op.node.args[0], fx.Node):
+        return None  # the parts of a value that is not followed
+    values = [op.channels[n] for n in op.node.args[0]]
+    if None in values or len({value.dim for value in values}) > 1:
+        labels.freeze(values, f"{op.name} joins it with values that are not followed")
+        return None
+    dim = op.argument(1, "dim", 0) % len(op.output_shape)
+    labels.ties.extend((values[0].labels_C, other.labels_C) for other in values[1:])
+    return Channels(values[0].dim + (dim <= values[0].dim), values[0].labels_C)
 
 
 def _cat(op: Operation, labels: Labels) -> Channels | None:
@@ -478,13 +513,15 @@ def _cat(op: Operation, labels: Labels) -> Channels | None:
     if isinstance(op.node.args[0], fx.Node):
         return None  # the parts of a value that is not followed
     parts = list(op.node.args[0])
-    values = [op.channels[n] for n in parts]
     dim = op.argument(1, "dim", 0) % len(op.output_shape)
-    axes = {value.dim for value in values if value is not None}
-    if axes != {dim} and (len(axes) > 1 or None in values):
+    known, axis = _on_one_axis(op, labels, parts)
+    values = [known[part] for part in parts]
+    if axis is None:
+        return None
+    if axis != dim and None in values:
         labels.freeze(values, f"{op.name} joins it with values that are not followed")
         return None
-    if axes != {dim}:
+    if axis != dim:
         labels.ties.extend((values[0].labels_C, other.labels_C) for other in values[1:])
         return values[0]
     reason = f"{op.name} takes channels that no layer produces"
@@ -500,8 +537,13 @@ def _getitem(op: Operation, labels: Labels) -> Channels | None:
     value, index = op.value, op.node.args[1]
     if value is None:
         return None
+    entries = list(index) if isinstance(index, tuple) else [index]
+    if any(entry is ... for entry in entries):
+        at = next(position for position, entry in enumerate(entries) if entry is ...)
+        named = sum(entry is not None for entry in entries) - 1
+        entries[at : at + 1] = [slice(None)] * (len(op.input_shape) - named)
     axis, dim = 0, value.dim  # the axis of the input that an entry speaks of, and where the channels come to lie
-    for entry in index if isinstance(index, tuple) else (index,):
+    for entry in entries:
         if entry is None:
             dim += axis <= value.dim
             continue
@@ -562,6 +604,8 @@ LAYER_FUNCTIONS: dict[Any, tuple[type[nn.Module], ...]] = {
 }
 """Functions that do a layer's work, with the layers whose own weights they may be given (by a subclass's forward)."""
 
+_SCALINGS = (operator.mul, operator.truediv, torch.mul, torch.div, "mul", "div")
+
 _WIDTH_ARGUMENTS: dict[Any, tuple[int, str]] = {
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), (6, "groups")),
     F.group_norm: (1, "num_groups"),
@@ -596,7 +640,7 @@ _WIDTHLESS = (
     *("dim", "ndim", "ndimension", "dtype", "device", "layout", "requires_grad", "is_cuda", "training"),
     *("is_floating_point", "is_complex", torch.is_floating_point, torch.is_complex, torch._assert),
 )
-_JOINING = (_add, _elementwise, _cat)
+_JOINING = (_add, _elementwise, _cat, _stack, _expand, _retyped)
 _SIZED = (torch.reshape, "view", "reshape")
 _FUNCTIONS: dict[Any, Rule] = {
     **dict.fromkeys(
@@ -605,7 +649,20 @@ _FUNCTIONS: dict[Any, Rule] = {
             *(F.hardswish, F.hardsigmoid, F.hardtanh, F.sigmoid, F.tanh, F.dropout, F.dropout1d, F.dropout2d),
             *(torch.relu, torch.sigmoid, torch.tanh, torch.exp, torch.abs, torch.sqrt, torch.clamp, operator.neg),
             *("relu", "relu_", "sigmoid", "sigmoid_", "tanh", "exp", "abs", "sqrt", "clamp", "clamp_", "neg"),
-            *("contiguous", "clone", "float", "half", "bfloat16", "detach", "type_as"),
+            *(
+                torch.sin,
+                torch.cos,
+                torch.log,
+                torch.log1p,
+                torch.rsqrt,
+                torch.square,
+                torch.erf,
+                torch.sign,
+                torch.tanh,
+            ),
+            *("sin", "cos", "log", "log1p", "rsqrt", "square", "erf", "sign", "abs_", "neg_", "tanh_", "sqrt_", "exp_"),
+            *(F.softsign, F.hardtanh, F.threshold, F.alpha_dropout, F.dropout3d, torch.clamp_min, "clamp_min"),
+            *("contiguous", "clone", "float", "double", "half", "bfloat16", "detach", operator.pos),
         ),
         _same,
     ),
@@ -626,7 +683,17 @@ _FUNCTIONS: dict[Any, Rule] = {
     **dict.fromkeys((operator.sub, operator.isub, torch.sub, "sub", "sub_"), _add),
     **dict.fromkeys((operator.mul, operator.imul, torch.mul, "mul", "mul_"), _elementwise),
     **dict.fromkeys((operator.truediv, torch.div, "div", "div_"), _elementwise),
+    **dict.fromkeys((operator.pow, operator.ipow, torch.pow, "pow", "pow_"), _elementwise),
+    **dict.fromkeys((torch.maximum, torch.minimum, "maximum", "minimum"), _elementwise),
+    **dict.fromkeys((operator.gt, operator.ge, operator.lt, operator.le), _elementwise),
+    **dict.fromkeys((torch.where, torch.lerp, "lerp", "where"), _elementwise),
+    **dict.fromkeys((torch.addcmul, torch.addcdiv, "addcmul", "addcdiv"), _add),
+    **dict.fromkeys(("expand_as",), _elementwise),
+    "expand": _expand,
+    **dict.fromkeys(("to", "type_as"), _retyped),
+    **dict.fromkeys((F.softmax, torch.softmax, "softmax", F.log_softmax, "log_softmax"), _softmax),
     **dict.fromkeys((torch.cat, torch.concat), _cat),
+    torch.stack: _stack,
     operator.getitem: _getitem,
     F.pad: _pad,
 }

@@ -10,11 +10,13 @@ number, and nothing tells a 64 that is a width from a 64 that is something else.
 
 import dataclasses
 import operator
+import random
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
@@ -26,7 +28,10 @@ from cup.tracing.rules import answers_no_width, arguments_besides_width, is_know
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """One forward pass as a graph; `node.meta` holds "shape" for a tensor, "unknown" for what may hold tensors.
+    """One forward pass as a graph.
+
+    `node.meta` holds "shape" for a tensor, "unknown" where several may be in the value, and "constant": whether it is
+    computed from parameters and buffers alone.
 
     root: the traced copy of the network, with the constants that its code made.
     asked: nodes whose value the code took as a plain number.
@@ -50,7 +55,8 @@ class Trace:
         name = node.target.rpartition(".")[2]
         if name in self.root.get_submodule(node.target.rpartition(".")[0])._buffers:
             return str(node.target)
-        return f"a constant {tuple(value.shape)} {'' if value.is_meta else value.tolist()}"
+        entries = b"" if value.is_meta else value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return f"a constant {tuple(value.shape)} {hash(entries)}"
 
 
 def trace_forward(twin: nn.Module, sample: Sample, hooked: Collection[str] = ()) -> Trace:
@@ -61,7 +67,7 @@ def trace_forward(twin: nn.Module, sample: Sample, hooked: Collection[str] = ())
     """
     tracer = _Tracer(meta_input(sample, batch=2), hooked)
     try:
-        with _recorded_factories(tracer):
+        with _recorded_factories(tracer), _same_chance():
             graph = tracer.trace(twin)
     except Exception as error:  # whatever a network's own code raises on stand-ins
         refusal = None if isinstance(error, fx.proxy.TraceError) else _refusal(twin, sample)
@@ -80,6 +86,21 @@ def _refusal(twin: nn.Module, sample: Sample) -> Exception | None:
     except Exception as error:
         return error
     return None
+
+
+@contextmanager
+def _same_chance() -> Iterator[None]:
+    """Code that throws dice (stochastic depth in Python) does the same in every trace; the caller's dice stay."""
+    python, array = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            random.seed(0)
+            np.random.seed(0)
+            torch.default_generator.manual_seed(0)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(array)
 
 
 @contextmanager
@@ -236,6 +257,8 @@ class _Tracer(fx.Tracer):
 
     def _note(self, node: fx.Node, value: Any) -> None:
         node.meta["value"] = value
+        before = node.all_input_nodes
+        node.meta["constant"] = node.op != "placeholder" and all(n.meta["constant"] for n in before)
         if isinstance(value, torch.Tensor):
             node.meta["shape"] = tuple(value.shape)
         elif not isinstance(value, _PLAIN):

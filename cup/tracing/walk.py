@@ -7,8 +7,10 @@ rules do not cover freezes the labels it touches, with the reason; the walk neve
 
 import operator
 from collections import Counter
+from typing import Any
 
 import numpy as np
+import torch
 from torch import fx
 
 from cup.tracing.groups import AxisName, Call, ChannelGroup, Network, Place
@@ -23,6 +25,7 @@ from cup.tracing.rules import (
     layer_at,
     reads_no_width,
     shape_of,
+    unscaled,
 )
 from cup.tracing.tracer import Trace
 
@@ -44,10 +47,11 @@ class _Walk:
     def __init__(self, trace: Trace) -> None:
         self.trace, self.nodes, self.twin = trace, list(trace.graph.nodes), trace.root
         self.layer_of = {node: layer_at(node, self.twin) for node in self.nodes}
-        self.shared = self._shared_layers()
+        self.shared, self.free = self._shared_layers(), self._free_tensors()
         self.labels = Labels()
         self.channels: dict[fx.Node, Channels | None] = {}
         self.calls: list[tuple[str, fx.Node, Channels | None, fx.Node, Channels | None]] = []
+        self.first_use: dict[int | str, tuple[Channels | None, Channels | None]] = {}
 
     def groups(self, sample: Sample) -> list[ChannelGroup]:
         for node in self.nodes:
@@ -66,63 +70,117 @@ class _Walk:
         if node.op == "output":
             self.labels.freeze(inputs, _IS_OUTPUT)
             return None
-        if shape_of(node) is None or node.op in ("placeholder", "get_attr"):
+        if node.op == "get_attr":
+            return self._read(node)
+        if shape_of(node) is None or node.op == "placeholder":
             if node.meta.get("unknown"):  # several tensors in one value: a chunk, a split, attention, several heads
                 is_output = all(user.op == "output" for user in node.users)
                 self.labels.freeze(inputs, _IS_OUTPUT if is_output else f"{title(node)} is not followed")
             elif not reads_no_width(node):
                 self.labels.freeze(inputs, f"{title(node)} may read its width as a number")
-            return None  # the network's input, a free parameter, a size: no channels that could go
+            return None  # the network's input, or a size: no channels that could go
         if layer in self.shared:
-            reason = f"{layer} is used more than once or shares a parameter"
+            reason = f"{layer} shares a parameter"
         elif _tensor_keywords(node):
             reason = f"{title(node)} is called with keywords"
         else:
             module = None if layer is None else self.twin.get_submodule(layer)
             operation = Operation(node, layer or title(node), module, self.channels, self.twin)
             if (rule := find_rule(operation)) is not None:
-                return rule(operation, self.labels)
+                result = rule(operation, self.labels)
+                return self._as_before(layer, operation.value, result) if has_width(module) else result
             reason = f"{title(node)} is not followed"
         self.labels.freeze(inputs, reason)
+        if layer is not None:
+            self.labels.freeze(self.first_use.get(self._weight(layer), ()), reason)
+            self.first_use[self._weight(layer)] = (None, None)
         self._freeze_output(layer, reason)
         return None
+
+    def _weight(self, layer: str) -> int | str:
+        """What tells the layer from all others, but for those that have its weight."""
+        weight = getattr(self.twin.get_submodule(layer), "weight", None)
+        return layer if weight is None else id(weight)
+
+    def _read(self, node: fx.Node) -> Channels | None:
+        """A free parameter or buffer with one long axis has channels: those of the values that it is combined with."""
+        if node.target not in self.free:
+            return None
+        known = self.free[node.target]
+        if known is None:
+            shape = shape_of(node)
+            known = self.free[node.target] = Channels(shape.index(max(shape)), self.labels.fresh(max(shape)))
+            self.labels.followers.append((node.target, known.labels_C))
+        return known
+
+    def _as_before(self, layer: str, value: Channels | None, result: Channels | None) -> Channels | None:
+        """Where the layer, or another with its weight, ran before: tie what it reads and gives to what it did then."""
+        key = self._weight(layer)
+        if key not in self.first_use:
+            self.first_use[key] = (value, result)
+            return result
+        for before, now in zip(self.first_use[key], (value, result), strict=True):
+            if before is None or now is None or len(before.labels_C) != len(now.labels_C):
+                self.labels.freeze([before, now], f"{layer} is used more than once, and not all of it is followed")
+            else:
+                self.labels.ties.append((before.labels_C, now.labels_C))
+        return result
 
     def _freeze_output(self, layer: str | None, reason: str) -> None:
         """A layer that is not followed is a frozen group of its own: nothing can be pruned through it."""
         module = None if layer is None else self.twin.get_submodule(layer)
         width = getattr(module, "out_channels", getattr(module, "out_features", None))
         if isinstance(width, int) and all(name != layer for name, _ in self.labels.producers):
-            labels_C = self.labels.fresh(width)
+            labels_C = self.labels.frozen_fresh(width, reason)
             self.labels.producers.append((layer, labels_C))
-            self.labels.frozen.append((labels_C, reason))
+
+    def _free_tensors(self) -> dict[str, Channels | None]:
+        """Parameters and buffers with one long axis that belong to no layer and have one name only."""
+        layers = set(self.layer_of.values())
+        named = self._named_tensors()
+        names = Counter(id(tensor) for _, tensor in named)
+        return {
+            name: None
+            for name, tensor in named
+            if name.rpartition(".")[0] not in layers
+            and names[id(tensor)] == 1
+            and tensor.dim() > 0
+            and tensor.numel() == max(tensor.shape) > 1
+        }
+
+    def _named_tensors(self) -> list[tuple[str, torch.Tensor]]:
+        return [
+            *self.twin.named_parameters(remove_duplicate=False),
+            *self.twin.named_buffers(remove_duplicate=False),
+        ]
 
     def _shared_layers(self) -> set[str]:
-        """Layers that run twice, or that share a parameter or buffer with something else.
+        """Layers that share a parameter or buffer with something else than a layer of their kind with the same weight.
 
         Scalars (a batch norm's count of batches) are nothing to share: they have no channels.
         """
-        calls = Counter(layer for layer in self.layer_of.values() if layer is not None)
-        layers = {layer: self.twin.get_submodule(layer) for layer in calls}
-        named = (
-            *self.twin.named_parameters(remove_duplicate=False),
-            *self.twin.named_buffers(remove_duplicate=False),
-        )
-        tensors = [(name, tensor) for name, tensor in named if tensor.dim() > 0]
-        users: dict[int, set[str]] = {}
+        layers = {layer: self.twin.get_submodule(layer) for layer in self.layer_of.values() if layer is not None}
+        tensors = [(name, tensor) for name, tensor in self._named_tensors() if tensor.dim() > 0]
+        users: dict[int, set[tuple[Any, ...]]] = {}
         for name, tensor in tensors:
-            users.setdefault(id(tensor), set()).add(name)
+            owner, _, attribute = name.rpartition(".")
+            user = (type(layers[owner]), attribute, self._weight(owner)) if owner in layers else (name,)
+            users.setdefault(id(tensor), set()).add(user)
         for node in self.nodes:
-            if node.op == "get_attr" and any(self.layer_of[user] is None for user in node.users):
-                users.setdefault(id(operator.attrgetter(node.target)(self.twin)), set()).add("read as a tensor")
-        shared = {layer for layer, n in calls.items() if n > 1 and (has_width(layers[layer]) or self._has_state(layer))}
-        for name, tensor in tensors:
-            owner = name.rpartition(".")[0]
-            if owner in calls and len(users[id(tensor)]) > 1:
-                shared.add(owner)
-        return shared
+            if node.op == "get_attr" and not all(map(self._is_in_layer, node.users)):
+                tensor = operator.attrgetter(node.target)(self.twin)
+                users.setdefault(id(tensor), set()).add(("something that reads it as a tensor",))
+        return {
+            owner
+            for name, tensor in tensors
+            if (owner := name.rpartition(".")[0]) in layers and len(users[id(tensor)]) > 1
+        }
 
-    def _has_state(self, layer: str) -> bool:
-        return bool(self.twin.get_submodule(layer).state_dict())
+    def _is_in_layer(self, reader: fx.Node) -> bool:
+        """Whether what reads a parameter is a layer's work, or scales it for one."""
+        if self.layer_of[reader] is not None:
+            return True
+        return unscaled(reader) is not reader and all(map(self._is_in_layer, reader.users))
 
     # --- from labels to groups ---
 
@@ -171,7 +229,8 @@ class _Walk:
         number[channels] = np.arange(len(channels))
 
         def places(axis: AxisName, role: str) -> tuple[Place, ...]:
-            indices = ((layer, number[channels_C]) for layer, channels_C in entries[role])
+            once = dict(entries[role]).items()  # a layer that runs twice has two entries alike
+            indices = ((layer, number[channels_C]) for layer, channels_C in once)
             return tuple(Place(layer, axis, index_C) for layer, index_C in indices if (index_C >= 0).any())
 
         return ChannelGroup(

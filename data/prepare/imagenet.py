@@ -111,7 +111,8 @@ def _unpack_val(archive: Path, val: Path, wnids: list[str]) -> None:
             for path in (file, unfinished):
                 refuse_link(path)
             if not file.exists():
-                with _content(images, member) as content, unfinished.open("wb") as target:
+                unfinished.unlink(missing_ok=True)
+                with _content(images, member) as content, unfinished.open("xb") as target:
                     shutil.copyfileobj(content, target)
                 unfinished.rename(file)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from data.batch import DataError, Split
-from data.files import FULL, cannot_write
+from data.files import FULL, cannot_write, reading, why_not
 from data.images import SPLITS, ImageList, in_words, list_splits, numbered_classes, require_schemes
 from data.prepare.atomic import is_there, write_data_set
 from data.prepare.progress import tracked
@@ -57,7 +57,12 @@ def index_shards(path: str | Path) -> bool:
     cannot be read, a sample has no image or class, a manifest does not fit its tar files, a link stands where a file is
     to be written, or the place cannot be written.
     """
-    roots = [Path(path) / split for split in SPLITS]
+    with reading(Path(path)):
+        return _index_splits(Path(path))
+
+
+def _index_splits(path: Path) -> bool:
+    roots = [path / split for split in SPLITS]
     with_manifest = [root for root in roots if (root / MANIFEST).is_file()]
     tars_of = {root: sorted(root.glob("*.tar")) for root in roots if root not in with_manifest}
     others = [root for root, tars in tars_of.items() if not tars]
@@ -115,7 +120,7 @@ def _named_in_errors(tar: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in FULL:
             raise cannot_write(tar.with_suffix(".idx"), error) from error
-        raise DataError(f"{tar}: cannot be indexed ({error})") from error
+        raise DataError(f"{tar}: cannot be indexed ({why_not(error)})") from error
 
 
 def _require_place_for_shards(source: Path, path: Path) -> None:

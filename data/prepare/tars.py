@@ -75,7 +75,8 @@ def _samples(tar: Path) -> list[list[tuple[str, _Member]]]:
         by_last_dot: dict[str, list[tuple[str, _Member]]] = {}
         for _, member in files:
             stem, _, extension = member.name.rpartition(".")
-            by_last_dot.setdefault(stem, []).append((extension, member))
+            if extension:
+                by_last_dot.setdefault(stem, []).append((extension, member))
         samples += by_last_dot.values()
     return samples
 

@@ -130,6 +130,20 @@ class Group:
         return [run.seed for run in self.runs if run.seed is not None]
 
 
+def read_runs(directories: Iterable[Path]) -> tuple[list[Run], list[str]]:
+    """The finished runs among these, and a note for each other one. Raises TrainError where no run is finished."""
+    runs, notes, errors = [], [], []
+    for directory in directories:
+        try:
+            runs.append(read_run(directory))
+        except TrainError as error:
+            errors.append(error)
+            notes.append(f"left out: {error}")
+    if not runs:
+        raise errors[0]
+    return runs, notes
+
+
 def read_run(directory: Path) -> Run:
     """Raises TrainError if the directory holds no finished run, or its log lacks what a report needs."""
     log = RunDir(directory).log

@@ -3,6 +3,7 @@ programs."""
 
 import csv
 import io
+import itertools
 import math
 import statistics
 from collections.abc import Iterable, Sequence
@@ -183,6 +184,7 @@ def notes(groups: list[Group]) -> list[str]:
     dense = _dense_runs(groups)
     found = []
     for group in groups:
+        found += [note for run in group.runs if (note := _gaps_note(run))]
         found += [_hours_note(run) for run in group.runs if run.first["from"] is not None]
         if not group.one.is_dense:
             found += _missing_note(group, dense)
@@ -389,6 +391,15 @@ def _published(table: Table, result: Result) -> Row:
     )
 
 
+def _gaps_note(run: Run) -> str | None:
+    """Which epochs the log lacks, as after it was cut short or deleted; None where it has all."""
+    there = sorted({event["epoch"] for event in run.epochs})
+    ends = itertools.pairwise([0, *there, run.done.get("epoch", there[-1]) + 1])
+    gaps = [(a + 1, b - 1) for a, b in ends if b - a > 1]
+    missing = ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in gaps)
+    return f"{run.name}: its log lacks epochs {missing}; the figures show what is there" if gaps else None
+
+
 def _hours_note(run: Run) -> str:
     """What the hours of a run that started from a checkpoint are made of."""
     own, before = run.done["gpu_hours"], run.first["gpu_hours_before"]
@@ -397,9 +408,14 @@ def _hours_note(run: Run) -> str:
     return f"{run.name}: {before:.4f} GPU hours went into {run.first['from']}, {own:.4f} into training it further"
 
 
+def _as_text(value: Any) -> Any:
+    """Words that a spreadsheet takes for words: what begins as a formula does would be computed when it is opened."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(tuple("=+-@\t\r")) else value
+
+
 def _comma_separated(lines: list[dict[str, Any]]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(lines[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(lines)
+    writer.writerows({key: _as_text(value) for key, value in line.items()} for line in lines)
     return text.getvalue()

@@ -1,11 +1,15 @@
 """Other people's networks: code that no network of ours has, each kind at its smallest. Twins in float64."""
 
+import copy
+import random
 from dataclasses import dataclass
 from types import MethodType
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from cup_twins import check_against_twin, randomise
 from torch import nn
 
@@ -108,6 +112,30 @@ def test_a_comparison_of_widths_that_shrink_together_freezes_nothing():
     assert set(frozen(check_against_twin(*built(Chain(alike))))) == {"fc"}
 
 
+def test_code_that_throws_dice_is_traced_alike_each_time_and_moves_nobodys_dice():
+    def dice(s, y):
+        return y * 2 if random.random() + np.random.rand() + float(torch.rand(())) > 1.5 else y
+
+    model = Chain(dice)
+    for _ in range(8):
+        random.random()
+        before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+        assert set(frozen(cup.channel_groups(model, torch.empty(1, 3, 8, 8)))) == {"fc"}
+        assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
+
+
+@pytest.mark.parametrize(
+    ("middle", "reason"),
+    [
+        (lambda s, y: y.flatten(2).view(len(y), 16, 8, 8), "view to a fixed size 16"),
+        (lambda s, y: y.flatten(2).view(len(y), y.shape[1] * 1, 8, 8), "view to a size that is computed"),
+        (lambda s, y: y * torch.max(y), "max is not followed"),
+    ],
+)
+def test_the_reason_is_true(middle, reason):
+    assert frozen(check_against_twin(*built(Chain(middle))))["c1"] == reason
+
+
 # --- code that asks for sizes ---
 
 
@@ -151,6 +179,132 @@ def test_a_channel_count_that_steers_the_code_freezes_its_group(middle):
 def test_a_branch_on_what_a_tensor_holds_cannot_be_traced():
     with pytest.raises(cup.CupError, match="entries of a tensor"):
         cup.channel_groups(Chain(asks(lambda y: y.sum() > 0)), torch.empty(1, 3, 8, 8))
+
+
+# --- idioms ---
+
+
+class Idioms(nn.Module):
+    """Layers to say things with; the first convolution's group must stay free to shrink."""
+
+    def __init__(self, say):
+        super().__init__()
+        self.c1, self.c2, self.c3, self.fc = conv(3, 8), conv(8, 8), conv(8, 10), nn.Linear(10, 5)
+        self.map, self.gate, self.wide, self.joined = conv(8, 1), conv(8, 8, 1), conv(19, 8), conv(11, 8)
+        self.down, self.up = nn.Linear(8, 4), nn.Linear(4, 8)
+        self.norm, self.frozen_norm = nn.BatchNorm2d(8), torchvision.ops.FrozenBatchNorm2d(8)
+        self.scale = nn.Parameter(torch.rand(8) + 0.5)
+        self.tied = conv(8, 8)
+        self.equal = EqualConv(8, 8, 3, padding=1)
+        self.register_buffer("rows", torch.linspace(0, 1, 8).view(1, 1, 8, 1))
+        self.register_buffer("step", torch.tensor(0.5))
+        self.say = say
+        with torch.no_grad():
+            for buffer in self.frozen_norm.buffers():
+                buffer.uniform_(0.5, 1.5)
+
+    def forward(self, x):
+        return self.fc(self.c3(self.say(self, self.c1(x), x)).mean((2, 3)))
+
+
+class EqualConv(nn.Conv2d):
+    """An equalised learning rate: a constant times the weight."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.gain = (2 / (self.in_channels * 9)) ** 0.5
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight * self.gain, self.bias, self.stride, self.padding)
+
+
+def squeeze_excite(s, y, x):
+    batch, channels, _, _ = y.size()
+    gate = s.up(F.relu(s.down(y.mean((2, 3)).view(batch, channels)))).sigmoid()
+    return y * gate.view(batch, channels, 1, 1)
+
+
+IDIOMS = {
+    "a classic squeeze-excite": squeeze_excite,
+    "its gate expanded": lambda s, y, x: y * s.gate(y.mean((2, 3), keepdim=True)).sigmoid().expand_as(y),
+    "a gate expanded to sizes": lambda s, y, x: y * s.gate(y[:, :, :1, :1]).expand(-1, -1, *y.shape[2:]),
+    "a map over the pixels": lambda s, y, x: y * s.map(y).sigmoid(),
+    "joined with the image": lambda s, y, x: s.joined(torch.cat([x, y], 1)),
+    "joined with a buffer": lambda s, y, x: s.wide(
+        torch.cat([y, s.rows.expand(len(y), -1, -1, 8), s.c2(y), s.rows.expand(len(y), 1, 8, 8), x[:, 1:2]], 1)
+    ),
+    "powers and sines": lambda s, y, x: torch.sin(y).pow(2) + y**2 + torch.square(y),
+    "where": lambda s, y, x: torch.where(y > 0, y, s.c2(y)),
+    "maximum": lambda s, y, x: torch.maximum(y, s.c2(y)),
+    "addcmul": lambda s, y, x: torch.addcmul(y, s.c2(y), s.gate(y), value=0.5),
+    "stacked": lambda s, y, x: torch.stack([y, s.c2(y)], 1).mean(1),
+    "every second pixel": lambda s, y, x: y[..., ::2, 1::2],
+    "softmax over pixels": lambda s, y, x: y.softmax(-1),
+    "a parameter with new axes": lambda s, y, x: y * s.scale[None, :, None, None],
+    "a parameter in two places": lambda s, y, x: s.c2(y * s.scale.view(-1, 1, 1)) + s.scale.exp().view(1, -1, 1, 1),
+    "a profile over rows": lambda s, y, x: s.c2(y * s.rows) + s.rows,
+    "a norm of buffers": lambda s, y, x: s.frozen_norm(y),
+    "a convolution used twice": lambda s, y, x: s.c2(F.relu(s.c2(y))),
+    "a norm used twice": lambda s, y, x: s.norm(s.c2(s.norm(y))),
+    "an equalised learning rate": lambda s, y, x: s.equal(y),
+    "a scalar buffer": lambda s, y, x: y * s.step,
+}
+
+
+@pytest.mark.parametrize("case", list(IDIOMS))
+def test_idioms_are_followed(case):
+    model, images = built(Idioms(IDIOMS[case]))
+    groups = check_against_twin(model, images)
+    free = {place.module for group in groups if not group.frozen for place in group.producers}
+    assert "c1" in free
+
+
+def test_tied_weights_stay_tied():
+    model, images = built(Idioms(lambda s, y, x: s.tied(F.relu(s.c2(y)))))
+    model.tied.weight = model.c2.weight
+    assert set(frozen(check_against_twin(copy.deepcopy(model), images))) == {"fc"}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(images).sum().backward()
+    optimizer.step()
+    groups = cup.channel_groups(model, images)
+    before = cup.complexity(model, images)
+    plan = cup.PrunePlan({"c1": (0, 2, 5)}, {"c1": 8})
+    expected = cup.complexity_after(model, groups, plan, before)
+    resized = cup.apply_plan(model, plan, groups)
+    cup.carry_optimizer(optimizer, resized)
+    assert model.tied.weight is model.c2.weight
+    assert model.tied.weight.shape[:2] == (3, 3)
+    assert cup.complexity(model, images) == expected
+    optimizer.zero_grad()
+    model(images).sum().backward()
+    optimizer.step()
+    assert optimizer.state[model.c2.weight]["momentum_buffer"].shape == model.c2.weight.shape
+
+
+def test_a_second_use_that_is_not_followed_freezes_the_layer():
+    model, images = built(Idioms(lambda s, y, x: s.c2(F.relu(s.gate(y))) + s.joined(torch.cat([s.c2(input=y), x], 1))))
+    assert frozen(check_against_twin(model, images))["c2"] == "c2 is called with keywords"
+
+
+def test_layers_that_share_only_a_bias_stay():
+    model, images = built(Idioms(lambda s, y, x: s.norm(s.tied(F.relu(s.c2(y))))))
+    model.tied.bias = model.c2.bias
+    groups = check_against_twin(model, images)
+    assert frozen(groups)["c2"] == "c2 shares a parameter"
+    assert frozen(groups)["tied"] == "tied shares a parameter"
+
+
+class GroupsOfItsOwn(nn.GroupNorm):
+    """Gives the function other groups than its own."""
+
+    def forward(self, x):
+        return F.group_norm(x, 4, self.weight, self.bias)
+
+
+def test_a_layer_that_gives_its_function_other_groups_than_its_own_is_not_followed():
+    model, images = built(Chain(lambda s, y: s.norm(y)))
+    model.norm = GroupsOfItsOwn(2, 16)
+    assert "c1" in frozen(check_against_twin(model, images))
 
 
 # --- hooks ---

@@ -14,6 +14,7 @@ def test_a_share_of_every_group_goes_rounded_down():
     assert cup.uniform_widths(groups, 0.3) == {"conv1": 14, "conv2": 35, "fc1": 350}
     assert cup.uniform_widths(groups, 0.29) == {"conv1": 15, "conv2": 36, "fc1": 355}
     assert cup.uniform_widths(groups, 0.3, cup.PlanOptions(round_to=8)) == {"conv1": 16, "conv2": 40, "fc1": 352}
+    assert cup.uniform_widths(groups, 0.58)["conv2"] == 21, "50 x 0.58 is 28.999... in binary numbers"
     assert set(cup.uniform_widths(groups, 0.999).values()) == {1}
     with pytest.raises(cup.CupError, match="found 1, allowed: from 0 to below 1"):
         cup.uniform_widths(groups, 1)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from made_images import build, write_split
+from made_shards import SAMPLE, write_tar
 
 from data.batch import DataError
 from data.images import list_split, list_splits
@@ -55,18 +56,6 @@ def victim(tmp_path_factory):
     ]
     for name in ("thesis.tex", "n01/photo.jpg", "backup.tar"):
         assert (folder / name).read_text() == f"mine: {name}"
-
-
-def write_tar(file: Path, members: list[tuple[str, bytes]]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(file, "w") as tar:
-        for name, content in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-
-
-SAMPLE = [("a.jpg", b"pixels"), ("a.cls", b"0")]
 
 
 @pytest.fixture
@@ -129,13 +118,25 @@ def test_a_link_at_the_exclude_list_is_not_removed(photos, victim):
     assert (photos / "exclude.txt").is_symlink() and (victim.parent / "list").exists()
 
 
-@pytest.mark.parametrize("name", [".0.idx.part", "0.idx", ".manifest.json.part", "manifest.json"])
-@pytest.mark.parametrize("to", ["thesis.tex", "nowhere"])
+@pytest.mark.parametrize(
+    ("name", "to"),
+    [
+        *((name, to) for name in (".0.idx.part", "0.idx", ".manifest.json.part") for to in ("thesis.tex", "nowhere")),
+        ("manifest.json", "nowhere"),
+    ],
+)
 def test_a_link_at_an_index_or_a_manifest_is_not_written_through(foreign, victim, capsys, name, to):
-    if name == "manifest.json" and to == "thesis.tex":
-        pytest.skip("is read as a manifest, which it is none")
     (foreign / "train" / name).symlink_to(victim / to)
     assert f"train/{name}: is a link, to {victim}/{to}, and is" in refused(["index", str(foreign)], capsys)
+
+
+@pytest.mark.parametrize("what", ["another name of a file", "pipe"])
+@pytest.mark.parametrize("name", [".0.idx.part", ".manifest.json.part"])
+def test_what_stands_at_a_working_name_is_replaced_and_not_written_to(foreign, victim, name, what):
+    place = foreign / "train" / name
+    os.mkfifo(place) if what == "pipe" else os.link(victim / "thesis.tex", place)
+    assert index_shards(foreign)
+    assert list_split(foreign, "train").names == ["0.tar/a.jpg"]
 
 
 @pytest.mark.parametrize("name", ["../../victim/backup.tar", "/etc/backup.tar", "..", "", "a\0.tar", "thesis.tex"])

@@ -12,6 +12,7 @@ from functools import lru_cache
 import numpy as np
 import pytest
 from made_images import build, disk_loaders, equal, made_photo, needs_dali, taken, write_split
+from made_shards import write_tar
 
 from data import shards as shards_module
 from data.batch import DataError
@@ -445,16 +446,6 @@ def test_shards_from_elsewhere_that_do_not_fit_are_named(tmp_path, capsys, exten
     assert not (tmp_path / "train" / "manifest.json").exists()
 
 
-def write_members(root, members):
-    """A split of one shard with these files, name -> content."""
-    root.mkdir(parents=True)
-    with tarfile.open(root / "0.tar", "w") as tar:
-        for name, content in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-
-
 @pytest.mark.parametrize(
     ("extension", "contents", "classes"),
     [
@@ -472,7 +463,7 @@ def test_a_class_may_stand_in_several_kinds_of_file(tmp_path, extension, content
     for number, content in enumerate(contents):
         members |= {f"{number}.v2.jpg": b"pixels %d" % number, f"{number}.{extension}": content}
     for split in ("train", "val"):
-        write_members(tmp_path / split, members)
+        write_tar(tmp_path / split / "0.tar", [*members.items()])
     index_shards(tmp_path)
     train, _ = list_splits(tmp_path)
     assert train.classes == classes and train.labels.tolist() == [1, 0, 1]
@@ -483,22 +474,23 @@ def test_a_class_may_stand_in_several_kinds_of_file(tmp_path, extension, content
 def test_of_several_files_that_may_hold_a_class_the_first_kind_counts_in_the_whole_split(tmp_path, held):
     contents = {"cls": b"from cls", "json": b'{"label": "from json"}', "txt": b"from txt", "index": b"from index"}
     for split in ("train", "val"):
-        members = {f"{number}.{kind}": contents[kind] for number in "ab" for kind in held}
-        write_members(tmp_path / split, {"a.jpg": b"", "b.jpg": b"", **members})
+        labels = [(f"{key}.{kind}", contents[kind]) for key in "ab" for kind in held]
+        write_tar(tmp_path / split / "0.tar", [("a.jpg", b""), ("b.jpg", b""), *labels])
     index_shards(tmp_path)
     assert list_splits(tmp_path)[0].classes == [f"from {held[0]}"]
 
 
 def test_json_without_a_class_leaves_the_next_kind_of_file(tmp_path):
     for split in ("train", "val"):
-        write_members(tmp_path / split, {"a.jpg": b"", "a.json": b'{"width": 9}', "a.txt": b"ant"})
+        write_tar(tmp_path / split / "0.tar", [("a.jpg", b""), ("a.json", b'{"width": 9}'), ("a.txt", b"ant")])
     index_shards(tmp_path)
     assert list_splits(tmp_path)[0].classes == ["ant"]
 
 
 def test_a_sample_with_another_kind_of_class_than_the_first_is_named(tmp_path):
     for split in ("train", "val"):
-        write_members(tmp_path / split, {"a.jpg": b"", "a.cls": b"0", "b.jpg": b"", "b.txt": b"a caption"})
+        samples = [("a.jpg", b""), ("a.cls", b"0"), ("b.jpg", b""), ("b.txt", b"a caption")]
+        write_tar(tmp_path / split / "0.tar", samples)
     with pytest.raises(DataError, match=r"0\.tar: the sample of b\.jpg has no \.cls file, which must hold its class"):
         index_shards(tmp_path)
 
@@ -508,8 +500,9 @@ def test_keys_may_hold_dots(tmp_path):
     members = {}
     for number, key in enumerate(("set/1.5", "set/1.6", "set/1.6.b", "set/2", "v1.0/a")):
         members |= {f"{key}.jpg": b"pixels %d" % number, f"{key}.cls": b"%d" % number}
+    members["set/1.5."] = b"of no kind"
     for split in ("train", "val"):
-        write_members(tmp_path / split, members)
+        write_tar(tmp_path / split / "0.tar", [*members.items()])
     index_shards(tmp_path)
     train, _ = list_splits(tmp_path)
     assert sorted(zip(train.names, train.labels.tolist(), strict=True)) == [

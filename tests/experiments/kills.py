@@ -32,6 +32,7 @@ import torch  # noqa: E402
 from forked import Noisy, Ranks  # noqa: E402
 
 import train.build  # noqa: E402
+import train.checkpoint.archive  # noqa: E402
 import train.checkpoint.file  # noqa: E402
 from train.checkpoint.saver import Saver  # noqa: E402
 from train.log.rundir import read_log  # noqa: E402
@@ -76,7 +77,7 @@ class Kill:
         owner, name = {
             "": (Resizer, "_cut"),
             "while rank 0 writes": (Saver, "save"),
-            "in the file": (train.checkpoint.file._Hashing, "write"),
+            "in the file": (train.checkpoint.archive._Hashing, "write"),
             "at a rename": (Path, "replace"),
         }[self.how]
         honest, calls = getattr(owner, name), count()

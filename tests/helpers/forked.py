@@ -11,6 +11,7 @@ import os
 import runpy
 import signal
 import socket
+import struct
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -33,6 +34,7 @@ import launch.train  # noqa: E402, F401
 import train.cli  # noqa: E402
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+CAPABILITY_VERSION = 0x20080522  # linux/capability.h
 # Long enough for a rank that has lost another to say so (train/cli.py lets it linger).
 ENDS_WITHIN_S = 20
 
@@ -162,6 +164,13 @@ def _be_rank(
         os._exit(code)
 
 
+def give_up_privileges() -> None:
+    """Let permissions hold for root as for any user: it keeps its name, and with it the folder that Python is in."""
+    header = struct.pack("Ii", CAPABILITY_VERSION, 0)
+    if ctypes.CDLL(None).capset(header, bytes(24)) != 0:
+        raise OSError("capabilities cannot be given up")
+
+
 def serve() -> None:
     """Answer requests, one a line, until there are no more: start a script's ranks and tell their exit codes."""
     requests = os.fdopen(os.dup(0), encoding="utf-8")
@@ -172,6 +181,8 @@ def serve() -> None:
         def in_rank(rank: int, request: dict = request) -> None:
             os.chdir(request["cwd"])
             os.environ.update(request["env"])
+            if request["is_ordinary"]:
+                give_up_privileges()
 
         output, errors = Path(request["output"]), Path(request["errors"])
         running = Ranks(request["arguments"], request["ranks"], output, in_rank, errors, request["script"])

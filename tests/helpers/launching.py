@@ -121,10 +121,17 @@ _server = Server()
 
 
 def launch(
-    script: str, arguments: list[str], cwd: Path, ranks: int = 1, timeout: float = 180, **env: str
+    script: str,
+    arguments: list[str],
+    cwd: Path,
+    ranks: int = 1,
+    timeout: float = 180,
+    is_ordinary: bool = False,
+    **env: str,
 ) -> subprocess.CompletedProcess[str]:
     """Run the script to its end in processes that were forked with the imports behind them: one, or ranks of a group.
 
+    is_ordinary: without root's privileges, which no permission stops.
     TimeoutError, with all its processes gone, if it hangs. The exit code is the first rank's that failed.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -132,7 +139,7 @@ def launch(
         output, errors = map(str, said)
         answer = _server.ask(
             script=script, arguments=arguments, cwd=str(cwd), ranks=ranks, timeout=timeout, env=env, output=output,
-            errors=errors,
+            errors=errors, is_ordinary=is_ordinary and os.geteuid() == 0,
         )  # fmt: skip
         out, err = (file.read_text(encoding="utf-8") for file in said)
     if "hang" in answer:

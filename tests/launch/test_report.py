@@ -344,6 +344,35 @@ def test_retraining_counts_together_with_the_training_before_it(tmp_path: Path):
     assert any(note.startswith("foreign: GPU hours of its own alone") for note in notes(groups))
 
 
+def test_runs_that_are_not_finished_are_left_out_and_named(tmp_path: Path, capsys: pytest.CaptureFixture):
+    runs = [write_run(tmp_path / f"run{number}") for number in range(10)]
+    log = runs[3] / "log.jsonl"
+    log.write_text("".join(line + "\n" for line in log.read_text().splitlines()[:-1]))
+    (runs[5] / "log.jsonl").write_text("garbage\n{}\n")
+    assert report.main([*map(str, runs), "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert f"left out: the run in {runs[3]} is not finished" in said
+    assert f"left out: {runs[5]}/log.jsonl, line 1" in said
+    assert len((tmp_path / "out/runs.csv").read_text().splitlines()) == 1 + 8
+
+
+def test_epochs_that_a_log_lacks_are_named(tmp_path: Path, capsys: pytest.CaptureFixture):
+    run = write_run(tmp_path / "run")
+    log = run / "log.jsonl"
+    log.write_text("".join(line + "\n" for line in log.read_text().splitlines() if '"epoch": 1' not in line))
+    assert report.main([str(run), "--out", str(tmp_path / "out")]) == 0
+    assert "run: its log lacks epochs 1; the figures show what is there" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("sign", ["=", "+", "-", "@"])
+def test_names_that_a_spreadsheet_would_compute_are_text(tmp_path: Path, sign: str):
+    name = f"{sign}cmd"
+    assert report.main([str(write_run(tmp_path / name)), "--out", str(tmp_path / "out")]) == 0
+    for table in ("savings.csv", "runs.csv"):
+        lines = list(csv.reader((tmp_path / "out" / table).read_text().splitlines()))
+        assert lines[1][0] == f"'{name}"
+
+
 def test_what_is_no_finished_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture):
     assert report.main([str(tmp_path / "nothing")]) == 1
     assert "nothing is no run directory" in capsys.readouterr().err

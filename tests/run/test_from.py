@@ -8,7 +8,7 @@ from launching import ALONE, broken_off, events, train, write_network
 
 import cup
 from launch import prune
-from train.checkpoint.file import CheckpointError, load_checkpoint
+from train.checkpoint.file import CheckpointError, load_checkpoint, save_checkpoint
 from train.checkpoint.network import load_network
 from train.errors import ConfigError
 from train.evaluate import evaluate_checkpoint
@@ -132,7 +132,7 @@ def test_what_cannot_be_started_from_is_an_error_and_leaves_no_run_directory(
 def test_a_file_whose_weights_are_another_network_s_is_refused(tmp_path: Path, cut: Path):
     content = load_checkpoint(cut)
     del content["model"]["fc1.bias"]
-    torch.save(content, cut)
+    save_checkpoint(cut, content)
     with pytest.raises(CheckpointError, match=r"missing: fc1\.bias"):
         train(tmp_path / "runs", model__checkpoint=cut)
     assert not (tmp_path / "runs").exists()

@@ -27,6 +27,7 @@ from train.build import _data_notes, _fitted
 from train.checkpoint.file import CheckpointError, load_checkpoint, save_checkpoint
 from train.cli import exit_code_of
 from train.config import RunConfig, parse_config
+from train.config_file import create_run_dir
 from train.errors import ConfigError, TrainError
 from train.log.ledger import Ledger
 from train.log.rundir import RunDir, read_log
@@ -40,7 +41,7 @@ from train.network.models import build_model
 from train.network.optim import OptimConfig, build_optimizer, learning_rate, reset_state
 from train.network.precision import Precision
 from train.network.state import TrainState
-from train.start import create_run_dir, find_run_dir
+from train.start import find_run_dir
 from train.world import World, _attempt, announce_failure, explain_lost_rank, open_world
 
 
@@ -141,10 +142,22 @@ def made_step(config: TrainConfig) -> tuple[nn.Module, float]:
 
 def test_a_batch_in_pieces_makes_the_step_of_the_whole_batch():
     whole, loss = made_step(TrainConfig())
-    pieces, loss_of_pieces = made_step(TrainConfig(accumulate=3))  # 3 + 3 + 1 images
+    pieces, loss_of_pieces = made_step(TrainConfig(accumulate=3))  # 3 + 2 + 2 images
     assert loss_of_pieces == pytest.approx(loss, rel=1e-6)
     for one, other in zip(whole.parameters(), pieces.parameters(), strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_pieces_are_as_even_as_can_be():
+    """Batch norm takes a piece at a time, and of one value a channel there is no deviation."""
+    sizes: list[int] = []
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    model.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    optimizer = build_optimizer(model, OptimConfig(lr=0.5))
+    state = TrainState(model, model, optimizer, Precision("fp32", torch.device("cpu")))
+    for images, pieces in ((13, 4), (2, 5)):
+        training_step(state, torch.randn(images, 3, 2, 2), torch.arange(images) % 3, TrainConfig(accumulate=pieces))
+    assert sizes == [4, 3, 3, 3, 1, 1]
 
 
 def test_gradients_are_clipped_to_the_norm_asked_for():
@@ -285,7 +298,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(CheckpointError, match="No space left"):
+    with pytest.raises(CheckpointError, match="no space left"):
         save_checkpoint(path, {"epoch": 2})
     monkeypatch.undo()
     assert torch.load(path, weights_only=True)["epoch"] == 1  # no whole checkpoint, which load_checkpoint would ask for
@@ -350,7 +363,7 @@ def config_in(root: Path, **changes: str) -> RunConfig:
 def choose_run_dir(config: RunConfig) -> RunDir:
     """What a run does at its start."""
     run_dir = find_run_dir(config)
-    create_run_dir(run_dir, config)
+    create_run_dir(run_dir, config, run_id=None)
     return run_dir
 
 
@@ -414,8 +427,8 @@ def test_a_kill_while_the_configuration_is_written_is_no_obstacle(tmp_path: Path
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "replace", full_disk)
-    with pytest.raises(TrainError, match="No space left"):
-        create_run_dir(RunDir(tmp_path / "other"), config_in(tmp_path))
+    with pytest.raises(TrainError, match="no space left"):
+        create_run_dir(RunDir(tmp_path / "other"), config_in(tmp_path), run_id=None)
     assert not list((tmp_path / "other").iterdir())
 
 
@@ -432,10 +445,10 @@ def test_two_processes_cannot_write_one_log(tmp_path: Path):
     first = JsonLines(tmp_path / "log.jsonl")
     first.write({"event": "run"})
     with pytest.raises(TrainError, match="another process"):
-        JsonLines(tmp_path / "log.jsonl", keep_bytes=0)
+        JsonLines(tmp_path / "log.jsonl")
     assert read_log(tmp_path / "log.jsonl") == [{"event": "run"}]
     first.close()
-    JsonLines(tmp_path / "log.jsonl", keep_bytes=0).close()
+    JsonLines(tmp_path / "log.jsonl").close()
     assert read_log(tmp_path / "log.jsonl") == []
 
 

@@ -10,9 +10,12 @@ from torch import nn
 
 import cup
 from cup import ChannelGroup, Complexity, CupError, PrunePlan
-from train.checkpoint.file import CheckpointError, load_checkpoint, save_checkpoint
+from data.batch import MOST_PIXELS
+from train.checkpoint.archive import CheckpointError
+from train.checkpoint.file import load_checkpoint, save_checkpoint
 from train.checkpoint.weights import Weights, load_weights
 from train.network.models import Architecture, build_model
+from train.schema import first_misfit
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +29,7 @@ class StoredNetwork:
         one after another; empty where there was none.
     config: the configuration of the run that trained it, as plain data; None for weights from elsewhere.
     gpu_hours: spent on these weights, runs before a cut included; None where unknown.
+    classes: their names, in the order of the logits; None where unknown.
     """
 
     architecture: Architecture
@@ -35,6 +39,7 @@ class StoredNetwork:
     groups: Sequence[ChannelGroup]
     config: dict[str, Any] | None
     gpu_hours: float | None
+    classes: Sequence[str] | None = None
 
 
 def save_network(path: Path, network: StoredNetwork, widths: dict[str, int]) -> None:
@@ -42,6 +47,7 @@ def save_network(path: Path, network: StoredNetwork, widths: dict[str, int]) -> 
     content = {
         "architecture": asdict(network.architecture),
         "config": network.config,
+        "classes": network.classes and list(network.classes),
         "plans": plans_to_store(network.plans),
         "widths": widths,
         "gpu_hours": network.gpu_hours,
@@ -54,11 +60,11 @@ def save_network(path: Path, network: StoredNetwork, widths: dict[str, int]) -> 
 def load_network(path: Path) -> StoredNetwork:
     """Build the network of a checkpoint at its stored widths. Raises CheckpointError if the file's parts do not fit."""
     content = load_checkpoint(path)
-    architecture = stored_architecture(content)
-    model = build_model(architecture.name, architecture.num_classes)
-    dense = cup.complexity(model, architecture.example_input())
-    plans = stored_plans(content)
     try:
+        architecture = stored_architecture(content)
+        model = build_model(architecture.name, architecture.num_classes)
+        dense = cup.complexity(model, architecture.example_input())
+        plans = stored_plans(content)
         # Only a network that was cut has to be one that can be traced.
         groups = cup.channel_groups(model, architecture.example_input()) if plans else []
         for plan in plans:
@@ -66,26 +72,41 @@ def load_network(path: Path) -> StoredNetwork:
         load_weights(model, stored_weights(content))
     except (CupError, CheckpointError) as error:
         raise CheckpointError(f"{path}: {error}") from error
-    return StoredNetwork(architecture, dense, model, tuple(plans), groups, content["config"], content["gpu_hours"])
+    return StoredNetwork(
+        architecture,
+        dense,
+        model,
+        tuple(plans),
+        groups,
+        config=content["config"],
+        gpu_hours=content["gpu_hours"],
+        classes=content["classes"],
+    )
 
 
 def stored_architecture(content: dict[str, Any]) -> Architecture:
-    """The network before any cut."""
-    try:
-        architecture = Architecture(**content["architecture"])
-        numbers = (architecture.num_classes, *architecture.input_shape)
-        if not isinstance(architecture.name, str) or [type(number) for number in numbers] != [int] * 4:
-            raise TypeError(f"found {architecture}")
-    except TypeError as error:
-        raise CheckpointError(f"the stored network is not one of this version's: {error}") from error
-    return architecture
+    """The network before any cut. Raises CheckpointError for one that is not as written, or too large for its weights.
+
+    To build a network takes memory and time that nothing but these numbers decide.
+    """
+    stored = content["architecture"]
+    kinds = {"name": str, "num_classes": int, "input_shape": list[range(1, MOST_PIXELS + 1)]}
+    if stored.keys() != kinds.keys() or first_misfit(stored, kinds) or len(stored["input_shape"]) != 3:
+        raise CheckpointError(f"the stored network is not one of this version's: found {str(stored)[:200]}")
+    classes, names = stored["num_classes"], content["classes"]
+    said = f"the stored network is said to tell {classes} classes apart"
+    if not any(len(weight) == classes for weight in content["model"].values() if weight.dim() > 0):
+        raise CheckpointError(f"{said}, and no weight is for so many")
+    if names is not None and len(names) != classes:
+        raise CheckpointError(f"{said}, but names {len(names)}")
+    return Architecture(name=stored["name"], num_classes=classes, input_shape=tuple(stored["input_shape"]))
 
 
 def stored_plans(content: dict[str, Any]) -> list[PrunePlan]:
     """The plans that led to the stored widths, in order."""
     try:
         return [PrunePlan.from_json(text) for text in json.loads(content["plans"])]
-    except (CupError, TypeError, KeyError, ValueError, AttributeError) as error:
+    except (CupError, TypeError, KeyError, ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"the stored plans cannot be read: {type(error).__name__}: {error}") from error
 
 

@@ -3,33 +3,37 @@
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, TypeVar, get_origin, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import torch
 
 from data import DataError, Loader
-from train.checkpoint.file import CheckpointError, load_checkpoint
+from train.checkpoint.archive import CheckpointError
+from train.checkpoint.file import load_checkpoint
 from train.checkpoint.network import stored_plans
 from train.checkpoint.saver import running_statistics
 from train.log.ledger import Ledger
+from train.log.rundir import EVENTS, first_bad_line
 from train.loop.progress import EpochSoFar, Progress
 from train.methods import Method
 from train.network.state import TrainState
 from train.network.widths import AllowedWidths
 from train.resizer import Resizer
+from train.schema import fits
 from train.world import World
 
 T = TypeVar("T")
 
 # What a checkpoint of a run holds beside the network.
 RUN_PARTS = {
-    "progress": dict,
+    "run_id": str | None,
+    "progress": {"epoch": range(10**9), "step": int, "last_line": EVENTS["epoch"]},
     "optimizer": dict,
     "scaler": dict,
     "ranks": list,
-    "log_bytes": int,
-    "batch_size": int,
-    "allowed_widths": dict | None,
+    "log": str | None,
+    "batch_size": range(1, 10**9),
+    "allowed_widths": dict[str, list[int]] | None,
     "method": dict,
 }
 
@@ -54,12 +58,16 @@ class Restored:
 def load_run(path: Path) -> dict[str, Any]:
     """The content of a run's checkpoint. Raises CheckpointError for a damaged one and for a network alone."""
     stored = load_checkpoint(path)
-    wrong = [key for key, kind in RUN_PARTS.items() if key not in stored or not isinstance(stored[key], kind)]
+    wrong = [key for key, kind in RUN_PARTS.items() if key not in stored or not fits(stored[key], kind)]
     if wrong:
         raise CheckpointError(
             f"{path} cannot be resumed, {', '.join(wrong)} missing or not as written: start another run with "
             "--model.checkpoint"
         )
+    if stored["log"] is None and not fits(stored.get("log_bytes"), range(1 << 40)):
+        raise CheckpointError(f"{path} cannot be resumed, it says nothing of the log")
+    if problem := first_bad_line(stored["log"] or ""):
+        raise CheckpointError(f"{path} cannot be resumed, its log is not as written: {problem}")
     return stored
 
 
@@ -83,6 +91,7 @@ def restore(
         if state.ema is not None:
             state.ema.load_state_dict(stored["ema"])
         state.optimizer.load_state_dict(stored["optimizer"])
+        _require_equal_kinds(state.optimizer)
         state.precision.scaler.load_state_dict(stored["scaler"])
         ranks = stored["ranks"]
         ledger.load_state_dict(ranks[min(world.rank, len(ranks) - 1)]["ledger"])
@@ -125,6 +134,14 @@ def restore_running_statistics(stored: dict[str, Any], state: TrainState, world:
         raise CheckpointError(f"the stored running statistics do not fit this network: {error}") from error
 
 
+def _require_equal_kinds(optimizer: torch.optim.Optimizer) -> None:
+    """Raises TypeError unless the state of all parameters is of the same kinds, as any optimizer keeps it."""
+    kinds = {tuple(sorted(((k, type(v)) for k, v in own.items()), key=str)) for own in optimizer.state.values()}
+    known = (torch.Tensor, int, float, type(None))
+    if len(kinds) > 1 or any(not issubclass(kind, known) for own in kinds for _, kind in own):
+        raise TypeError("the optimizer's state is not of the same kind for all parameters")
+
+
 def _restored_epoch(
     stored: dict[str, Any], ledger: Ledger, world: World, global_batch_size: int, steps: int
 ) -> EpochSoFar | None:
@@ -164,10 +181,6 @@ def _restore_random_numbers(
 
 def _as_written(kind: type[T], values: dict[str, Any]) -> T:
     """The dataclass of these values. Raises TypeError if one is missing, unknown or of another kind."""
-
-    def fits(value: Any, hint: Any) -> bool:
-        hint = dict if get_origin(hint) is dict else hint
-        return isinstance(value, hint) or (isinstance(value, int) and hint in (float, float | None))
 
     wrong = [n for n, hint in get_type_hints(kind).items() if n not in values or not fits(values[n], hint)]
     if wrong:

@@ -1,14 +1,16 @@
 """Checkpoints that earlier versions wrote, brought to today's format.
 
 Format 2 was written at the ends of epochs only, format 3 in the middle of them, too. Format 4 names the pruning method
-and holds its state.
+and holds its state. Format 5 holds the run's id and log, and the names of the classes.
 """
 
 from typing import Any, get_args
 
 from train.log.ledger import Kind
 
-FORMAT = 4
+FORMAT = 5
+WITHOUT_CHECKSUM = (2,)
+"""Formats that had none yet."""
 
 
 def upgrade(content: dict[str, Any]) -> dict[str, Any]:
@@ -16,7 +18,7 @@ def upgrade(content: dict[str, Any]) -> dict[str, Any]:
 
     Raises ValueError for an unknown format, KeyError or TypeError for content that is not as its format says.
     """
-    steps = {2: _from_2, 3: _from_3}
+    steps = {2: _from_2, 3: _from_3, 4: _from_4}
     while (found := content["format"]) != FORMAT:
         if found not in steps:
             raise ValueError(f"found format {found!r}, allowed: {', '.join(map(str, steps))} and {FORMAT}")
@@ -53,3 +55,8 @@ def _from_3(content: dict[str, Any]) -> dict[str, Any]:
         ranks.append(rank | {"so_far": so_far})
     method = "hard_ramp" if content["config"]["cup"]["enabled"] else "none"
     return content | {"ranks": ranks, "method": {"name": method, "state": {}}}
+
+
+def _from_4(content: dict[str, Any]) -> dict[str, Any]:
+    content = content | {"classes": None}
+    return content if "ranks" not in content else content | {"run_id": None, "log": None}

@@ -8,7 +8,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from train.checkpoint.file import CheckpointError, first_few, load_archive
+from train.checkpoint.archive import CheckpointError, load_archive
+from train.checkpoint.file import first_few
+from train.files import open_regular
 
 Weights = Mapping[str, torch.Tensor]
 
@@ -19,7 +21,8 @@ def read_weights_file(path: Path) -> Weights:
     One level of wrapping ("state_dict" or "model") and DDP's prefix "module." are taken off. Raises CheckpointError
     for anything else.
     """
-    content = _load_safetensors(path) if path.suffix == ".safetensors" else load_archive(path, "is no file of weights")
+    is_archive = path.suffix != ".safetensors"
+    content = load_archive(path, "is no file of weights")[0] if is_archive else _load_safetensors(path)
     if isinstance(content, dict) and "format" in content and "plans" in content:
         raise CheckpointError(f"{path} is a checkpoint of this program, which names its network: no model name needed")
     for wrapping in ("state_dict", "model"):
@@ -51,8 +54,9 @@ def load_weights(model: nn.Module, weights: Weights) -> None:
 
 def _load_safetensors(path: Path) -> Weights:
     try:
-        return load_file(path)
+        with open_regular(path):  # the library would read a device or a pipe for ever
+            return load_file(path)
     except FileNotFoundError as error:
         raise CheckpointError(f"no file at {path}") from error
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, KeyError) as error:  # KeyError for a type of numbers that torch lacks
         raise CheckpointError(f"{path} is no safetensors file: {error}") from error

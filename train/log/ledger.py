@@ -23,8 +23,9 @@ class Ledger:
         self._ranks = ranks
         self._clock = clock
         self._before = {"wall_s": 0.0, "rank_s": 0.0}  # what earlier processes of a resumed run spent
+        self._started = clock() if started is None else started
         self._kind: Kind = "startup"
-        self._since = clock() if started is None else started
+        self._since = self._started
         self._seconds: dict[Kind, float] = dict.fromkeys(get_args(Kind), 0.0)
         self._reported = dict(self._seconds)
 
@@ -50,6 +51,11 @@ class Ledger:
     @property
     def total_s(self) -> float:
         return sum(self.seconds.values())
+
+    def elapsed(self) -> tuple[float, float]:
+        """(wall seconds, rank seconds) so far. Unlike the rest, any thread may ask."""
+        before, own = self._before, self._clock() - self._started
+        return before["wall_s"] + own, before["rank_s"] + own * self._ranks
 
     def gpu_hours(self, wall_s: float) -> float:
         """Hours when the run's wall time is `wall_s`: each second times the ranks that ran in it, over 3600."""

@@ -1,6 +1,6 @@
 """What lies in a run directory. Reading it needs no torch.
 
-ROOT/NAME/config.yaml      the resolved configuration
+ROOT/NAME/config.yaml      the resolved configuration, and the run's id
 ROOT/NAME/log.jsonl        the events, one object a line
 ROOT/NAME/tensorboard/     the same numbers as curves
 ROOT/NAME/last.pt          the checkpoint that a resume reads; those before it are last-1.pt, last-2.pt
@@ -14,6 +14,89 @@ from pathlib import Path
 from typing import Any
 
 from train.errors import TrainError
+from train.files import open_regular
+from train.schema import first_misfit
+
+MOST_LINE_BYTES = 1 << 26
+"""A line of 100,000 ranks has fewer."""
+
+SECONDS = dict[str, float]
+EPOCH = range(1, 10**9)
+COST = {"flops": float, "macs": float, "params": float, "flops_reduction": float, "macs_reduction": float}
+# What a run writes and somebody reads again: event -> key -> kind. A line may lack keys that its version did not have.
+EVENTS = {
+    "run": {
+        "run_id": str | None,
+        "directory": str,
+        "config": dict,
+        "model": str,
+        "from": str | None,
+        "gpu_hours_before": float | None,
+        "method": str,
+        "shrinks": bool,
+        "epochs": EPOCH,
+        "first_epoch": int,
+        "first_step": int,
+        "job": str | None,
+        "batch_size": int,
+        "precision": str,
+        "loader": str,
+        "world_size": int,
+        "devices": list[str],
+        "device": str,
+        "versions": dict[str, str],
+        "train_images": int,
+        "val_images": int,
+        **{f"dense_{key}": float for key in ("flops", "macs", "params")},
+    },
+    "epoch": {
+        **COST,
+        "epoch": EPOCH,
+        "threshold": float | None,
+        "widths": dict[str, int],
+        "train_loss": float,
+        "top1": float,
+        "top5": float,
+        "lr": float,
+        "images_per_s": float,
+        "skipped_steps": int,
+        "compiled": bool,
+        "seconds": SECONDS,
+        "seconds_by_rank": list[SECONDS],
+        "all_reduce_s": float | None,
+        "peak_memory": int,
+        "gpu_hours": float,
+        "device": str,
+    },
+    "resize": {
+        "epoch": EPOCH,
+        "step": int,
+        "threshold": float | None,
+        "flops_reduction_before": float,
+        "flops_reduction_after": float,
+        "removed": dict[str, int],
+        "seconds": float,
+        "digest": str,
+        "digests": list[str],
+    },
+    "done": {
+        **COST,
+        "directory": str,
+        **{f"dense_{key}": float for key in ("flops", "macs", "params")},
+        "epoch": EPOCH,
+        "top1": float,
+        "top5": float,
+        "best_top1": float,
+        "best_top5": float,
+        "resizes": int,
+        "steps": int,
+        "seconds": SECONDS,
+        "gpu_hours": float,
+        "device": str,
+    },
+    "note": {"message": str},
+}
+EVENTS["zero"] = EVENTS["resize"]
 
 
 @dataclass(frozen=True)
@@ -54,29 +137,57 @@ class RunDir:
         """The torchrun job that ran last in it; None where there was none."""
         return next((event.get("job") for event in reversed(self.events()) if event.get("event") == "run"), None)
 
+    def run_id(self) -> str | None:
+        """The id in the log; None where there is no log, or one of an earlier version."""
+        return next((event["run_id"] for event in self.events() if event.get("run_id") is not None), None)
+
     def events(self) -> list[dict[str, Any]]:
         """What the log holds; empty where there is none. Raises TrainError if it cannot be read."""
         try:
             return read_log(self.log) if self.log.exists() else []
         except OSError as error:  # exists() passes on what is not an answer: EACCES, EIO, ESTALE
-            raise TrainError(f"cannot read {self.log}: {error}") from error
+            raise TrainError(f"cannot read {self.log}: {error.strerror}") from error
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """All events of a log; a last line that a crash cut short is left out. TrainError if it cannot be read."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise TrainError(f"cannot read {path}: {error}") from error
+    """All events of a log; a last line that a crash cut short is left out.
+
+    Raises TrainError if it cannot be read, or a line is none that a run writes.
+    """
     events = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            event = json.loads(line)
-        except ValueError:
-            event = None
-        if not isinstance(event, dict):
-            if number == len(lines):
-                break
-            raise TrainError(f"{path}, line {number}: not a JSON object; the file is damaged")
-        events.append(event)
+    try:
+        with open_regular(path) as file:
+            number, line = 1, file.readline(MOST_LINE_BYTES)
+            while line:
+                after = file.readline(MOST_LINE_BYTES)
+                event, problem = _parse(line)
+                if problem is not None and (after or event is not None):
+                    raise TrainError(
+                        f"{path}, line {number}: {problem}; take the line out, or move the file away: a run that goes "
+                        "on writes its log again from its checkpoint"
+                    )
+                if problem is None:
+                    events.append(event)
+                number, line = number + 1, after
+    except OSError as error:
+        raise TrainError(f"cannot read {path}: {error.strerror}") from error
     return events
+
+
+def first_bad_line(text: str) -> str | None:
+    """What is wrong with the first line that is none of a log; None where all are."""
+    problems = (_parse(line.encode())[1] for line in text.split("\n")[:-1])
+    return next(filter(None, problems), None if text.endswith("\n") or not text else "its last line is cut short")
+
+
+def _parse(line: bytes) -> tuple[dict[str, Any] | None, str | None]:
+    """The event in a line, None where there is none, and what is wrong with it."""
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
+        return None, "no JSON object, so no line of a log"
+    if not isinstance(event, dict):
+        return None, "no JSON object, so no line of a log"
+    kinds = {"event": str, "time_s": float}
+    wrong = first_misfit(event, kinds) or first_misfit(event, EVENTS.get(str(event.get("event")), {}))
+    return event, wrong and f"found {wrong}: {str(event[wrong])[:40]}, which no run writes"

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from train.errors import TrainError
+from train.files import why_unwritten, write_durably
 
 Event = dict[str, Any]
 
@@ -47,9 +48,9 @@ class Sinks:
         self._log_fails = False
 
     @property
-    def log_bytes(self) -> int:
-        """Length of the log now; a resume cuts it back to what the checkpoint says."""
-        return 0 if self._log is None else self._log.size
+    def log_text(self) -> str:
+        """The log so far; a resume brings the file back to what the checkpoint says."""
+        return "" if self._log is None else self._log.text
 
     @property
     def unwritten(self) -> int:
@@ -89,7 +90,8 @@ class Sinks:
     def _failed(self, sink: Sink, error: Exception, event: Event) -> None:
         if sink is self._log:
             first, self._log_fails = not self._log_fails, True
-            message = f"cannot write the log: {error}; its lines are kept in memory and written later"
+            why = why_unwritten(error, self._log.path)
+            message = f"cannot write the log: {why}; its lines are kept in memory and written later"
         else:
             self._sinks.remove(sink)
             first, message = True, f"{sink.name} can no longer be written and is left out: {error}"
@@ -98,22 +100,30 @@ class Sinks:
 
 
 class JsonLines:
-    """`log.jsonl`: one object a line, written at once."""
+    """`log.jsonl`: one object a line, written at once. All lines stay in memory, for the checkpoints hold them, too."""
 
     name = "log.jsonl"
 
-    def __init__(self, path: Path, keep_bytes: int | None = None) -> None:
-        """keep_bytes: where a resumed run goes on; what a killed run wrote after its last checkpoint is cut off."""
-        self._path = path
+    def __init__(self, path: Path, goes_on: Callable[[bytes], bytes] = lambda found: b"") -> None:
+        """goes_on: is given what the file holds, and returns the whole lines after which the run goes on.
+
+        What a killed run wrote behind them is cut off. A file that says something else becomes NAME.damaged.
+        """
+        self.path = path
+        self._written = bytearray()
         self._pending: list[bytes] = []
         self._open()
-        if keep_bytes is not None and keep_bytes < self.size:
-            self._file.truncate(keep_bytes)
+        found = path.read_bytes()
+        self._written += goes_on(found)
+        if found.startswith(self._written):
+            self._file.truncate(len(self._written))
+        else:
+            self._rewrite(found)
 
     @property
-    def size(self) -> int:
-        """Bytes written so far, for the checkpoint."""
-        return os.fstat(self._file.fileno()).st_size
+    def text(self) -> str:
+        """All lines so far, those included that the disk did not take yet."""
+        return b"".join([self._written, *self._pending]).decode()
 
     @property
     def unwritten(self) -> int:
@@ -122,16 +132,17 @@ class JsonLines:
     def write(self, event: Event) -> None:
         """Raises OSError if the line, or one before it, is not on the disk yet; it is tried again with the next."""
         self._pending.append(json.dumps(event).encode() + b"\n")
-        if not self._path.exists():  # the run directory was moved or removed
+        if not self.path.exists():  # the run directory was moved or removed
             lost = self._file
             self._open()
             lost.close()
+            self._pending, self._written = self.text.encode().splitlines(keepends=True), bytearray()
         while self._pending:
-            before, line = self.size, self._pending[0]
+            before, line = os.fstat(self._file.fileno()).st_size, self._pending[0]
             if self._file.write(line) < len(line):  # what a nearly full disk does
                 self._file.truncate(before)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
-            del self._pending[0]
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+            self._written += self._pending.pop(0)
 
     def sync(self) -> None:
         os.fsync(self._file.fileno())
@@ -143,12 +154,21 @@ class JsonLines:
         self._file.close()
 
     def _open(self) -> None:
-        file = self._path.open("ab", buffering=0)
+        file = self.path.open("ab", buffering=0)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it when this process ends
         except BlockingIOError as error:
-            raise TrainError(f"{self._path} is being written by another process: a run goes on there") from error
+            raise TrainError(f"{self.path} is being written by another process: a run goes on there") from error
         self._file = file
+
+    def _rewrite(self, found: bytes) -> None:
+        """Put the lines so far in place of what was found; that is kept, unless it is their beginning."""
+        if not self._written.startswith(found):
+            write_durably(self.path.with_name(self.path.name + ".damaged"), found)
+        self._file.truncate(0)
+        if self._file.write(self._written) < len(self._written):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        self.sync()
 
 
 class TensorBoard:
@@ -188,13 +208,15 @@ class TensorBoard:
         self._print_failure, threading.excepthook = threading.excepthook, self._thread_failed
 
     def write(self, event: Event) -> None:
-        if event["event"] == "run":
+        if event["event"] == "run" and "config" in event:  # a log of the oldest version lacks it
             self._writer.add_text("config", f"```\n{yaml.safe_dump(event['config'], sort_keys=False)}```")
         elif event["event"] == "epoch":
             self._write_epoch(event)
         elif event["event"] == "resize":
             self._add("cup/removed(channels)", sum(event["removed"].values()), event)
             self._add("cup/resize(s)", event["seconds"], event)
+        elif event["event"] == "zero":
+            self._add("cup/zeroed(channels)", sum(event["removed"].values()), event)
 
     def _write_epoch(self, event: Event) -> None:
         for tag, key, factor in self.SCALARS:
@@ -289,9 +311,15 @@ class ConsoleSink:
 
     def _write_resize(self, event: Event) -> None:
         self._print(
-            f"  resize before epoch {event['epoch']}: t {event['threshold']:.3f}, {sum(event['removed'].values())} "
-            f"channels gone, FR {event['flops_reduction_before']:.2f} -> {event['flops_reduction_after']:.2f} "
+            f"  resize at the {event['when']} of epoch {event['epoch']}: {_depth(event)} removed, FR "
+            f"{event['flops_reduction_before']:.2f} -> {event['flops_reduction_after']:.2f} "
             f"in {event['seconds']:.2f} s, all ranks at {event['digest'][:12]}"
+        )
+
+    def _write_zero(self, event: Event) -> None:
+        self._print(
+            f"  zeroed at the {event['when']} of epoch {event['epoch']}: {_depth(event)}, shapes stay, "
+            f"all ranks at {event['digest'][:12]}"
         )
 
     def _write_epoch(self, event: Event) -> None:
@@ -316,3 +344,9 @@ class ConsoleSink:
             f"{'GPU' if event['device'] == 'cuda' else 'process'} hours"
         )
         self._print(f"log, curves and checkpoints: {event['directory']}")
+
+
+def _depth(event: Event) -> str:
+    """How deep a cut was: its height, where it had one, and channels."""
+    t = event["threshold"]
+    return ("" if t is None else f"t {t:.3f}, ") + f"{sum(event['removed'].values())} channels"

@@ -21,8 +21,8 @@ class TrainConfig:
     cutmix: float = 0.0
     """Alpha of cutmix, which puts a rectangle of one image into another; 0 = none. With both, either at random."""
     accumulate: int = 1
-    """Pieces that a rank's batch is cut into, one forward and backward pass each, to one optimizer step: the same step
-    in less memory, but for batch norm, which sees a piece at a time."""
+    """Pieces that a rank's batch is cut into, as even as can be, one forward and backward pass each, to one optimizer
+    step: the same step in less memory, but for batch norm, which sees a piece at a time."""
     clip_norm: float = 0.0
     """Gradients are scaled down to this L2 norm over the whole network where theirs is larger; 0 = never."""
     compile: Literal["none", "blocks"] = "none"

@@ -46,7 +46,8 @@ def compute_gradients(
 ) -> torch.Tensor:
     """Forward and backward pass; returns the loss."""
     mean_loss = torch.zeros((), device=images.device)
-    pieces = list(zip(images.chunk(config.accumulate), labels.chunk(config.accumulate), strict=True))
+    count = min(config.accumulate, len(labels))
+    pieces = list(zip(images.tensor_split(count), labels.tensor_split(count), strict=True))
     for number, (some_images, some_labels) in enumerate(pieces, start=1):
         is_last = number == len(pieces)
         with nullcontext() if is_last else no_sync(state.parallel):

@@ -34,15 +34,13 @@ class Watch:
         world: World,
         stop_wanted: Callable[[], bool],
         save_every_s: float = 0.0,
-        heartbeat: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """save_every_s: 0 = never in the middle of an epoch. heartbeat: called at every look."""
+        """save_every_s: 0 = never in the middle of an epoch."""
         self._world = world
         self._stop_wanted = stop_wanted
         self._save_every_s = save_every_s
         self._look_every_s = min(LOOK_EVERY_S, save_every_s / 4) if save_every_s else LOOK_EVERY_S
-        self.heartbeat = heartbeat
         self._clock = clock
         self._saved_at = clock()
         self.restart()
@@ -74,5 +72,4 @@ class Watch:
             [self._stop_wanted(), save_due, broken, steps_to_look]
         )
         self._steps, self._steps_to_look, self._looked_at = 0, steps_to_look, now
-        self.heartbeat()
         return Decision(bool(stop), bool(save), bool(broken))

@@ -1,0 +1,126 @@
+"""Seconds of attempts that end before their run directory is known: their imports, their look at the data.
+
+An attempt is one process of rank 0. Until the run's own heartbeat it leaves word beside the run directory, in
+ROOT/.NAME.starting-HOST-PID, which the next attempt adds up. Needs no torch: its import is a good part of the seconds.
+"""
+
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from train.files import read_bounded
+from train.log.heartbeat import LONGEST_S, MOST_BYTES, MOST_RANKS, Beat
+from train.schema import fits
+
+DEFAULTS = {"root": "runs", "name": "run"}
+
+
+def seconds_since_start(pid: int | str = "self") -> float:
+    """How long a process has been running; 0 where the system does not say."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK"))
+    except (OSError, AttributeError, ValueError, IndexError):  # no Linux
+        return 0.0
+
+
+def job_began() -> float:
+    """Unix time at which the ranks were started: by torchrun where it is our parent, else at this process's start."""
+    starter = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else "self"
+    return time.time() - max(seconds_since_start(starter), seconds_since_start())
+
+
+class Attempt:
+    """Word of this process until `end`. Where the root is not there yet, or it cannot be written, there is none."""
+
+    def __init__(self, argv: Sequence[str], default_recipe: Path) -> None:
+        """argv: our own arguments, of which no parser has had a look yet."""
+        root, name = _place(argv, default_recipe)
+        self._path = Path(root) / f".{name}.starting-{socket.gethostname()}-{os.getpid()}"
+        self._began = job_began()
+        self._file = None
+        with suppress(OSError):
+            self._file = self._path.open("wb", buffering=0)
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it when this process ends
+            self._beat = Beat(self._write)
+
+    def end(self) -> None:
+        """Somebody else has word of the seconds so far, or the process ends by itself."""
+        if self._file is not None:
+            self._beat.stop()
+            self._file.close()
+            self._file = None
+            with suppress(OSError):
+                self._path.unlink()
+
+    def _write(self) -> None:
+        word = {"began": self._began, "alive": time.time(), "ranks": int(os.environ.get("WORLD_SIZE", "1"))}
+        os.pwrite(self._file.fileno(), json.dumps(word).encode().ljust(200), 0)
+
+
+@dataclass(frozen=True)
+class Unheard:
+    """What was spent since the last word of the run itself. files: that say so, to be removed once it is counted."""
+
+    wall_s: float
+    rank_s: float
+    files: list[str]
+
+
+def unheard_seconds(root: Path, name: str, heard_at: float) -> Unheard:
+    """What attempts that were killed at their start have spent, and what torchrun took before this process.
+
+    heard_at: Unix time of the run's last word; what lies before is in its account. Rank 0 calls it.
+    """
+    words = {file: word for file in root.glob(f".{name}.starting-*") if (word := _dead(file)) is not None}
+    wall_s, rank_s, counted_until = 0.0, 0.0, heard_at
+    for word in sorted(words.values(), key=lambda word: word["alive"]):
+        seconds = max(0.0, word["alive"] - max(word["began"], counted_until))
+        wall_s, rank_s = wall_s + seconds, rank_s + seconds * word["ranks"]
+        counted_until = max(counted_until, word["alive"])
+    before_us = max(0.0, time.time() - seconds_since_start() - max(job_began(), counted_until))
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    return Unheard(wall_s + before_us, rank_s + before_us * ranks, [str(file) for file in words])
+
+
+def _dead(file: Path) -> dict[str, Any] | None:
+    """What an attempt that is no more has left; None where it is alive, or its word is none."""
+    try:
+        with file.open("rb") as held:
+            fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            word = json.loads(read_bounded(file, MOST_BYTES))
+    except (OSError, ValueError, RecursionError):  # BlockingIOError is an OSError
+        return None
+    kinds = {"began": float, "alive": float, "ranks": range(1, int(MOST_RANKS) + 1)}
+    if not fits(word, kinds) or not kinds.keys() <= word.keys():
+        return None
+    return word if 0 <= word["alive"] - word["began"] <= LONGEST_S and word["alive"] <= time.time() + 1 else None
+
+
+def _place(argv: Sequence[str], default_recipe: Path) -> tuple[str, str]:
+    """The run's root and name on a command line, as far as a look without the parser tells."""
+    place, recipe = dict(DEFAULTS), default_recipe
+    given: dict[str, str] = {}
+    words = iter(argv)
+    for word in words:
+        option, equals, value = word.partition("=")
+        if option in ("--config", "--run.root", "--run.name"):
+            value = value if equals else next(words, "")
+            if option == "--config":
+                recipe = Path(value)
+            else:
+                given[option.removeprefix("--run.")] = value
+    with suppress(OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError):
+        run = yaml.safe_load(read_bounded(recipe, 1 << 20)).get("run") or {}
+        place |= {key: str(run[key]) for key in place if key in run}
+    place |= given
+    return place["root"], place["name"]
