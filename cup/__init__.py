@@ -8,6 +8,7 @@ from cup.complexity import Complexity, LayerCost, complexity, complexity_after, 
 from cup.criteria import CRITERIA, Criterion, Ranking, View
 from cup.describe import describe
 from cup.errors import CupError
+from cup.lasso import GroupLasso
 from cup.plan import PrunePlan
 from cup.planning import (
     REDUCTION_TOLERANCE,
@@ -19,12 +20,21 @@ from cup.planning import (
     plan_by_counts,
     plan_by_reduction,
     plan_by_threshold,
-    prunable_groups,
     reduction_at,
     threshold_at,
+    uniform_widths,
+    uniform_widths_at,
 )
-from cup.surgery import Resized, apply_plan, shrink_to, zero_filters
-from cup.tracing.groups import ChannelGroup, Place
+from cup.surgery import (
+    Resized,
+    apply_plan,
+    filters_that_go,
+    mask_gradients,
+    plan_first_channels,
+    shrink_to,
+    zero_filters,
+)
+from cup.tracing.groups import ChannelGroup, Place, prunable_groups
 from cup.tracing.narrowing import ParameterChange
 from cup.tracing.trace import channel_groups
 
@@ -36,6 +46,7 @@ __all__ = [
     "Criterion",
     "CupError",
     "GroupCut",
+    "GroupLasso",
     "LayerCost",
     "ParameterChange",
     "Place",
@@ -53,15 +64,20 @@ __all__ = [
     "complexity_after",
     "cut_groups",
     "describe",
+    "filters_that_go",
     "flops_after",
     "has_reached",
     "is_cut_epoch",
+    "mask_gradients",
     "plan_by_counts",
     "plan_by_reduction",
     "plan_by_threshold",
+    "plan_first_channels",
     "prunable_groups",
     "reduction_at",
     "shrink_to",
     "threshold_at",
+    "uniform_widths",
+    "uniform_widths_at",
     "zero_filters",
 ]

@@ -60,14 +60,24 @@ def shrink_to(model: nn.Module, widths: Mapping[str, int], example_input: Any = 
     Raises CupError for an unknown group or a width outside 1..the width now; the model is left as it was.
     """
     groups = channel_groups(model, example_input)
-    known = {group.name: group.width for group in groups}
+    return apply_plan(model, plan_first_channels(groups, widths), groups)
+
+
+def plan_first_channels(groups: Sequence[ChannelGroup], widths: Mapping[str, int]) -> PrunePlan:
+    """The plan that `shrink_to` applies: every named group keeps its first channels, the others all of theirs.
+
+    Raises CupError for an unknown or frozen group and for a width outside 1..the width now.
+    """
+    known = {group.name: group for group in groups}
     for name, width in widths.items():
         if name not in known:
-            raise CupError(f"no channel group {name!r} in {type(model).__name__}; there are: {', '.join(known)}")
-        if not 1 <= width <= known[name]:
-            raise CupError(f"width of {name}: found {width}, allowed: 1 to {known[name]}")
+            raise CupError(f"no channel group {name!r} in this network; there are: {', '.join(known)}")
+        if not 1 <= width <= known[name].width:
+            raise CupError(f"width of {name}: found {width}, allowed: 1 to {known[name].width}")
+        if known[name].frozen and width < known[name].width:
+            raise CupError(f"{name} must keep its width: {known[name].frozen}")
     kept = {name: tuple(range(width)) for name, width in widths.items()}
-    return apply_plan(model, PrunePlan(kept, {name: known[name] for name in widths}), groups)
+    return PrunePlan(kept, {name: known[name].width for name in widths})
 
 
 def zero_filters(model: nn.Module, plan: PrunePlan, groups: Sequence[ChannelGroup]) -> None:
@@ -78,18 +88,38 @@ def zero_filters(model: nn.Module, plan: PrunePlan, groups: Sequence[ChannelGrou
     groups: the model's. Raises CupError, with the model left as it was, for a plan of another network.
     """
     check_groups(model, groups)
+    with torch.no_grad():
+        for name, filters in filters_that_go(plan, groups).items():
+            layer = find_layer(model, name)
+            layer.weight.index_fill_(weight_dim(layer, "out"), filters.to(layer.weight.device), 0)
+
+
+def mask_gradients(model: nn.Module, filters: Mapping[str, torch.Tensor]) -> None:
+    """Set the gradients of these filters to zero, in place, so that plain SGD leaves filters at zero where they are.
+
+    filters: from `filters_that_go`, best on the model's device. Layers without a gradient are passed over.
+    """
+    for name, indices in filters.items():
+        layer = find_layer(model, name)
+        if layer.weight.grad is not None:
+            layer.weight.grad.index_fill_(weight_dim(layer, "out"), indices.to(layer.weight.device), 0)
+
+
+def filters_that_go(plan: PrunePlan, groups: Sequence[ChannelGroup]) -> dict[str, torch.Tensor]:
+    """Layer -> int64 indices of its filters that write the channels which `plan` does not keep.
+
+    groups: of the network that the plan is for. Raises CupError for a plan of another one.
+    """
     _check_plan(plan, groups)
+    indices: dict[str, list[np.ndarray]] = {}
     for group in groups:
-        if group.name not in plan.removed:
-            continue
-        goes_C = np.ones(group.width, dtype=bool)
-        goes_C[list(plan.kept[group.name])] = False
-        for place in group.producers:
-            mine = place.channel_of_index >= 0
-            rows = torch.from_numpy((mine & goes_C[place.channel_of_index]).nonzero()[0])
-            layer = find_layer(model, place.module)
-            with torch.no_grad():
-                layer.weight.index_fill_(weight_dim(layer, "out"), rows.to(layer.weight.device), 0)
+        if group.name in plan.removed:
+            goes_C = np.ones(group.width, dtype=bool)
+            goes_C[list(plan.kept[group.name])] = False
+            for place in group.producers:
+                goes = (place.channel_of_index >= 0) & goes_C[place.channel_of_index]
+                indices.setdefault(place.module, []).append(goes.nonzero()[0])
+    return {name: torch.from_numpy(np.concatenate(parts)) for name, parts in indices.items()}
 
 
 def _check_not_in_ddp(model: nn.Module) -> None:

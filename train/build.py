@@ -34,6 +34,7 @@ from train.loop.progress import Progress
 from train.loop.trainer import Trainer, TrainLoop
 from train.loop.watch import Watch
 from train.methods import Method, PruneConfig, build_method
+from train.narrowing import plan_narrowing
 from train.network.compiling import BlockCompiler
 from train.network.ema import MovingAverage
 from train.network.models import Architecture, build_model
@@ -86,6 +87,7 @@ def build_run(config: RunConfig, start: Start, world: World, ledger: Ledger, sto
     begun = world.on_every_rank(lambda: _begin(fitted, stored, source, parts, ledger, world))
     allowed_widths, width_notes = _allowed_widths(fitted, begun, parts, world)
     method = build_method(fitted.prune, fitted.train.epochs, allowed_widths)
+    method.begin(parts.resizer.view(parts.state.model))
     if stored is not None:
         world.on_every_rank(lambda: restore_method(stored, method, fitted.prune.method))
     compiler = _build_compiler(fitted, method, parts)
@@ -181,7 +183,8 @@ def _build_parts(config: RunConfig, world: World, classes: Sequence[str] | None)
     )
     model = build_model(architecture.name, architecture.num_classes)
     prune = config.prune
-    resizer = Resizer(model, architecture.example_input(), prune.scope if prune.shrinks else None, prune.momentum)
+    changes_widths = prune.shrinks or config.model.narrowed is not None
+    resizer = Resizer(model, architecture.example_input(), prune.scope if changes_widths else None, prune.momentum)
     if config.data.start_size:  # says so if the network does not take the smallest images
         smallest = train_size(config.data, 0)
         example = dataclasses.replace(architecture, input_shape=(channels, smallest, smallest)).example_input()
@@ -233,6 +236,9 @@ def _begin(
     if source is not None:
         notes = _start_from(source, config, parts)
         progress.gpu_hours_before = source["gpu_hours"]
+    elif (plan := plan_narrowing(config.model, parts.resizer.groups, config.prune.scope)) is not None:
+        parts.resizer.replay(parts.state, [plan])
+        notes = [f"{config.model.narrowed}: {config.model.name} at FR {parts.resizer.reduction:.2f}"]
     return Restored(progress, so_far=None, allowed_widths=None, notes=notes)
 
 

@@ -24,7 +24,7 @@ from data import DataConfig
 from data.batch import DECODING_ON_GPU, ON_DISK
 from train.errors import ConfigError
 from train.loop.config import TrainConfig
-from train.methods import PruneConfig
+from train.methods import METHODS, PruneConfig
 from train.network.models import check_model_name
 from train.network.optim import OptimConfig
 from train.renamed import NEW_NAMES, options_with_new_names, with_new_names
@@ -87,15 +87,38 @@ class ModelConfig:
     checkpoint: str | None = None
     """Checkpoint to start from, usually one that launch/prune.py wrote: its network at its widths, with its weights;
     everything else begins anew. null = the full network, freshly initialised."""
+    width: float = 1.0
+    """Begin with this share of the channels of each group in prune.scope, fresh weights: a uniformly thinner network.
+    FLOPs reduction is measured against the full network."""
+    widths: str | None = None
+    """Begin at the widths in this file, with fresh weights: those that a checkpoint ended with, or group name ->
+    channels as JSON or YAML. null = at full width."""
 
     def __post_init__(self) -> None:
-        """Raises ConfigError for an unknown name, ValueError for an empty file name."""
-        if self.checkpoint == "":
-            raise ValueError("checkpoint: found '', allowed: a checkpoint file, or null")
+        """Raises ConfigError for an unknown name, ValueError for settings out of range or in conflict."""
+        for name in ("checkpoint", "widths"):
+            if getattr(self, name) == "":
+                raise ValueError(f"{name}: found '', allowed: a file, or null")
+        if not 0 < self.width <= 1:
+            raise ValueError(f"width: found {self.width!r}, allowed: above 0, up to 1")
+        shapes = {
+            "checkpoint": self.checkpoint,
+            "width": None if self.width == 1 else self.width,
+            "widths": self.widths,
+        }
+        if len(given := [name for name, value in shapes.items() if value is not None]) > 1:
+            raise ValueError(f"{given[1]}: found {shapes[given[1]]!r} beside {given[0]}, allowed: one of them")
         if self.name is None and self.checkpoint is None:
             object.__setattr__(self, "name", "resnet50")
         if self.name is not None:
             check_model_name(self.name)
+
+    @property
+    def narrowed(self) -> str | None:
+        """What report and log call a network that is narrow from its first step; None for the full one."""
+        if self.widths is not None:
+            return f"from scratch at the widths of {self.widths}"
+        return None if self.width == 1 else f"uniformly thinner, width {self.width:g}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +152,12 @@ class RunConfig:
         data, prune = self.data, self.prune
         on_gpu = self.run.device == "cuda" or (self.run.device == "auto" and torch.cuda.is_available())
         of_a_method = [key for key in all_settings() if key.startswith("prune.") and key != "prune.method"]
+        if self.model.width < 1:
+            of_a_method.remove("prune.scope")
         rules = [
             (not prune.shrinks, of_a_method, "prune.method: none"),
+            (prune.shrinks, _of_other_methods(prune.method), f"prune.method: {prune.method}"),
+            (prune.method == "prune_train", ["prune.criterion"], "prune.method: prune_train, which has its own"),
             (prune.criterion != "cup", ["prune.features", "prune.use_bias"], f"prune.criterion: {prune.criterion}"),
             (prune.hard_ramp.kind == "reduction", RAMP_IN_T, "prune.hard_ramp.kind: reduction"),
             (self.optim.schedule == "cosine", ["optim.milestones", "optim.gamma"], "optim.schedule: cosine"),
@@ -235,6 +262,12 @@ def _section(name: str, kind: type[T], values: dict[str, Any]) -> T:
         raise ConfigError(f"{name}.{error}") from error
     except TypeError as error:
         raise ConfigError(f"{name}: a configuration of another version ({error})") from error
+
+
+def _of_other_methods(method: str) -> list[str]:
+    """The settings that only methods other than this one have."""
+    sections = [f"prune.{name}." for name in METHODS if name != method]
+    return [key for key in all_settings() if key.startswith(tuple(sections))]
 
 
 def _entries(value: Any) -> tuple[Any, ...]:

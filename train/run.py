@@ -133,6 +133,7 @@ def _first_line(built: Run, start: Start) -> dict[str, Any]:
         "config": config.to_dict(),
         "model": config.model.name,
         "from": config.model.checkpoint,
+        "narrowed": config.model.narrowed,
         "gpu_hours_before": trainer.progress.gpu_hours_before,
         "method": trainer.method.label,
         "shrinks": config.prune.shrinks,

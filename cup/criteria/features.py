@@ -69,7 +69,7 @@ class GroupFeatures:
         stays, known = block.stays(masks), self._block_grams.get(index)
         if known is not None and np.array_equal(known.stays, stays):
             return False
-        self._block_grams[index] = _BlockGram(stays, _gram(block.rows_CX, stays))
+        self._block_grams[index] = _BlockGram(stays, gram_of(block.rows_CX, stays))
         return True
 
 
@@ -98,8 +98,11 @@ class _BlockGram:
     gram: Gram
 
 
-def _gram(rows_CX: np.ndarray, stays: np.ndarray) -> Gram:
-    """The rows are centred first: |a|² + |b|² - 2ab would cancel digits otherwise."""
+def gram_of(rows_CX: np.ndarray, stays: np.ndarray) -> Gram:
+    """Products of the columns that stay, in float64.
+
+    The rows are centred first: |a|² + |b|² - 2ab would cancel digits otherwise.
+    """
     count = len(rows_CX)
     products_CC, squares_C = np.zeros((count, count)), np.zeros(count)
     for start in range(0, len(stays), CHUNK):

@@ -50,6 +50,15 @@ class Ranking:
         return tuple(np.sort(self.order_C[len(self.order_C) - width :]).tolist())
 
 
+def lowest_first(scores_C: np.ndarray) -> Ranking:
+    """The channel with the lowest score (finite, from 0) goes first, of equals the highest id; heights are the scores.
+
+    Raises CupError as `Ranking` does.
+    """
+    order_C = np.lexsort((-np.arange(len(scores_C)), scores_C))
+    return Ranking(order_C, scores_C[order_C[:-1]])
+
+
 @runtime_checkable
 class Criterion(Protocol):
     """Which channels go first. Any object with this method can be `PlanOptions.criterion`.

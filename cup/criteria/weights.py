@@ -10,9 +10,11 @@ from torch import nn
 from cup.errors import CupError
 from cup.tracing.layers import CONVS, find_layer, weight_dim
 
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
 
 class Weights:
-    """Reads conv and linear layers, each once. The arrays may share memory with the model, so they cannot be written.
+    """Reads conv, linear and batch-norm layers. The arrays may share memory with the model, so they cannot be written.
 
     Layers by dotted name; half precision is read as float32, other types keep their own.
     All methods raise CupError naming the layer whose numbers are not finite.
@@ -45,6 +47,13 @@ class Weights:
         """float64 (O,), None for a layer without."""
         bias = find_layer(self._model, name).bias
         return None if bias is None else self._finished(name, bias.detach().double().cpu().numpy())
+
+    def batch_norm_scale(self, name: str) -> np.ndarray | None:
+        """float64 (O,): a batch norm's factors; None for any other layer, and for a batch norm without them."""
+        layer = find_layer(self._model, name)
+        if not isinstance(layer, _BATCH_NORMS) or layer.weight is None:
+            return None
+        return self._finished(name, layer.weight.detach().double().cpu().numpy())
 
     def _read(self, name: str) -> torch.Tensor:
         layer = find_layer(self._model, name)

@@ -1,10 +1,11 @@
 """Which channels stay: planners that turn rankings into a plan, and the schedules that say when and how hard to cut."""
 
-from cup.planning.cuts import GroupCut, cut_groups, prunable_groups
+from cup.planning.cuts import GroupCut, cut_groups
 from cup.planning.options import PlanOptions, round_up
 from cup.planning.planners import plan_by_counts, plan_by_reduction, plan_by_threshold
 from cup.planning.schedule import has_reached, is_cut_epoch, reduction_at, threshold_at
 from cup.planning.search import REDUCTION_TOLERANCE
+from cup.planning.uniform import uniform_widths, uniform_widths_at
 
 __all__ = [
     "REDUCTION_TOLERANCE",
@@ -16,8 +17,9 @@ __all__ = [
     "plan_by_counts",
     "plan_by_reduction",
     "plan_by_threshold",
-    "prunable_groups",
     "reduction_at",
     "round_up",
     "threshold_at",
+    "uniform_widths",
+    "uniform_widths_at",
 ]

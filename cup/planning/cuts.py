@@ -1,6 +1,6 @@
 """What all planners share: rank every group in network order, and keep the channels that a width leaves."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -9,7 +9,7 @@ from cup.criteria import Ranking, View
 from cup.errors import CupError
 from cup.plan import PrunePlan
 from cup.planning.options import DEFAULT_OPTIONS, PlanOptions, round_up
-from cup.tracing.groups import ChannelGroup, Masks, add_masks, check_groups
+from cup.tracing.groups import ChannelGroup, Masks, add_masks, check_groups, prunable_groups
 
 ChooseWidth = Callable[[ChannelGroup, Ranking], int]
 """How many channels of a ranked group should stay, before rounding to the widths that are allowed."""
@@ -56,11 +56,6 @@ def plan_from(cuts: Sequence[GroupCut], threshold: float | None = None) -> Prune
     """The plan that does these cuts. threshold: the height that they were all made at, if there is one."""
     widths = {cut.group.name: cut.group.width for cut in cuts}
     return PrunePlan({cut.group.name: cut.kept for cut in cuts}, widths, threshold)
-
-
-def prunable_groups(groups: Iterable[ChannelGroup], scope: str = "inner") -> list[ChannelGroup]:
-    """The groups that a planner with this scope cuts, in network order."""
-    return [group for group in groups if not group.frozen and (group.inner or scope == "all")]
 
 
 def some_prunable(groups: Sequence[ChannelGroup], options: PlanOptions) -> list[ChannelGroup]:

@@ -3,13 +3,16 @@
 import itertools
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Literal, get_args
 
-from cup.criteria import CRITERIA, Criterion, Ward
+from cup.criteria import CRITERIA, Criterion
 from cup.criteria.features import FeatureVariant
 from cup.errors import CupError
 from cup.tracing.groups import ChannelGroup
+
+CRITERION_OPTIONS = ("features", "use_bias", "scope")
+"""Options that a criterion may have, too."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +50,14 @@ class PlanOptions:
 
     @property
     def ranker(self) -> Criterion:
-        """The criterion as an object; CUP's by name describes filters by `features` and `use_bias`."""
+        """The criterion as an object; one that is given by name takes over the options that it has itself."""
         if not isinstance(self.criterion, str):
             return self.criterion
         found = CRITERIA[self.criterion]
-        return replace(found, features=self.features, use_bias=self.use_bias) if isinstance(found, Ward) else found
+        if not is_dataclass(found):
+            return found
+        shared = {field.name for field in fields(found)} & set(CRITERION_OPTIONS)
+        return replace(found, **{name: getattr(self, name) for name in shared})
 
     def allowed_widths(self, group: ChannelGroup) -> tuple[int, ...]:
         """The widths that a plan may give the group, ascending; the last one is the width it has."""

@@ -12,10 +12,10 @@ from torch import nn
 from cup.criteria import View
 from cup.errors import CupError
 from cup.plan import PrunePlan
-from cup.planning.cuts import cut_groups, plan_from, prunable_groups
+from cup.planning.cuts import cut_groups, plan_from
 from cup.planning.options import DEFAULT_OPTIONS, PlanOptions
 from cup.planning.search import search_reduction
-from cup.tracing.groups import ChannelGroup, check_groups
+from cup.tracing.groups import ChannelGroup, check_groups, prunable_groups
 
 
 def plan_by_threshold(

@@ -90,6 +90,11 @@ class ChannelGroup:
         return self.producers + self.followers + self.consumers
 
 
+def prunable_groups(groups: Iterable[ChannelGroup], scope: str = "inner") -> list[ChannelGroup]:
+    """The groups that a planner with this scope (of `PlanOptions`) cuts, in network order."""
+    return [group for group in groups if not group.frozen and (group.inner or scope == "all")]
+
+
 def check_groups(model: nn.Module, groups: Sequence[ChannelGroup]) -> None:
     """Raise CupError unless the groups describe the model as it is now, all their places included."""
     for group in groups:

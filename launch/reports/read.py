@@ -49,10 +49,11 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """Dotted key -> value of the resolved configuration; empty for an older log, which lacks it.
 
-        Those of `prune` that a dense run does not use are left out, so that dense runs are equal whatever they say.
+        Those of `prune` that a run does not use are left out, so that dense runs are equal whatever they say.
         """
         flat = _flat(with_new_names(self.first.get("config") or {})[0])
-        return {key: flat[key] for key in flat if self.shrinks or not key.startswith("prune.") or key == "prune.method"}
+        used = ["prune.method"] if self.first["narrowed"] is None else ["prune.method", "prune.scope"]
+        return {key: flat[key] for key in flat if self.shrinks or not key.startswith("prune.") or key in used}
 
     @property
     def seed(self) -> int | None:
@@ -75,13 +76,14 @@ class Run:
     @property
     def is_dense(self) -> bool:
         """Whether savings and drops can be measured against it: it began full and stayed so."""
-        return not self.shrinks and self.first["from"] is None
+        return not self.shrinks and self.first["from"] is None and self.first["narrowed"] is None
 
     @property
     def method(self) -> str:
+        narrowed = self.first["narrowed"]
         if not self.shrinks:
-            return "dense" if self.is_dense else "retrained"
-        name = self.first["method"]
+            return narrowed or ("dense" if self.is_dense else "retrained")
+        name = self.first["method"] + (f", {narrowed}" if narrowed else "")
         return name if self.first["from"] is None else f"{name} on a cut network"
 
     @property
@@ -191,7 +193,7 @@ def differing_settings(groups: list[Group]) -> dict[str, list[Any]]:
 
 def _with_todays_keys(start: dict[str, Any]) -> dict[str, Any]:
     """A run event, of an older log, too: those knew CUP-SS alone, the oldest no run that started from another."""
-    older = {"from": None, "gpu_hours_before": 0.0}
+    older = {"from": None, "narrowed": None, "gpu_hours_before": 0.0}
     if "cup" in start:
         is_reset = ((start.get("config") or {}).get("cup") or {}).get("momentum") == "reset"
         older |= {"shrinks": start["cup"], "method": "CUP-SS (momentum reset)" if is_reset else "CUP-SS"}

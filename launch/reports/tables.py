@@ -168,12 +168,7 @@ def setting(run: Run) -> str:
     if not run.shrinks or not run.settings:
         return ", ".join(words)
     prune = {key.removeprefix("prune."): value for key, value in run.settings.items() if key.startswith("prune.")}
-    target = prune["target_reduction"]
-    if prune["method"] == "hard_ramp" and prune["hard_ramp.kind"] == "reduction":
-        words.append(f"FR {target:g} in a straight line by epoch {prune['last_epoch'] or run.first['epochs']}")
-    elif prune["method"] == "hard_ramp":
-        words += [f"k {prune['hard_ramp.slope']:g}, b {prune['hard_ramp.offset']:g}"]
-        words.append(f"stop at FR {target:g}" if target else "no stop")
+    words += _how_deep(prune, prune["last_epoch"] or run.first["epochs"])
     if prune["every"] != 1:
         words.append(f"every {prune['every']} epochs")
     if prune["round_to"] != 1:
@@ -207,6 +202,21 @@ def markdown(rows: list[Row]) -> str:
         cells = [cell.replace("|", "\\|") for cell in cells]  # a folder may be called so
         lines.append(f"| {' | '.join([*cells, *cells_of(row).values()])} |")
     return "\n".join(lines) + "\n"
+
+
+def _how_deep(prune: dict[str, Any], last_epoch: int) -> list[str]:
+    """What a method was told of how much should go, in a few words. prune: the settings without their prefix."""
+    method, target = prune["method"], prune["target_reduction"]
+    stop = f"stop at FR {target:g}" if target else "no stop"
+    if method == "hard_ramp" and prune["hard_ramp.kind"] == "reduction":
+        return [f"FR {target:g} in a straight line by epoch {last_epoch}"]
+    if method == "hard_ramp":
+        return [f"k {prune['hard_ramp.slope']:g}, b {prune['hard_ramp.offset']:g}", stop]
+    if method == "soft_rate":
+        return [f"FR {target:g}" if target else f"{prune['soft_rate.rate']:.0%} of each layer"]
+    if method == "prune_train":
+        return [f"penalty {prune['prune_train.share']:.0%}", stop]
+    return [f"FR {target:g}"] if method == "early" else []
 
 
 def telling(rows: Sequence[Row], *always: str) -> list[str]:

@@ -78,6 +78,21 @@ def test_another_criterion_is_chosen_by_name(tmp_path: Path):
     assert plan.digest() == by_l1.digest() != cup.plan_by_reduction(network.model, groups, 2.0).digest()
 
 
+@pytest.mark.parametrize("criterion", list(cup.CRITERIA))
+def test_every_criterion_cuts_in_one_shot(tmp_path: Path, criterion: str):
+    write_network(tmp_path / "full.pt", "resnet20_cifar")
+    arguments = ["--criterion", criterion, "--reduction", "2", "--out", str(tmp_path / "cut.pt")]
+    assert prune.main([str(tmp_path / "full.pt"), *arguments]) == 0
+    cut = load_network(tmp_path / "cut.pt")
+    assert 2 <= cut.dense.flops / cup.complexity(cut.model, cut.architecture.example_input()).flops <= 2.02
+
+
+def test_a_criterion_that_cannot_rank_the_network_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture):
+    write_network(tmp_path / "full.pt")
+    line = error_of([str(tmp_path / "full.pt"), "--criterion", "bn_scale", "--t", "1"], capfd)
+    assert "no batch norm with factors follows conv1" in line
+
+
 @pytest.mark.parametrize("text", ['{"conv1": 5, "fc1": 100}', "conv1: 5\nfc1: 100\n"], ids=["JSON", "YAML"])
 def test_by_counts_the_named_groups_get_those_widths(tmp_path: Path, text: str):
     write_network(tmp_path / "full.pt")

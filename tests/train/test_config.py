@@ -43,10 +43,37 @@ def test_a_recipe_replaces_the_default_one(tmp_path: Path):
         (["--prune.target_reduction", "null"], ["prune.target_reduction", "None", "kind: reduction needs it"]),
         (["--prune.target_reduction", "much"], ["prune.target_reduction", "'much'", "a number or null"]),
         (["--model.name", "resnet51"], ["model.name", "'resnet51'", "resnet50"]),
-        (["--model.checkpoint", ""], ["model.checkpoint", "''", "a checkpoint file"]),
+        (["--model.checkpoint", ""], ["model.checkpoint", "''", "a file"]),
+        (["--model.widths", ""], ["model.widths", "''", "a file"]),
+        (["--model.width", "0"], ["model.width", "0", "above 0, up to 1"]),
+        (["--model.width", "1.5"], ["model.width", "1.5", "above 0, up to 1"]),
+        (["--model.width", "0.5", "--model.widths", "x"], ["model.widths", "'x' beside width", "one of them"]),
+        (["--model.checkpoint", "x", "--model.width", "0.5"], ["model.width", "0.5 beside checkpoint", "one of them"]),
         (["--model.checkpont", "cut.pt"], ["model.checkpont", "unknown key", "did you mean model.checkpoint?"]),
         (["--cup.slop", "1"], ["cup.slop", "unknown key", "did you mean prune.hard_ramp.slope?"]),
-        (["--prune.method", "magic"], ["prune.method", "'magic'", "none, hard_ramp"]),
+        (["--prune.method", "magic"], ["prune.method", "'magic'", "none, hard_ramp, soft_rate, prune_train, early"]),
+        (["--prune.method", "soft_rate", "--prune.soft_rate.rate", "1"], ["prune.soft_rate.rate", "1", "below 1"]),
+        (
+            ["--prune.method", "soft_rate", "--prune.soft_rate.rate", "0.3"],
+            ["prune.soft_rate.rate", "rate 0.3 and target_reduction 2.0", "one of them"],
+        ),
+        (
+            ["--prune.method", "soft_rate", "--prune.target_reduction", "null"],
+            ["prune.soft_rate.rate", "rate None and target_reduction None", "one of them"],
+        ),
+        (["--prune.prune_train.share", "1"], ["prune.prune_train.share", "1", "below 1"]),
+        (["--prune.prune_train.below", "0"], ["prune.prune_train.below", "0", "above 0"]),
+        (["--prune.early.patience", "0"], ["prune.early.patience", "0", "from 1"]),
+        (["--prune.early.similarity", "2"], ["prune.early.similarity", "2", "up to 1"]),
+        (["--prune.early.first_epoch", "0"], ["prune.early.first_epoch", "0", "from 1"]),
+        (
+            ["--prune.method", "early", "--prune.early.first_epoch", "3", "--prune.last_epoch", "2"],
+            ["prune.early.first_epoch", "3", "up to last_epoch (2)"],
+        ),
+        (
+            ["--prune.method", "early", "--prune.target_reduction", "null"],
+            ["prune.target_reduction", "None", "prune.method: early needs it"],
+        ),
         (["--prune.criterion", "l7"], ["prune.criterion", "'l7'", "cup, l1"]),
         (["--prune.hard_ramp", "1"], ["prune.hard_ramp", "settings"]),
         (["--prune.hard_ramp.slope", "-1"], ["prune.hard_ramp.slope", "-1", "from 0"]),
@@ -113,6 +140,13 @@ def test_a_setting_without_effect_is_named():
         "no effect with prune.method: none: prune.target_reduction, prune.last_epoch, prune.hard_ramp.kind",
         "no effect with optim.schedule: cosine: optim.gamma",
     ]
+    notes = parse("--prune.method", "prune_train", "--prune.criterion", "l1", "--prune.early.patience", "9")
+    assert notes.without_effect() == [
+        "no effect with prune.method: prune_train: prune.hard_ramp.kind, prune.early.patience",
+        "no effect with prune.method: prune_train, which has its own: prune.criterion",
+    ]
+    thin = parse("--prune.method", "none", "--prune.scope", "all", "--model.width", "0.5").without_effect()
+    assert not any("prune.scope" in note for note in thin)
     notes = parse("--data.flip", "0.1", "--data.grow_epochs", "2", "--data.randaugment_ops", "3").without_effect()
     assert notes == [
         "no effect with data.loader: synthetic: data.flip, data.randaugment_ops",

@@ -99,6 +99,8 @@ def train_epoch(
                 before_first_step(batch)
             images, labels = loop.mix(batch.images, batch.labels)
             loss = training_step(state, images, labels, loop.config, loop.guard, loop.method)
+            if loop.method.wants_loss:
+                loop.method.saw_loss(loop.world.all_reduce(loss.clone()).item() / loop.world.size)
             if loop.guard is not None:
                 loss = loop.guard.counted(loss)
                 so_far.skipped += loop.guard.unfit

@@ -3,9 +3,12 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from train.methods.early import Early, EarlyConfig
 from train.methods.hard_ramp import HardRamp, HardRampConfig
 from train.methods.method import Dense, Method
 from train.methods.options import SharedOptions
+from train.methods.prune_train import PruneTrain, PruneTrainConfig
+from train.methods.soft_rate import SoftRate, SoftRateConfig
 
 Measured = Mapping[str, Sequence[int]]
 """Group -> the widths that are worth having on the device, ascending."""
@@ -17,8 +20,13 @@ class PruneConfig(SharedOptions):
 
     method: str = "hard_ramp"
     """none = train the dense network; hard_ramp = cut at the start of an epoch, deeper each time (with the criterion
-    cup this is CUP-SS, which the authors' slides call CUP-RF)."""
+    cup this is CUP-SS, which the authors' slides call CUP-RF); soft_rate = zero a share of every layer's filters after
+    each epoch, remove them at the end (SFP with the criterion l2, FPGM with gm); prune_train = a penalty empties
+    channels, and empty ones go (PruneTrain); early = cut once, when the widths that would be chosen have settled."""
     hard_ramp: HardRampConfig = field(default_factory=HardRampConfig)
+    soft_rate: SoftRateConfig = field(default_factory=SoftRateConfig)
+    prune_train: PruneTrainConfig = field(default_factory=PruneTrainConfig)
+    early: EarlyConfig = field(default_factory=EarlyConfig)
 
     def __post_init__(self) -> None:
         """Raises ValueError or CupError naming the field, the value found and what is allowed."""
@@ -35,6 +43,9 @@ class PruneConfig(SharedOptions):
 METHODS: dict[str, Callable[[PruneConfig, int, Measured | None], Method]] = {
     "none": lambda config, epochs, measured: Dense(),
     "hard_ramp": lambda config, epochs, measured: HardRamp(config.hard_ramp, config, epochs, measured),
+    "soft_rate": lambda config, epochs, measured: SoftRate(config.soft_rate, config, epochs, measured),
+    "prune_train": lambda config, epochs, measured: PruneTrain(config.prune_train, config, epochs, measured),
+    "early": lambda config, epochs, measured: Early(config.early, config, epochs, measured),
 }
 """Name -> what makes the method from (configuration, epochs of the run, measured widths)."""
 

@@ -9,6 +9,7 @@ from typing import Literal
 
 import cup
 from cup import PrunePlan, View
+from train.methods.landing import has_landed, plan_to_reduction, plan_to_threshold
 from train.methods.method import Action, Method
 from train.methods.options import SharedOptions
 
@@ -58,8 +59,7 @@ class HardRamp(Method):
         self.label = name + (" (momentum reset)" if shared.momentum == "reset" else "")
 
     def may_act(self, epoch: int, view: View) -> bool:
-        reached = self._target is not None and cup.has_reached(view.reduction, self._target, cup.REDUCTION_TOLERANCE)
-        return cup.is_cut_epoch(epoch, self._every, self._last_epoch) and not reached
+        return cup.is_cut_epoch(epoch, self._every, self._last_epoch) and not has_landed(view, self._target)
 
     def epoch_start(self, epoch: int, view: View) -> Action | None:
         plan = self._plan(epoch, view) if self.may_act(epoch, view) else None
@@ -68,15 +68,6 @@ class HardRamp(Method):
     def _plan(self, epoch: int, view: View) -> PrunePlan | None:
         if self._config.kind == "reduction":
             goal = cup.reduction_at(epoch, self._target, self._last_epoch)
-            return self._plan_to(goal, view) if goal > view.reduction else None
+            return plan_to_reduction(view, goal, self._options) if goal > view.reduction else None
         t = cup.threshold_at(epoch, self._config.slope, self._config.offset)
-        if t <= 0:
-            return None
-        plan = cup.plan_by_threshold(view.model, view.groups, t, self._options)
-        if self._target is None:
-            return plan
-        reduction = view.dense.flops / cup.flops_after(view.model, view.groups, plan, view.now)
-        return self._plan_to(self._target, view) if reduction > self._target * (1 + cup.REDUCTION_TOLERANCE) else plan
-
-    def _plan_to(self, reduction: float, view: View) -> PrunePlan:
-        return cup.plan_by_reduction(view.model, view.groups, reduction, self._options, dense_flops=view.dense.flops)
+        return plan_to_threshold(view, t, self._target, self._options) if t > 0 else None

@@ -30,8 +30,13 @@ class Method:
     label: str = "method"
     """What log, report and curves call it."""
 
+    def begin(self, view: View) -> None:
+        """The network as the run begins, or as it goes on, at its stored widths. Called once, on all ranks, first."""
+
     def may_act(self, epoch: int, view: View) -> bool:
-        """Whether `epoch_start` of `epoch` may want something, as things stand. Called by any rank; changes nothing.
+        """Whether widths may change right before `epoch`: at its start, or at the end of the epoch before it.
+
+        As things stand when it is called, by any rank; changes nothing.
 
         Blocks are compiled only where the widths are sure to stay (train/network/compiling.py), so a method that has
         come to its end says False.
@@ -62,12 +67,20 @@ class Method:
         The ranks' gradients are reduced already. In fp16 they are still scaled, so multiply them and add nothing.
         """
 
+    @property
+    def wants_loss(self) -> bool:
+        """Whether `saw_loss` is to be called after the next step. The same on all ranks; waiting for it costs time."""
+        return False
+
+    def saw_loss(self, loss: float) -> None:
+        """The loss of the step that has just been made, the mean over all ranks, without the penalty. On all ranks."""
+
     def state_dict(self) -> dict[str, Any]:
         """Plain data and CPU tensors for the checkpoint. Called on rank 0 alone."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave. Called on all ranks, with the network at its stored widths."""
+        """Go on from what `state_dict` gave. Called on all ranks, after `begin`."""
 
 
 class Dense(Method):

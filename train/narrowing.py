@@ -1,0 +1,53 @@
+"""Networks that are narrow from their first step: the controls of every pruning method.
+
+They begin as the full network with its first channels alone, so FLOPs reduction is measured against the full one.
+"""
+
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import cup
+from cup import ChannelGroup, CupError, PlanOptions, PrunePlan
+from train.checkpoint.file import load_checkpoint
+from train.checkpoint.network import stored_architecture, stored_plans
+from train.config import ModelConfig
+from train.errors import ConfigError
+from train.prune import read_counts
+
+
+def plan_narrowing(
+    config: ModelConfig, groups: Sequence[ChannelGroup], scope: Literal["inner", "all"]
+) -> PrunePlan | None:
+    """The plan that brings the full network to `model.width` or `model.widths`; None where neither is asked for.
+
+    groups: of the full network. Raises ConfigError for a file that is not about this network, CupError where nothing
+    may be narrowed.
+    """
+    if config.widths is None:
+        if config.width == 1:
+            return None
+        return cup.plan_first_channels(groups, cup.uniform_widths(groups, 1 - config.width, PlanOptions(scope=scope)))
+    try:
+        return cup.plan_first_channels(groups, read_widths(Path(config.widths), config.name))
+    except CupError as error:
+        raise ConfigError(f"model.widths: {config.widths}: {error}") from error
+
+
+def read_widths(path: Path, network: str) -> Mapping[str, int]:
+    """Group -> channels: those that a checkpoint of this network ended with, or what a JSON or YAML file says.
+
+    Raises ConfigError for another network's checkpoint and for a file that holds no widths.
+    """
+    if not zipfile.is_zipfile(path):
+        return read_counts(path)
+    content = load_checkpoint(path)
+    if (found := stored_architecture(content).name) != network:
+        raise ConfigError(f"model.widths: {path} holds {found}, allowed: a checkpoint of {network}")
+    widths: dict[str, int] = {}
+    for plan in stored_plans(content):
+        widths |= plan.new_widths
+    if not widths:
+        raise ConfigError(f"model.widths: {path} holds the full network, which was never cut")
+    return widths
