@@ -358,7 +358,7 @@ def _build_compiler(config: RunConfig, method: Method, parts: _Parts) -> BlockCo
 
 def _join_ranks(state: TrainState, stored: dict[str, Any] | None, world: World) -> None:
     """Wrap the network in DDP, once all ranks are known to start from the same bits: DDP would not notice."""
-    digests = world.all_gather(state_digest(state))
+    digests = world.all_gather(world.on_every_rank(lambda: state_digest(state)))
     if len(set(digests)) > 1:
         raise TrainError(f"the ranks do not start from equal weights ({digests}): do all run the same versions?")
     if stored is not None:

@@ -220,7 +220,8 @@ def _resizes(run: Run) -> Table:
     speed = {line["epoch"]: line["images_per_s"] for line in run.epochs if "images_per_s" in line}
     lines = []
     for event in run.resizes:
-        epoch, t = event["epoch"], event["threshold"]
+        # The first epoch that trains at the new widths; older logs know cuts at the starts of epochs alone.
+        epoch, t = event["epoch"] + (event.get("when") == "end"), event["threshold"]
         around = [speed.get(epoch - 1), speed.get(epoch)]
         lines.append(
             Line(

@@ -12,6 +12,7 @@ import pytest
 import torch
 from launching import ALONE, EVERY_STEP, TINY, broken_off, events, interrupted, numbers, train, write_image_folder
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 
 from data import DataError
 from launch import evaluate
@@ -403,3 +404,25 @@ def test_a_training_set_that_has_changed_since_the_checkpoint_is_said(
     assert any("stored by 2" in note for note in notes) == (ranks == 2)
     assert not any("augmentation draws other numbers than before" in note for note in notes)
     assert events(log, "done")[0]["steps"] == 4 + 1 + 5
+
+
+class Blurred(nn.Module):
+    """Has a buffer that no state dict holds, as timm's BlurPool2d."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.fc = nn.Conv2d(1, 8, 5, stride=4), nn.BatchNorm2d(8), nn.Linear(8 * 36, 10)
+        self.register_buffer("blur", torch.tensor(0.5), persistent=False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.fc((self.norm(self.conv(images)) * self.blur).flatten(1))
+
+
+def test_buffers_that_no_state_dict_holds_are_no_part_of_a_checkpoint_in_mid_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("train.build.build_model", lambda name, num_classes: Blurred())
+    monkeypatch.setattr("train.loop.watch.MOST_STEPS", 1)
+    settings = {**EVERY_STEP, "prune__method": "none", "train__ema_decay": 0.9}
+    undisturbed = train(tmp_path / "a", **settings)
+    assert numbers(interrupted(tmp_path / "b", monkeypatch, 7, **settings)) == numbers(undisturbed)

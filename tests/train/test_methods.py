@@ -13,6 +13,7 @@ import cup
 from cup import CRITERIA, ChannelGroup, Ranking, View
 from launch.reports.read import read_run
 from train.checkpoint.file import load_checkpoint
+from train.checkpoint.network import stored_plans
 from train.loop.config import TrainConfig
 from train.loop.step import training_step
 from train.methods import METHODS, Action, Method
@@ -96,14 +97,8 @@ def test_a_method_and_a_criterion_from_outside_act_at_the_ends_of_epochs(tmp_pat
     assert read_run(tmp_path / "tiny").method == "toy"
     stored = load_checkpoint(tmp_path / "tiny/last.pt")
     assert stored["method"] == {"name": "toy", "state": {"acted_on": [True, True, False], "steps": 16}}
-    [plan] = cup_plans(stored)
+    [plan] = stored_plans(stored)
     assert plan.kept["conv2"] == tuple(range(25)), "what the toy criterion keeps"
-
-
-def cup_plans(stored: dict[str, Any]) -> list[cup.PrunePlan]:
-    from train.checkpoint.network import stored_plans
-
-    return stored_plans(stored)
 
 
 @pytest.mark.parametrize("at_step", [3, 6, 11, 14], ids=["soft", "zeroed once", "about to be cut", "cut"])
@@ -168,6 +163,25 @@ def test_a_penalty_counts_once_a_step_and_gradients_are_changed_before_they_are_
     assert logged == pytest.approx(loss.item()), "the loss is logged without the penalty"
     for parameter, weight, part in zip(model.parameters(), weights, expected, strict=True):
         torch.testing.assert_close(parameter.detach(), weight - 0.5 * part / 2, atol=1e-6, rtol=1e-5)
+
+
+def test_the_console_tells_of_cuts_without_a_threshold_and_of_zeroed_filters(
+    tmp_path: Path, toys: None, capsys: pytest.CaptureFixture
+):
+    train(tmp_path, **SETTINGS)
+    said = capsys.readouterr().out
+    assert "zeroed at the end of epoch 1: 25 channels, shapes stay" in said
+    assert "resize at the end of epoch 3: 25 channels removed, FR 1.00 ->" in said
+    assert "epoch   4/4" in said and "cannot be written" not in said
+
+
+def test_a_method_whose_state_could_not_be_read_again_fails_at_the_first_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(METHODS, "toy", lambda config, epochs, measured: SoftThenHard(epochs, "cup"))
+    monkeypatch.setattr(SoftThenHard, "state_dict", lambda self: {"mean": [np.float64(0.5)]})
+    with pytest.raises(TypeError, match=r"SoftThenHard.state_dict\(\) must hold plain data and CPU tensors alone"):
+        train(tmp_path, prune__method="toy", train__epochs=1, prune__last_epoch=1)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from train.log.rundir import RunDir
 from train.loop.nonfinite import AFTER_NONFINITE
 from train.loop.progress import Progress
 from train.loop.trainer import Trainer
+from train.methods import Method
 from train.network.models import Architecture
 from train.network.widths import AllowedWidths
 
@@ -53,26 +54,26 @@ class Saver:
     def save(self, trainer: Trainer, is_best: bool) -> None:
         """Write `last`, and `best` where it is. All ranks call it, between two steps.
 
-        What cannot be written is noted, once, and tried again the next time: `failure` says so meanwhile. Where that is
-        `best`, `trainer.progress` goes back to the best that could be written. Raises TrainError, on all ranks, if the
-        weights are not finite.
+        A failed write is noted once and tried again at the next save; `failure` holds the reason meanwhile. If best.pt
+        failed, `trainer.progress` goes back to the best that it holds. Raises TrainError, on all ranks, if the weights
+        are not finite.
         """
         world = trainer.world
-        ranks = world.all_gather(_state_of_rank(trainer))
+        ranks = world.all_gather(world.on_every_rank(lambda: _state_of_rank(trainer)))
         failed_before = bool(self.failure)
         written = world.on_rank_zero(lambda: self._write(trainer, ranks, is_best))
         self.failure = "; ".join(written["failures"])
         if written["best"]:
             self._best = _best(trainer.progress)
         elif is_best:  # so that the next one that beats what lies in best.pt takes its place
-            vars(trainer.progress).update(self._best)
+            trainer.progress.best_top1, trainer.progress.best_top5 = self._best.values()
         trainer.watch.saved()
         if bool(self.failure) != failed_before:
             message = f"{self.failure}; training goes on" if self.failure else "checkpoints can be written again"
             trainer.sinks.note(message, trainer.ledger.total_s)
 
     def _write(self, trainer: Trainer, ranks: list[dict[str, Any]], is_best: bool) -> dict[str, Any]:
-        """On rank 0; returns whether `best` was written, and why what could not be written could not."""
+        """On rank 0; returns whether best.pt was written, and the errors."""
         if not all(bool(torch.isfinite(parameter).all()) for parameter in trainer.state.model.parameters()):
             raise TrainError(f"the weights are not finite after step {trainer.progress.step}: {AFTER_NONFINITE}")
         wrote_best, failures = False, []
@@ -106,7 +107,7 @@ class Saver:
             "plans": plans_to_store(trainer.resizer.plans),
             "widths": trainer.resizer.widths,
             "allowed_widths": self._allowed_widths,
-            "method": {"name": self._config.prune.method, "state": trainer.method.state_dict()},
+            "method": {"name": self._config.prune.method, "state": _plain_state(trainer.method)},
             "progress": dict(vars(trainer.progress)),
             "batch_size": self._global_batch_size,
             "gpu_hours": None if before is None else before + trainer.ledger.gpu_hours(trainer.ledger.total_s),
@@ -144,11 +145,33 @@ def _state_of_rank(trainer: Trainer) -> dict[str, Any]:
 
 
 def running_statistics(module: nn.Module | None) -> dict[str, torch.Tensor]:
-    """Name -> floating-point buffer."""
-    named = () if module is None else module.named_buffers()
-    return {name: buffer for name, buffer in named if buffer.is_floating_point()}
+    """Name -> floating-point buffer, of those that a state dict holds."""
+    if module is None:
+        return {}
+    stored = module.state_dict().keys()
+    return {name: buffer for name, buffer in module.named_buffers() if name in stored and buffer.is_floating_point()}
 
 
 def _with_means(weights: dict[str, torch.Tensor], buffers: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """The weights with the mean of the ranks' running statistics, which is what an evaluation takes."""
     return weights | {name: sum(own[name] for own in buffers) / len(buffers) for name in buffers[0]}
+
+
+def _plain_state(method: Method) -> dict[str, Any]:
+    """A method's state. Raises TypeError for one that a resume could not read."""
+    state = method.state_dict()
+    if not _is_plain(state):
+        raise TypeError(
+            f"{type(method).__name__}.state_dict() must hold plain data and CPU tensors alone: found {state}"
+        )
+    return state
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) is dict:
+        return all(type(key) in (str, int) and _is_plain(entry) for key, entry in value.items())
+    if type(value) in (list, tuple):
+        return all(map(_is_plain, value))
+    if isinstance(value, torch.Tensor):
+        return value.device.type == "cpu"
+    return value is None or type(value) in (str, int, float, bool)

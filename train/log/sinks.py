@@ -215,6 +215,8 @@ class TensorBoard:
         elif event["event"] == "resize":
             self._add("cup/removed(channels)", sum(event["removed"].values()), event)
             self._add("cup/resize(s)", event["seconds"], event)
+        elif event["event"] == "zero":
+            self._add("cup/zeroed(channels)", sum(event["removed"].values()), event)
 
     def _write_epoch(self, event: Event) -> None:
         for tag, key, factor in self.SCALARS:
@@ -309,9 +311,15 @@ class ConsoleSink:
 
     def _write_resize(self, event: Event) -> None:
         self._print(
-            f"  resize before epoch {event['epoch']}: t {event['threshold']:.3f}, {sum(event['removed'].values())} "
-            f"channels gone, FR {event['flops_reduction_before']:.2f} -> {event['flops_reduction_after']:.2f} "
+            f"  resize at the {event['when']} of epoch {event['epoch']}: {_depth(event)} removed, FR "
+            f"{event['flops_reduction_before']:.2f} -> {event['flops_reduction_after']:.2f} "
             f"in {event['seconds']:.2f} s, all ranks at {event['digest'][:12]}"
+        )
+
+    def _write_zero(self, event: Event) -> None:
+        self._print(
+            f"  zeroed at the {event['when']} of epoch {event['epoch']}: {_depth(event)}, shapes stay, "
+            f"all ranks at {event['digest'][:12]}"
         )
 
     def _write_epoch(self, event: Event) -> None:
@@ -336,3 +344,9 @@ class ConsoleSink:
             f"{'GPU' if event['device'] == 'cuda' else 'process'} hours"
         )
         self._print(f"log, curves and checkpoints: {event['directory']}")
+
+
+def _depth(event: Event) -> str:
+    """How deep a cut was: its height, where it had one, and channels."""
+    t = event["threshold"]
+    return ("" if t is None else f"t {t:.3f}, ") + f"{sum(event['removed'].values())} channels"

@@ -17,7 +17,8 @@ Every function here is called by all ranks.
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 
@@ -48,7 +49,7 @@ def fit(trainer: Trainer) -> dict[str, Any]:
     """
     for epoch in range(trainer.progress.epoch + 1, trainer.config.epochs + 1):
         if trainer.so_far is None:
-            outcome = _act(trainer, epoch, lambda view, epoch=epoch: trainer.method.epoch_start(epoch, view))
+            outcome = _act(trainer, epoch, "start", partial(trainer.method.epoch_start, epoch))
             threshold = None if outcome is None else outcome.action.plan.threshold
             trainer.so_far = EpochSoFar.beginning(trainer.ledger, trainer.world.device, threshold)
         loss, images_per_s = _train(trainer, epoch)
@@ -194,7 +195,7 @@ def _finish_training(trainer: Trainer, epoch: int) -> None:
     if state.ema is not None:
         world.average_buffers(state.ema)
         state.ema.copy_counters(state.model)
-    _act(trainer, epoch, lambda view: trainer.method.epoch_end(epoch, view))
+    _act(trainer, epoch, "end", partial(trainer.method.epoch_end, epoch))
     trainer.so_far.is_trained = True
 
 
@@ -207,8 +208,8 @@ def _evaluate(trainer: Trainer, epoch: int) -> Evaluation:
         )
 
 
-def _act(trainer: Trainer, epoch: int, decide: Decide) -> Outcome | None:
-    """Carry out what the method decides, and write what was done."""
+def _act(trainer: Trainer, epoch: int, when: Literal["start", "end"], decide: Decide) -> Outcome | None:
+    """Carry out what the method decides at the start or the end of an epoch, and write what was done."""
     ledger, progress = trainer.ledger, trainer.progress
     started = ledger.seconds["resize"]
     with ledger.charge("resize"):
@@ -235,6 +236,7 @@ def _act(trainer: Trainer, epoch: int, decide: Decide) -> Outcome | None:
             "event": "zero" if outcome.action.soft else "resize",
             "time_s": ledger.total_s,
             "epoch": epoch,
+            "when": when,
             "step": progress.step,
             "threshold": plan.threshold,
             "flops_reduction_before": outcome.reduction_before,
