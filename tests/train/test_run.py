@@ -10,6 +10,7 @@ from launching import ALONE, TINY, events, interrupted, numbers, train, write_im
 from torch import nn
 
 from cup import CupError
+from train.checkpoint.file import save_checkpoint
 from train.config import parse_config
 from train.errors import TrainError
 from train.evaluate import evaluate_checkpoint
@@ -194,7 +195,7 @@ def test_a_resume_on_another_number_of_ranks_says_what_differs_and_counts_the_ho
     stored = torch.load(path, weights_only=True)
     stored["ranks"][0]["ledger"]["rank_s"] *= 2
     stored["ranks"] *= 2
-    torch.save(stored, path)
+    save_checkpoint(path, stored)
     log = tmp_path / "tiny/log.jsonl"
     log.write_text("".join(json.dumps(event) + "\n" for event in read_log(log)[:-1]))
     again = train(tmp_path, train__epochs=3)
