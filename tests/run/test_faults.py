@@ -402,6 +402,7 @@ def test_files_that_take_more_than_they_are_end_in_a_line(tmp_path: Path, capfd:
             assert main(arguments) == 1
             [line] = [line for line in capfd.readouterr().err.splitlines() if line]
             assert Path(name).name in line
+            assert ("not a regular file" in line) == (name in ("pipe.pt", "/dev/zero"))
 
 
 @pytest.mark.parametrize(
