@@ -71,6 +71,7 @@ EVENTS = {
         "device": str,
     },
     "resize": {
+        "when": str,
         "epoch": EPOCH,
         "step": int,
         "threshold": float | None,
