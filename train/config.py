@@ -23,6 +23,7 @@ from cup import CupError
 from data import DataConfig
 from data.batch import DECODING_ON_GPU, ON_DISK
 from train.errors import ConfigError
+from train.log.rundir import NAME
 from train.loop.config import TrainConfig
 from train.methods import METHODS, PruneConfig
 from train.network.models import check_model_name
@@ -64,7 +65,7 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the field, the value found and what is allowed."""
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
+        if not re.fullmatch(NAME, self.name):
             raise ValueError(f"name: found {self.name!r}, allowed: letters, digits, '.', '_' and '-', no slashes")
         checks = [
             ("seed", 0 <= self.seed < 2**32, "a whole number from 0, below 2**32"),

@@ -14,7 +14,10 @@ from cup import ChannelGroup, Complexity, PrunePlan
 from train.checkpoint.network import StoredNetwork
 from train.checkpoint.weights import Weights, load_weights, read_weights_file
 from train.errors import ConfigError
+from train.files import read_bounded
 from train.network.models import Architecture, build_model, native_input_shape
+
+MOST_COUNTS_BYTES = 1 << 24
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,8 +60,8 @@ def network_from_weights(name: str, path: Path, num_classes: int | None, image_s
 def read_counts(path: Path) -> dict[str, int]:
     """Group name -> channels from a JSON or YAML file. Raises ConfigError for anything else."""
     try:
-        counts = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        counts = yaml.safe_load(read_bounded(path, MOST_COUNTS_BYTES).decode())
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read the counts in {path}: {error}") from error
     if not isinstance(counts, dict) or not counts:
         raise ConfigError(f"{path}: found no counts, allowed: group names with their channels, as JSON or YAML")

@@ -1,11 +1,16 @@
 """Settings whose names have changed: recipes, command lines and stored configurations of earlier versions are read."""
 
 import copy
+import errno
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from train.errors import ConfigError
+from train.files import read_bounded
+
+MOST_RECIPE_BYTES = 1 << 20
 UNCHANGED = ("target_reduction", "last_epoch", "every", "round_to", "min_channels", "features", "use_bias", "scope")
 NEW_NAMES = {
     "cup.enabled": "prune.method",
@@ -37,11 +42,20 @@ def with_new_names(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def recipe_with_new_names(recipe: str) -> tuple[str, list[str]]:
-    """What --config reads: the recipe's path, or its content as YAML with today's names where it has older ones."""
+    """What --config reads: the recipe's path, or its content as YAML with today's names where it has older ones.
+
+    Raises ConfigError for what the parser would read for ever, or not survive.
+    """
     try:
-        values = yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        values = yaml.safe_load(read_bounded(Path(recipe), MOST_RECIPE_BYTES).decode())
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.EFBIG):
+            raise ConfigError(f"--config: found {recipe}, allowed: a recipe, a YAML file ({error.strerror})") from error
         return recipe, []  # the parser reports what is wrong with it
+    except RecursionError as error:
+        raise ConfigError(f"--config: found {recipe}, which is nested too deep, allowed: a recipe") from error
+    except (UnicodeDecodeError, yaml.YAMLError):
+        return recipe, []
     if not isinstance(values, dict):
         return recipe, []
     values, renamed = with_new_names(values)

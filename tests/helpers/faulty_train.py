@@ -68,7 +68,7 @@ def install(fault: str) -> None:
     elif fault == "a bug":
 
         def fail(self, state, plan):
-            raise LookupError("nothing of this name on this rank")
+            raise AssertionError("a bug on this rank")
 
         Resizer._cut = fail
 

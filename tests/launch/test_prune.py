@@ -14,7 +14,7 @@ from scipy.cluster.hierarchy import leaves_list
 import cup
 from launch import evaluate, prune
 from launch.dendrogram import cut_height, leaf_order
-from train.checkpoint.file import load_checkpoint
+from train.checkpoint.file import load_checkpoint, save_checkpoint
 from train.checkpoint.network import load_network
 from train.network.models import build_model
 
@@ -239,7 +239,7 @@ def test_a_wrong_command_is_one_line_and_writes_nothing(
     Path("counts").write_text('{"conv1": 5}')
     content = load_checkpoint(Path("full.pt"))
     content["model"]["conv2.weight"][0, 0, 0, 0] = float("nan")
-    torch.save(content, "nan.pt")
+    save_checkpoint(Path("nan.pt"), content)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     line = error_of(arguments, capfd, exit_code)
     assert all(word in line for word in words), line

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import stat
 import time
 import zipfile
@@ -283,9 +282,7 @@ def test_attempts_that_are_killed_before_their_first_word_count(tmp_path: Path, 
             Attempt(["--run.root", str(tmp_path / "runs"), "--run.name=tiny"], TINY)
             time.sleep(60)
             os._exit(1)
-        while not list((tmp_path / "runs").glob(f".tiny.starting-*-{pid}")):
-            time.sleep(0.01)
-        time.sleep(1.5)
+        time.sleep(1.7)
         os.kill(pid, 9)
         os.waitpid(pid, 0)
     outside = time.time() - began
@@ -298,10 +295,17 @@ def test_attempts_that_are_killed_before_their_first_word_count(tmp_path: Path, 
 
 def test_the_seconds_before_the_last_word_are_not_counted_twice(tmp_path: Path):
     word = {"began": 1000.0, "alive": 1030.0, "ranks": 2}
-    (tmp_path / f".run.starting-{socket.gethostname()}-1").write_text(json.dumps(word))
-    (tmp_path / f".run.starting-{socket.gethostname()}-2").write_text(json.dumps(word | {"alive": 1040.0}))
+    (tmp_path / ".run.starting-1").write_text(json.dumps(word))
+    (tmp_path / ".run.starting-2").write_text(json.dumps(word | {"alive": 1040.0}))
     unheard = unheard_seconds(tmp_path, "run", heard_at=1010.0)
     assert (unheard.wall_s, unheard.rank_s) == (30.0, 60.0)
+
+
+def test_a_name_that_is_none_writes_nowhere(tmp_path: Path):
+    (tmp_path / "runs").mkdir()
+    for name in ("/../../victim", "", "a/b"):
+        Attempt(["--run.root", str(tmp_path / "runs"), f"--run.name={name}"], TINY).end()
+        assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_torchrun_s_own_start_is_part_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -398,6 +402,7 @@ def test_files_that_take_more_than_they_are_end_in_a_line(tmp_path: Path, capfd:
             assert main(arguments) == 1
             [line] = [line for line in capfd.readouterr().err.splitlines() if line]
             assert Path(name).name in line
+            assert ("not a regular file" in line) == (name in ("pipe.pt", "/dev/zero"))
 
 
 @pytest.mark.parametrize(
@@ -416,6 +421,21 @@ def test_absurd_safetensors_are_refused(tmp_path: Path, content: bytes):
     (tmp_path / "a.safetensors").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"a\.safetensors"):
         read_weights_file(tmp_path / "a.safetensors")
+
+
+@pytest.mark.timeout(60)
+def test_recipes_and_counts_without_an_end_or_a_bottom_end_in_a_line(tmp_path: Path, capfd: pytest.CaptureFixture):
+    path = _network(tmp_path / "some.pt")
+    (tmp_path / "deep.yaml").write_text("[" * 100_000)
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for name in (tmp_path / "deep.yaml", tmp_path / "pipe.yaml", "/dev/zero"):
+        for main, arguments in (
+            (launch_train.main, ["--config", str(name)]),
+            (prune.main, [str(path), "--counts", str(name)]),
+        ):
+            assert main(arguments) == 2
+            [line] = [line for line in capfd.readouterr().err.splitlines() if line]
+            assert str(name) in line
 
 
 def test_every_field_of_a_log_line_is_checked(tmp_path: Path, undisturbed: list[dict]):

@@ -72,7 +72,10 @@ def load_archive(path: Path, otherwise: str) -> tuple[Any, bool]:
     except FileNotFoundError as error:
         raise CheckpointError(f"no file at {path}") from error
     except OSError as error:
-        if error.errno in (None, errno.EINVAL):  # a place in the file that a damaged header named
+        if error.filename is None and error.errno in (
+            None,
+            errno.EINVAL,
+        ):  # a place in the file that a damaged header named
             raise CheckpointError(f"{path} {otherwise}; nothing in it was run") from error
         raise UnreadableError(f"cannot read {path}: {error.strerror or error}{_hint(path)}") from error
     except Exception as error:  # torch.load raises many types for a file that is damaged or not its own

@@ -1,13 +1,14 @@
 """Seconds of attempts that end before their run directory is known: their imports, their look at the data.
 
 An attempt is one process of rank 0. Until the run's own heartbeat it leaves word beside the run directory, in
-ROOT/.NAME.starting-HOST-PID, which the next attempt adds up. Needs no torch: its import is a good part of the seconds.
+ROOT/.NAME.starting-RANDOM, which the next attempt adds up. Needs no torch: its import is a good part of the seconds.
 """
 
 import fcntl
 import json
 import os
-import socket
+import re
+import secrets
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -19,6 +20,7 @@ import yaml
 
 from train.files import read_bounded
 from train.log.heartbeat import LONGEST_S, MOST_BYTES, MOST_RANKS, Beat
+from train.log.rundir import NAME
 from train.schema import fits
 
 DEFAULTS = {"root": "runs", "name": "run"}
@@ -45,18 +47,21 @@ class Attempt:
     def __init__(self, argv: Sequence[str], default_recipe: Path) -> None:
         """argv: our own arguments, of which no parser has had a look yet."""
         root, name = _place(argv, default_recipe)
-        self._path = Path(root) / f".{name}.starting-{socket.gethostname()}-{os.getpid()}"
+        self._path = Path(root) / f".{name}.starting-{secrets.token_hex(4)}"
         self._began = job_began()
-        self._file = None
+        self._file, self._beat = None, None
+        if not re.fullmatch(NAME, name):
+            return
         with suppress(OSError):
-            self._file = self._path.open("wb", buffering=0)
+            self._file = self._path.open("xb", buffering=0)
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it when this process ends
             self._beat = Beat(self._write)
 
     def end(self) -> None:
         """Somebody else has word of the seconds so far, or the process ends by itself."""
-        if self._file is not None:
+        if self._beat is not None:
             self._beat.stop()
+        if self._file is not None:
             self._file.close()
             self._file = None
             with suppress(OSError):

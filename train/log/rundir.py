@@ -17,6 +17,8 @@ from train.errors import TrainError
 from train.files import open_regular
 from train.schema import first_misfit
 
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+"""What a run may be called."""
 MOST_LINE_BYTES = 1 << 26
 """A line of 100,000 ranks has fewer."""
 
@@ -69,6 +71,7 @@ EVENTS = {
         "device": str,
     },
     "resize": {
+        "when": str,
         "epoch": EPOCH,
         "step": int,
         "threshold": float | None,
