@@ -81,7 +81,7 @@ def build_run(config: RunConfig, start: Start, world: World, ledger: Ledger, sto
     stored, source = _load(config, start, world)
     config = _with_model_name(config, stored or source, start.checkpoint or config.model.checkpoint)
     world.on_rank_zero(lambda: prepare_data(config.data))
-    fitted, fitting_notes = _fitted(config, world, start.goes_on)
+    fitted, fitting_notes = _fitted(config, world, start.has_run)
     classes = (stored or source or {}).get("classes")
     parts = world.on_every_rank(lambda: _build_parts(fitted, world, classes))
     begun = world.on_every_rank(lambda: _begin(fitted, stored, source, parts, ledger, world))
@@ -299,7 +299,7 @@ def measure_allowed_widths(
     return allowed, notes
 
 
-def _fitted(config: RunConfig, world: World, goes_on: bool) -> tuple[RunConfig, list[str]]:
+def _fitted(config: RunConfig, world: World, has_run: bool) -> tuple[RunConfig, list[str]]:
     """The configuration for this number of ranks, and notes for the user.
 
     A run that goes on with another number of ranks keeps its batch, so steps and learning rate stay. Where the ranks
@@ -308,7 +308,7 @@ def _fitted(config: RunConfig, world: World, goes_on: bool) -> tuple[RunConfig, 
     """
     batch_size = config.data.batch_size
     fitting = batch_size // world.size * world.size
-    if not goes_on or fitting in (0, batch_size):
+    if not has_run or fitting in (0, batch_size):
         return config, []
     lr = config.optim.lr * fitting / batch_size
     note = (
@@ -357,7 +357,7 @@ def _build_compiler(config: RunConfig, method: Method, parts: _Parts) -> BlockCo
         enabled=config.train.compile == "blocks",
         enough_steps=config.train.compile_steps,
         epochs=config.train.epochs,
-        may_cut=lambda epoch: method.may_act(epoch, parts.resizer.view(parts.state.model)),
+        may_cut=lambda epoch: method.may_resize(epoch, parts.resizer.view(parts.state.model)),
         image_side=lambda epoch: train_size(config.data, max(epoch, 1) - 1),
     )
 
@@ -385,13 +385,13 @@ def _open_sinks(
         return Sinks([]), []
     notes = []
 
-    def goes_on(found: bytes) -> bytes:
+    def has_run(found: bytes) -> bytes:
         lines, note = lines_of_checkpoint(found, stored, str(run_dir.log))
         notes.extend(filter(None, [note]))
         return lines
 
     try:
-        log = JsonLines(run_dir.log) if stored is None else JsonLines(run_dir.log, goes_on)
+        log = JsonLines(run_dir.log) if stored is None else JsonLines(run_dir.log, has_run)
     except OSError as error:
         raise TrainError(f"cannot write in {run_dir.path}: {why_unwritten(error, run_dir.log)}") from error
     try:

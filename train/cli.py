@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from train.errors import ConfigError, TrainError
 
-LINGER_S = 3.0
+EXIT_DELAY_S = 3.0
 NO_MEMORY = ("allocate memory", "start new thread", "Cannot allocate", "std::bad_alloc")
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = tuple(ROOT / name for name in ("cup", "data", "launch", "train"))
@@ -46,7 +46,7 @@ def exit_code_of(action: Callable[[], None], debug: bool, after_interrupt: str =
             traceback.print_exc()
         _say(f"error: {message}")
         # torchrun ends the other ranks as soon as one is gone; let them say their line first.
-        time.sleep(LINGER_S if _ranks() > 1 else 0)
+        time.sleep(EXIT_DELAY_S if _ranks() > 1 else 0)
         return getattr(error, "exit_code", 1)
     return 0
 

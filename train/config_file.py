@@ -12,7 +12,7 @@ from train.files import make_directory, read_bounded, why_unwritten, write_durab
 from train.log.rundir import RunDir
 
 ID = re.compile(r"^# id of the run: ([0-9a-f]{16})$", re.MULTILINE)
-MOST_BYTES = 1 << 20
+MAX_BYTES = 1 << 20
 
 
 class ConfigDamagedError(TrainError):
@@ -48,7 +48,7 @@ def create_run_dir(run_dir: RunDir, config: RunConfig, run_id: str | None) -> No
 def read_config(run_dir: RunDir) -> StoredConfig:
     """Raises TrainError where the system does not let it be read, ConfigDamagedError for what is no configuration."""
     try:
-        text = read_bounded(run_dir.config, MOST_BYTES).decode()
+        text = read_bounded(run_dir.config, MAX_BYTES).decode()
         settings = yaml.safe_load(text)
     except FileNotFoundError as error:
         raise ConfigDamagedError(f"{run_dir.config} is not there") from error

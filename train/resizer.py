@@ -58,7 +58,6 @@ class Resizer:
         scope: of the cuts that are to come, None for none. momentum: what becomes of optimizer state.
         Raises CupError for a network that is to be cut and cannot be traced, or has nothing to cut.
         """
-        self._scope = scope
         self._scope, self._momentum = scope, momentum
         self.groups = _groups(model, example_input, scope)
         self.dense = self.now = cup.complexity(model, example_input)

@@ -26,7 +26,7 @@ from train.signals import StopSignals
 from train.start import Start, find_start
 from train.world import World, torchrun_job
 
-OWN_SIGNAL_WITHIN_S = 5.0
+AGENT_SIGNAL_TIMEOUT_S = 5.0
 PACKAGES = ("torch", "torchvision", "timm", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
 """Of which the log holds the versions, where they are installed."""
 
@@ -50,7 +50,7 @@ def run(config: RunConfig, world: World, ledger: Ledger, has_word: Callable[[], 
         beat = _begin_beat(start, ledger) if world.is_main else None  # a kill from here on is in the account
         has_word()
         try:
-            trainer.sinks.write(_first_line(built, start))
+            trainer.sinks.write(_run_event(built, start))
             for note in built.notes:
                 trainer.sinks.note(note, ledger.total_s)
             ledger.end_startup()
@@ -111,7 +111,7 @@ def _await_own_signal(signals: StopSignals) -> None:
     like a normal end of the job.
     """
     if os.environ.get("TORCHELASTIC_RUN_ID") is not None:
-        signals.wait(OWN_SIGNAL_WITHIN_S)
+        signals.wait(AGENT_SIGNAL_TIMEOUT_S)
 
 
 def _stopped_event(trainer: Trainer, run_dir: RunDir) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def _stopped_event(trainer: Trainer, run_dir: RunDir) -> dict[str, Any]:
     return {"event": "stopped", "epoch": trainer.progress.epoch + 1, "step": step, "directory": str(run_dir.path)}
 
 
-def _first_line(built: Run, start: Start) -> dict[str, Any]:
+def _run_event(built: Run, start: Start) -> dict[str, Any]:
     """The run event."""
     config, trainer = built.config, built.trainer
     world, dense = trainer.world, trainer.resizer.dense

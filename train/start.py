@@ -34,7 +34,7 @@ class Start:
     directory: of the run, there already or not. done: its closing event, where this very job has finished it.
     run_id: tells this run's files from those of others; None where an earlier version began it.
     checkpoint: to go on from; None for a run that begins. damaged: newer files that cannot be read, and why.
-    goes_on: whether a run is in the directory already. lost: what killed processes spent after the checkpoint, seconds.
+    has_run: whether a run is in the directory already. lost: what killed processes spent after the checkpoint, seconds.
     counted: files that say so, to be removed once it is in the account. notes: messages for the user.
     """
 
@@ -43,7 +43,7 @@ class Start:
     run_id: str | None = None
     checkpoint: str | None = None
     damaged: dict[str, str] = field(default_factory=dict)
-    goes_on: bool = False
+    has_run: bool = False
     lost: dict[str, float] = field(default_factory=lambda: {"wall_s": 0.0, "rank_s": 0.0})
     counted: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -84,7 +84,7 @@ def find_start(config: RunConfig, job: str | None = None) -> Start:
     except CheckpointError as error:
         raise CheckpointError(f"{error}; delete them to start this run over, or take --run.resume never") from error
     if found.checkpoint is None:
-        _require_young(run_dir)
+        _refuse_overwrite(run_dir)
     else:
         _require_own(found, run_dir)
     ranks = (found.content or {}).get("ranks")
@@ -96,7 +96,7 @@ def find_start(config: RunConfig, job: str | None = None) -> Start:
         run_id=found.run.run_id or (found.content or {}).get("run_id"),
         checkpoint=found.checkpoint and str(found.checkpoint),
         damaged={str(file): why for file, why in found.damaged.items()},
-        goes_on=True,
+        has_run=True,
         lost=_lost(unheard, alive, account),
         counted=unheard.files,
         notes=[*_notes(found), *filter(None, [alive_note])],
@@ -229,7 +229,7 @@ def _settings_of(found: _Found) -> dict[str, Any]:
         raise CheckpointError(f"{found.checkpoint} does not say of which run it is ({error}): {AWAY}") from error
 
 
-def _require_young(run_dir: RunDir) -> None:
+def _refuse_overwrite(run_dir: RunDir) -> None:
     """Raises CheckpointError for a run that is past its first epoch: starting over would write over what is left of it.
 
     A kill in the first save leaves that epoch's line; then nothing but this epoch is lost.

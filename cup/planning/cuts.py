@@ -41,7 +41,7 @@ def cut_view(view: View, width: ChooseWidth, options: PlanOptions) -> list[Group
     criterion = options.ranker
     masks: Masks = {}
     cuts: list[GroupCut] = []
-    for group in some_prunable(view.groups, options):
+    for group in require_prunable(view.groups, options):
         ranking = criterion.rank(group, view, masks)
         if (ranked := len(ranking.order_C)) != group.width:
             raise CupError(f"the criterion ranks {ranked} channels of {group.name}, which has {group.width}")
@@ -58,7 +58,7 @@ def plan_from(cuts: Sequence[GroupCut], threshold: float | None = None) -> Prune
     return PrunePlan({cut.group.name: cut.kept for cut in cuts}, widths, threshold)
 
 
-def some_prunable(groups: Sequence[ChannelGroup], options: PlanOptions) -> list[ChannelGroup]:
+def require_prunable(groups: Sequence[ChannelGroup], options: PlanOptions) -> list[ChannelGroup]:
     """`prunable_groups`; CupError where there is none, or where the options name a group that is not there."""
     prunable = prunable_groups(groups, options.scope)
     if not prunable:

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from cup.complexity import FlopsByWidths
 from cup.criteria import View
 from cup.plan import PrunePlan
-from cup.planning.cuts import ChooseWidth, GroupCut, cut_view, plan_from, some_prunable
+from cup.planning.cuts import ChooseWidth, GroupCut, cut_view, plan_from, require_prunable
 from cup.planning.options import PlanOptions, round_up
 
 REDUCTION_TOLERANCE = 0.01
 """Relative tolerance around a target FLOPs reduction."""
 
-MOST_PAIRED_GROUPS = 24
+MAX_PAIRED_GROUPS = 24
 """Networks of up to so many groups are small enough to try all pairs of steps."""
 
 
@@ -48,7 +48,7 @@ class _Search:
 
     def __init__(self, view: View, target: float, options: PlanOptions, dense_flops: int | None) -> None:
         self.view, self.target, self.options = view, target, options
-        self.allowed = {group.name: options.allowed_widths(group) for group in some_prunable(view.groups, options)}
+        self.allowed = {group.name: options.allowed_widths(group) for group in require_prunable(view.groups, options)}
         self.flops = FlopsByWidths(view.model, view.groups, view.now)
         self.dense_flops = view.now.flops if dense_flops is None else dense_flops
 
@@ -111,7 +111,7 @@ class _Search:
     def _settled(self, widths: Mapping[str, int]) -> dict[str, int]:
         """Move one group, or two, by one step at a time for as long as that comes nearer to the target."""
         steps = [{name: sign} for name in self.allowed for sign in (1, -1)]
-        if len(self.allowed) <= MOST_PAIRED_GROUPS:
+        if len(self.allowed) <= MAX_PAIRED_GROUPS:
             pairs = itertools.combinations(self.allowed, 2)
             steps += [{one: a, other: b} for one, other in pairs for a in (1, -1) for b in (1, -1)]
         best = dict(widths)

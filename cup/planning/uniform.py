@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from cup.complexity import FlopsByWidths
 from cup.criteria import View
 from cup.errors import CupError
-from cup.planning.cuts import some_prunable
+from cup.planning.cuts import require_prunable
 from cup.planning.options import DEFAULT_OPTIONS, PlanOptions, round_up
 from cup.tracing.groups import ChannelGroup
 
@@ -21,7 +21,7 @@ def uniform_widths(
     if not 0 <= share < 1:
         raise CupError(f"share of channels: found {share}, allowed: from 0 to below 1")
     widths = {}
-    for group in some_prunable(groups, options):
+    for group in require_prunable(groups, options):
         gone = int(group.width * share + 1e-9)  # so that 0.3 of 10 is 3, whatever the product rounds to
         widths[group.name] = round_up(group.width - gone, options.allowed_widths(group))
     return widths

@@ -38,7 +38,7 @@ from train.checkpoint.saver import Saver  # noqa: E402
 from train.log.rundir import read_log  # noqa: E402
 from train.resizer import Resizer  # noqa: E402
 
-MOST_KILLS_A_RUN = 6
+MAX_KILLS_A_RUN = 6
 SETTINGS = {
     "model.name": "lenet",  # any name: the network is tests/helpers/forked.py's
     "data.loader": "synthetic",
@@ -237,7 +237,7 @@ def main() -> int:
         models = {ranks: undisturbed(Path(folder) / f"undisturbed-{ranks}", ranks) for ranks in set(options.ranks)}
         while (so_far := sum(len(run["kills"]) for run in runs)) < options.kills:
             ranks = options.ranks[len(runs) % len(options.ranks)]
-            most = min(generator.randint(2, MOST_KILLS_A_RUN), options.kills - so_far)
+            most = min(generator.randint(2, MAX_KILLS_A_RUN), options.kills - so_far)
             kills = [draw(generator, ranks, models[ranks].seconds) for _ in range(most)]
             root = Path(folder) / f"run-{len(runs)}"
             runs.append(killed_run(root, ranks, models[ranks], kills))

@@ -31,7 +31,7 @@ from train.loop import engine  # noqa: E402
 from train.methods import Action, Method  # noqa: E402
 
 WIDTH = 400
-MOST_GROWTH = 0.03
+MAX_GROWTH = 0.03
 """Of resident memory, after the second figure. A network and its momentum left behind at each resize would be 0.3%
 each time; of 500 resizes we saw 0.8% in all (results/soak.json)."""
 
@@ -92,7 +92,7 @@ def grown(rows: list[dict[str, int]]) -> list[str]:
     """What a rank holds more of in the end, in words; its first figures are from before the first step."""
     before, after = rows[1], rows[-1]
     problems = [f"{before[key]} {key}, then {after[key]}" for key in ("files", "threads") if after[key] > before[key]]
-    if after["memory_kb"] > before["memory_kb"] * (1 + MOST_GROWTH):
+    if after["memory_kb"] > before["memory_kb"] * (1 + MAX_GROWTH):
         problems.append(f"{before['memory_kb']} kB of memory, then {after['memory_kb']}")
     return problems
 

@@ -147,7 +147,7 @@ def _be_rank(
             mine = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
             mine |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             os.environ.update({name: str(value) for name, value in mine.items()})
-        train.cli.LINGER_S = 0.0  # nobody here ends the others before they have said their line
+        train.cli.EXIT_DELAY_S = 0.0  # nobody here ends the others before they have said their line
         in_rank(rank)
         sys.argv = [str(ROOT / command[0]), *command[1:]]
         runpy.run_path(sys.argv[0], run_name="__main__")
@@ -187,7 +187,7 @@ def serve() -> None:
         output, errors = Path(request["output"]), Path(request["errors"])
         running = Ranks(request["arguments"], request["ranks"], output, in_rank, errors, request["script"])
         try:
-            answer = {"codes": running.join(request["timeout"], linger_s=train.cli.LINGER_S)}
+            answer = {"codes": running.join(request["timeout"], linger_s=train.cli.EXIT_DELAY_S)}
         except TimeoutError as error:
             answer = {"hang": str(error)}
         print(json.dumps(answer), flush=True)

@@ -87,7 +87,7 @@ def test_the_weights_are_fresh_ones(tmp_path: Path):
 def test_a_narrow_run_that_shrinks_on_goes_on_without_its_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_step: int
 ):
-    monkeypatch.setattr("train.loop.watch.MOST_STEPS", 1)
+    monkeypatch.setattr("train.loop.watch.MAX_STEPS", 1)
     file = tmp_path / "widths.json"
     settings = {"model__widths": file, "run__save_every_minutes": 1e-9}
     file.write_text(json.dumps({"conv2": 40}))

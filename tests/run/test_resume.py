@@ -99,7 +99,7 @@ def test_a_signal_stops_a_run_after_its_step_and_the_run_goes_on_from_there(
 ):
     undisturbed = train(tmp_path / "a")
     with monkeypatch.context() as patch:
-        patch.setattr("train.loop.watch.MOST_STEPS", 1)
+        patch.setattr("train.loop.watch.MAX_STEPS", 1)
         signalled(patch, function, call, number)
         stopped = begin(tmp_path / "b")
     assert (stopped["event"], stopped["epoch"], stopped["step"]) == ("stopped", *where)
@@ -112,7 +112,7 @@ def test_a_signal_stops_a_run_after_its_step_and_the_run_goes_on_from_there(
 def test_ctrl_c_ends_with_code_0_and_the_line_that_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ):
-    monkeypatch.setattr("train.loop.watch.MOST_STEPS", 1)
+    monkeypatch.setattr("train.loop.watch.MAX_STEPS", 1)
     with broken_off(monkeypatch, at_step=3):  # an older run, which is not the one to go on with
         train(tmp_path)
     signalled(monkeypatch, "training_step", 2, signal.SIGINT)
@@ -155,7 +155,7 @@ def test_a_second_ctrl_c_ends_at_once_even_where_python_does_not_run(tmp_path: P
 
 
 def test_seconds_after_the_last_checkpoint_are_lost_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("train.loop.watch.MOST_STEPS", 1)
+    monkeypatch.setattr("train.loop.watch.MAX_STEPS", 1)
     with broken_off(monkeypatch, at_step=8):  # 3 steps after epoch 1's checkpoint
         train(tmp_path)
     alive = json.loads((tmp_path / "tiny/alive.json").read_text())
@@ -280,7 +280,7 @@ def test_another_number_of_ranks_takes_up_the_epoch_at_the_same_image(tmp_path: 
     """Written by three ranks with batches of 24: 3 of 5 steps are 72 images, here 2 of 4 steps of 32."""
     changes = {"data__batch_size": 24, "optim__lr": 0.024}
     with monkeypatch.context() as patch:
-        patch.setattr("train.loop.watch.MOST_STEPS", 1)
+        patch.setattr("train.loop.watch.MAX_STEPS", 1)
         signalled(patch, "training_step", 3)
         begin(tmp_path, **changes)
     path = tmp_path / "tiny/last.pt"
@@ -339,7 +339,7 @@ def test_what_one_rank_sees_is_decided_for_all():
         def all_reduce_max(self, values: list[int]) -> list[int]:
             return [max(pair) for pair in zip(map(int, values), [1, 0, 1, 0], strict=True)]
 
-    decision = Watch(Heard(), lambda: False).look()
+    decision = Watch(Heard(), lambda: False).poll()
     assert decision.stop and decision.broken and not decision.save
 
 
@@ -347,7 +347,7 @@ def test_a_finished_run_is_not_begun_again_by_the_job_that_finished_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-17")
-    monkeypatch.setattr(run, "OWN_SIGNAL_WITHIN_S", 0)
+    monkeypatch.setattr(run, "AGENT_SIGNAL_TIMEOUT_S", 0)
     first = begin(tmp_path, run__resume="never")
     capsys.readouterr()
     assert begin(tmp_path, run__resume="never")["time_s"] == first["time_s"]
@@ -422,7 +422,7 @@ def test_buffers_that_no_state_dict_holds_are_no_part_of_a_checkpoint_in_mid_epo
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("train.build.build_model", lambda name, num_classes: Blurred())
-    monkeypatch.setattr("train.loop.watch.MOST_STEPS", 1)
+    monkeypatch.setattr("train.loop.watch.MAX_STEPS", 1)
     settings = {**EVERY_STEP, "prune__method": "none", "train__ema_decay": 0.9}
     undisturbed = train(tmp_path / "a", **settings)
     assert numbers(interrupted(tmp_path / "b", monkeypatch, 7, **settings)) == numbers(undisturbed)

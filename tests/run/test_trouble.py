@@ -37,7 +37,7 @@ def at_step(monkeypatch: pytest.MonkeyPatch, actions: dict[int, Callable[[], Any
         return honest(*arguments)
 
     monkeypatch.setattr(engine, "training_step", step)
-    monkeypatch.setattr("train.loop.watch.MOST_STEPS", 1)
+    monkeypatch.setattr("train.loop.watch.MAX_STEPS", 1)
 
 
 def test_a_full_disk_for_a_while_costs_nothing_but_the_checkpoints_meanwhile(

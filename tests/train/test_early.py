@@ -48,7 +48,7 @@ def test_after_the_cut_it_is_done():
     assert "have not settled by epoch 10" in action.plan.note
     resized = cup.apply_plan(model, action.plan, groups)
     view = cup.View(model, resized.groups, dense)
-    assert not early.may_act(10, view) and early.epoch_start(10, view) is None
+    assert not early.may_resize(10, view) and early.epoch_start(10, view) is None
 
 
 EARLY = {
@@ -62,7 +62,7 @@ def test_a_run_is_cut_once_to_the_target_also_over_an_interruption(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_step: int
 ):
     """The second kill comes right after the cut; the choices of the epochs before the first are remembered."""
-    monkeypatch.setattr("train.loop.watch.MOST_STEPS", 1)
+    monkeypatch.setattr("train.loop.watch.MAX_STEPS", 1)
     settings = EARLY | {"run__save_every_minutes": 1e-9}
     undisturbed = train(tmp_path / "a", **settings)
     again = interrupted(tmp_path / "b", monkeypatch, at_step, **settings)

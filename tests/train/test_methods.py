@@ -49,7 +49,7 @@ class SoftThenHard(Method):
         plan = cup.plan_by_counts(view.model, view.groups, {"conv2": width // 2}, self._options)
         return Action(plan, soft=epoch < self._epochs - 1)
 
-    def acted(self, action: Action, view: View) -> None:
+    def after_action(self, action: Action, view: View) -> None:
         self.acted_on.append(action.soft)
 
     def after_backward(self, model: nn.Module) -> None:
@@ -106,7 +106,7 @@ def test_a_run_goes_on_in_the_middle_of_a_method(
     tmp_path: Path, toys: None, monkeypatch: pytest.MonkeyPatch, at_step: int
 ):
     settings = SETTINGS | {"run__save_every_minutes": 1e-9}
-    monkeypatch.setattr("train.loop.watch.MOST_STEPS", 1)
+    monkeypatch.setattr("train.loop.watch.MAX_STEPS", 1)
     undisturbed = train(tmp_path / "a", **settings)
     again = interrupted(tmp_path / "b", monkeypatch, at_step, **settings)
     assert numbers(again) == numbers(undisturbed)

@@ -33,7 +33,7 @@ class Normed(nn.Module):
 @pytest.fixture(autouse=True)
 def normed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("train.build.build_model", lambda name, num_classes: Normed())
-    monkeypatch.setattr("train.loop.watch.MOST_STEPS", 1)  # look after every step
+    monkeypatch.setattr("train.loop.watch.MAX_STEPS", 1)  # look after every step
 
 
 def in_place_of_steps(monkeypatch: pytest.MonkeyPatch, steps: set[int], action: Callable) -> None:
@@ -144,11 +144,11 @@ def test_an_optimizer_that_cannot_be_told_is_not_called():
         guard.step(state, clip_norm=0.0)
         changed = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
         assert changed == [moves] * len(before)
-        assert guard.longest == 1 and guard.unfit == (not moves)
+        assert guard.longest == 1 and guard.found_inf == (not moves)
 
 
-@pytest.mark.parametrize(("value", "unfit"), [(float("nan"), 1), (float("inf"), 1), (1e30, 0)])
-def test_clipping_by_a_norm_that_is_not_finite_spoils_no_weight(value: float, unfit: int):
+@pytest.mark.parametrize(("value", "found_inf"), [(float("nan"), 1), (float("inf"), 1), (1e30, 0)])
+def test_clipping_by_a_norm_that_is_not_finite_spoils_no_weight(value: float, found_inf: int):
     """The squares of 1e30 overflow: the norm is infinite though the gradients are not, and they are clipped to 0."""
     model = nn.Linear(4, 4)
     optimizer = build_optimizer(model, OptimConfig(lr=0.1, weight_decay=0))
@@ -160,6 +160,6 @@ def test_clipping_by_a_norm_that_is_not_finite_spoils_no_weight(value: float, un
         parameter.grad = torch.ones_like(parameter)
         parameter.grad.view(-1)[0] = value
     guard.step(state, clip_norm=1.0)
-    assert guard.unfit == unfit
+    assert guard.found_inf == found_inf
     assert all(map(torch.equal, before, model.parameters()))
     assert not any(optimizer.state[parameter]["momentum_buffer"].any() for parameter in model.parameters())

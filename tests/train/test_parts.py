@@ -487,15 +487,15 @@ def test_an_epoch_of_a_set_that_lost_or_got_images_ends_where_the_set_does(steps
 
 
 @pytest.mark.parametrize(
-    ("ranks", "goes_on", "batch_size", "lr"),
+    ("ranks", "has_run", "batch_size", "lr"),
     [(4, True, 32, 0.05), (3, True, 30, 0.05 * 30 / 32), (3, False, 32, 0.05), (33, True, 32, 0.05)],
 )
 def test_ranks_that_cannot_share_the_batch_go_on_with_the_next_smaller_one_and_less_learning_rate(
-    tmp_path: Path, ranks: int, goes_on: bool, batch_size: int, lr: float
+    tmp_path: Path, ranks: int, has_run: bool, batch_size: int, lr: float
 ):
     """With 33 ranks for 32 images, or in a run that begins, the loader refuses it."""
     config = config_in(tmp_path)
-    fitted, words = _fitted(config, World(0, ranks, 0, ranks, torch.device("cpu")), goes_on)
+    fitted, words = _fitted(config, World(0, ranks, 0, ranks, torch.device("cpu")), has_run)
     assert (fitted.data.batch_size, fitted.optim.lr) == (batch_size, pytest.approx(lr))
     assert len(words) == (batch_size != 32) and all("optim.lr 0.046875 in place of 0.05" in word for word in words)
     assert fitted.prune == config.prune and fitted.train == config.train

@@ -72,7 +72,7 @@ def test_a_channel_of_a_residual_stream_goes_only_where_all_layers_have_given_it
         model.a.weight[3] = 1e-5  # written only
     view = cup.View(model, groups)
     assert [method.epoch_end(epoch, view) is not None for epoch in range(1, 6)] == [False, True, False, True, True]
-    assert [method.may_act(epoch, view) for epoch in range(1, 6)] == [False, False, True, False, True]
+    assert [method.may_resize(epoch, view) for epoch in range(1, 6)] == [False, False, True, False, True]
     plan = method.epoch_end(2, view).plan
     assert plan.kept == {"stem": (1, 2, 3, 4, 5), "a": (0, 1, 3, 4)}
     inner, _ = begun(model, scope="inner")
@@ -120,7 +120,7 @@ def test_the_penalty_is_added_from_the_second_step_on(tmp_path: Path, monkeypatc
 def test_an_interrupted_run_goes_on_with_the_weight_of_its_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_step: int
 ):
-    monkeypatch.setattr("train.loop.watch.MOST_STEPS", 1)
+    monkeypatch.setattr("train.loop.watch.MAX_STEPS", 1)
     settings = PRUNE_TRAIN | {"run__save_every_minutes": 1e-9}
     undisturbed = train(tmp_path / "a", **settings)
     again = interrupted(tmp_path / "b", monkeypatch, at_step, **settings)

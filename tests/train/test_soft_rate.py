@@ -55,7 +55,7 @@ def with_the_method(criterion: str, grad_mask: bool) -> tuple[nn.Module, list[di
         action = method.epoch_end(number, view) if number > 0 else method.epoch_start(1, view)
         assert action.soft
         cup.zero_filters(model, action.plan, groups)
-        method.acted(action, cup.View(model, groups))
+        method.after_action(action, cup.View(model, groups))
         kept = action.plan.kept
         gone.append({name: tuple(i for i in range(action.plan.widths[name]) if i not in kept[name]) for name in kept})
     return model, gone
@@ -134,7 +134,7 @@ def test_widths_change_only_before_the_epoch_after_the_last_one():
     config = PruneConfig(method="soft_rate", last_epoch=3, every=2, soft_rate=SoftRateConfig(rate=RATE))
     method = build_method(config, epochs=5)
     method.begin(view)
-    assert [method.may_act(epoch, view) for epoch in range(1, 6)] == [False, False, False, True, False]
+    assert [method.may_resize(epoch, view) for epoch in range(1, 6)] == [False, False, False, True, False]
     actions = [method.epoch_end(epoch, view) for epoch in range(1, 6)]
     assert [action and action.soft for action in actions] == [None, True, False, None, None]
 
@@ -151,7 +151,7 @@ def test_the_share_lands_on_the_target_and_the_cut_may_come_earlier(tmp_path: Pa
 def test_masked_filters_stay_at_zero_over_an_interruption(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_step: int
 ):
-    monkeypatch.setattr("train.loop.watch.MOST_STEPS", 1)
+    monkeypatch.setattr("train.loop.watch.MAX_STEPS", 1)
     settings = SFP | {"prune__soft_rate__grad_mask": "true", "run__save_every_minutes": 1e-9}
     undisturbed = train(tmp_path / "a", **settings)
     again = interrupted(tmp_path / "b", monkeypatch, at_step, **settings)

@@ -10,7 +10,7 @@ from torch import nn
 
 import cup
 from cup import ChannelGroup, Complexity, CupError, PrunePlan
-from data.batch import MOST_PIXELS
+from data.batch import MAX_PIXELS
 from train.checkpoint.archive import CheckpointError
 from train.checkpoint.file import load_checkpoint, save_checkpoint
 from train.checkpoint.weights import Weights, load_weights
@@ -90,7 +90,7 @@ def stored_architecture(content: dict[str, Any]) -> Architecture:
     To build a network takes memory and time that nothing but these numbers decide.
     """
     stored = content["architecture"]
-    kinds = {"name": str, "num_classes": int, "input_shape": list[range(1, MOST_PIXELS + 1)]}
+    kinds = {"name": str, "num_classes": int, "input_shape": list[range(1, MAX_PIXELS + 1)]}
     if stored.keys() != kinds.keys() or first_misfit(stored, kinds) or len(stored["input_shape"]) != 3:
         raise CheckpointError(f"the stored network is not one of this version's: found {str(stored)[:200]}")
     classes, names = stored["num_classes"], content["classes"]

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from train.files import read_bounded
-from train.log.heartbeat import LONGEST_S, MOST_BYTES, MOST_RANKS, Beat
+from train.log.heartbeat import LONGEST_S, MAX_BYTES, MAX_RANKS, Beat
 from train.log.rundir import NAME
 from train.schema import fits
 
@@ -102,10 +102,10 @@ def _dead(file: Path) -> dict[str, Any] | None:
     try:
         with file.open("rb") as held:
             fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            word = json.loads(read_bounded(file, MOST_BYTES))
+            word = json.loads(read_bounded(file, MAX_BYTES))
     except (OSError, ValueError, RecursionError):  # BlockingIOError is an OSError
         return None
-    kinds = {"began": float, "alive": float, "ranks": range(1, int(MOST_RANKS) + 1)}
+    kinds = {"began": float, "alive": float, "ranks": range(1, int(MAX_RANKS) + 1)}
     if not fits(word, kinds) or not kinds.keys() <= word.keys():
         return None
     return word if 0 <= word["alive"] - word["began"] <= LONGEST_S and word["alive"] <= time.time() + 1 else None

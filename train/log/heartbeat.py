@@ -16,10 +16,10 @@ from train.log.ledger import Ledger
 from train.schema import fits
 
 BEAT_EVERY_S = 1.0
-MOST_BYTES = 1 << 16
+MAX_BYTES = 1 << 16
 LONGEST_S = 1e9
 """30 years: no run has lasted so long."""
-MOST_RANKS = 1e6
+MAX_RANKS = 1e6
 
 
 class Beat:
@@ -61,7 +61,7 @@ def read_alive(path: Path) -> tuple[dict[str, float] | None, str | None]:
     Raises TrainError where the system does not let it be read.
     """
     try:
-        alive = json.loads(read_bounded(path, MOST_BYTES))
+        alive = json.loads(read_bounded(path, MAX_BYTES))
     except FileNotFoundError:
         return None, None
     except OSError as error:
@@ -82,4 +82,4 @@ def _no_word(path: Path) -> str:
 def _is_possible(alive: dict[str, Any]) -> bool:
     if not {"wall_s", "rank_s"} <= alive.keys():
         return False
-    return 0 <= alive["wall_s"] <= LONGEST_S and 0 <= alive["rank_s"] <= alive["wall_s"] * MOST_RANKS
+    return 0 <= alive["wall_s"] <= LONGEST_S and 0 <= alive["rank_s"] <= alive["wall_s"] * MAX_RANKS

@@ -104,8 +104,8 @@ class JsonLines:
 
     name = "log.jsonl"
 
-    def __init__(self, path: Path, goes_on: Callable[[bytes], bytes] = lambda found: b"") -> None:
-        """goes_on: is given what the file holds, and returns the whole lines after which the run goes on.
+    def __init__(self, path: Path, has_run: Callable[[bytes], bytes] = lambda found: b"") -> None:
+        """has_run: is given what the file holds, and returns the whole lines after which the run goes on.
 
         What a killed run wrote behind them is cut off. A file that says something else becomes NAME.damaged.
         """
@@ -114,7 +114,7 @@ class JsonLines:
         self._pending: list[bytes] = []
         self._open()
         found = path.read_bytes()
-        self._written += goes_on(found)
+        self._written += has_run(found)
         if found.startswith(self._written):
             self._file.truncate(len(self._written))
         else:

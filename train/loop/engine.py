@@ -56,15 +56,15 @@ def fit(trainer: Trainer) -> dict[str, Any]:
         with trainer.ledger.charge("eval"):
             _finish_training(trainer, epoch)
             result = _evaluate(trainer, epoch)
-        line = _epoch_line(trainer, epoch, trainer.so_far, loss, images_per_s, result)
+        line = _epoch_event(trainer, epoch, trainer.so_far, loss, images_per_s, result)
         trainer.so_far = None
         is_best = _advance(trainer.progress, line)
         trainer.sinks.write(line)
         with trainer.ledger.charge("save"):
             trainer.save(trainer, is_best)
-        if epoch < trainer.config.epochs and trainer.watch.look().stop:
+        if epoch < trainer.config.epochs and trainer.watch.poll().stop:
             raise Stopped
-    return _closing_line(trainer)
+    return _done_event(trainer)
 
 
 def train_epoch(
@@ -102,8 +102,8 @@ def train_epoch(
             if loop.method.wants_loss:
                 loop.method.saw_loss(loop.world.all_reduce(loss.clone()).item() / loop.world.size)
             if loop.guard is not None:
-                loss = loop.guard.counted(loss)
-                so_far.skipped += loop.guard.unfit
+                loss = loop.guard.masked_loss(loss)
+                so_far.skipped += loop.guard.found_inf
             so_far.loss_sum += loss
             if kind != "step":
                 loop.world.synchronize()
@@ -135,7 +135,7 @@ def _train(trainer: Trainer, epoch: int) -> tuple[float, float]:
     def after_step() -> None:
         progress.step += 1
         trainer.sinks.progress(what, so_far.step, steps)
-        _look(trainer, epoch)
+        _poll(trainer, epoch)
 
     trainer.watch.restart()
     train_epoch(trainer.loop, epoch, so_far, first_kind, before_first_step, after_step)
@@ -161,7 +161,7 @@ def _mean_loss(trainer: Trainer, epoch: int) -> float:
     raise TrainError(f"the loss is {loss} in epoch {epoch}: {AFTER_NONFINITE}")
 
 
-def _look(trainer: Trainer, epoch: int) -> None:
+def _poll(trainer: Trainer, epoch: int) -> None:
     """After a step: save, stop or give up, if the ranks have agreed to. Raises Stopped or TrainError on all of them."""
     guard = trainer.loop.guard
 
@@ -206,7 +206,7 @@ def _evaluate(trainer: Trainer, epoch: int) -> Evaluation:
     trainer.watch.restart()
     with trainer.compiler.paused():
         return evaluate(
-            state.best_model, trainer.val_loader, state.precision, trainer.world, lambda: _look(trainer, epoch)
+            state.eval_model, trainer.val_loader, state.precision, trainer.world, lambda: _poll(trainer, epoch)
         )
 
 
@@ -218,7 +218,7 @@ def _act(trainer: Trainer, epoch: int, when: Literal["start", "end"], decide: De
         outcome = trainer.resizer.act(decide, trainer.state, trainer.world)
         if outcome is not None and outcome.removed:
             view = trainer.resizer.view(trainer.state.model)
-            trainer.world.on_every_rank(lambda: trainer.method.acted(outcome.action, view))
+            trainer.world.on_every_rank(lambda: trainer.method.after_action(outcome.action, view))
         trainer.world.synchronize()
     seconds = ledger.seconds["resize"] - started
     if outcome is None:
@@ -252,7 +252,7 @@ def _act(trainer: Trainer, epoch: int, when: Literal["start", "end"], decide: De
     return outcome
 
 
-def _epoch_line(
+def _epoch_event(
     trainer: Trainer, epoch: int, so_far: EpochSoFar, loss: float, images_per_s: float, result: Evaluation
 ) -> dict[str, Any]:
     """The epoch event. All ranks call it: it gathers their seconds since the event before.
@@ -303,7 +303,7 @@ def _advance(progress: Progress, line: dict[str, Any]) -> bool:
     return is_best
 
 
-def _closing_line(trainer: Trainer) -> dict[str, Any]:
+def _done_event(trainer: Trainer) -> dict[str, Any]:
     progress, dense = trainer.progress, trainer.resizer.dense
     seconds = trainer.ledger.seconds
     time_s = sum(seconds.values())

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from train.world import World
 
-LOOK_EVERY_S = 1.0
-MOST_STEPS = 1000
+POLL_INTERVAL_S = 1.0
+MAX_STEPS = 1000
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Watch:
         self._world = world
         self._stop_wanted = stop_wanted
         self._save_every_s = save_every_s
-        self._look_every_s = min(LOOK_EVERY_S, save_every_s / 4) if save_every_s else LOOK_EVERY_S
+        self._poll_interval_s = min(POLL_INTERVAL_S, save_every_s / 4) if save_every_s else POLL_INTERVAL_S
         self._clock = clock
         self._saved_at = clock()
         self.restart()
@@ -58,16 +58,16 @@ class Watch:
     def step(self, is_broken: Callable[[], bool]) -> Decision | None:
         """Count a step; None where it is too early to look. is_broken: asked on every rank at a look, may wait."""
         self._steps += 1
-        return self.look(is_broken) if self._steps >= self._steps_to_look else None
+        return self.poll(is_broken) if self._steps >= self._steps_to_look else None
 
-    def look(self, is_broken: Callable[[], bool] = lambda: False) -> Decision:
+    def poll(self, is_broken: Callable[[], bool] = lambda: False) -> Decision:
         """Decide what to do now. All ranks call it; one all-reduce of a few bytes on the CPU."""
         broken, now = is_broken(), self._clock()
         save_due, steps_to_look = False, 0
         if self._world.is_main:
             save_due = 0 < self._save_every_s <= now - self._saved_at
             a_step_s = (now - self._looked_at) / max(self._steps, 1)
-            steps_to_look = round(min(max(self._look_every_s / max(a_step_s, 1e-9), 1), MOST_STEPS))
+            steps_to_look = round(min(max(self._poll_interval_s / max(a_step_s, 1e-9), 1), MAX_STEPS))
         stop, save, broken, steps_to_look = self._world.all_reduce_max(
             [self._stop_wanted(), save_due, broken, steps_to_look]
         )

@@ -61,12 +61,12 @@ class Early(Method):
         self._choices: list[dict[str, int]] = []
         self.label = f"{'CUP' if shared.criterion == 'cup' else shared.criterion}, once, early"
 
-    def may_act(self, epoch: int, view: View) -> bool:
+    def may_resize(self, epoch: int, view: View) -> bool:
         """Also before first_epoch, when the method only looks: when it will be settled nobody knows."""
         return cup.is_cut_epoch(epoch, self._every, self._last_epoch) and not has_landed(view, self._target)
 
     def epoch_start(self, epoch: int, view: View) -> Action | None:
-        if not self.may_act(epoch, view):
+        if not self.may_resize(epoch, view):
             return None
         plan = plan_to_reduction(view, self._target, self._options)
         alike = [similarity(plan.new_widths, before) for before in self._choices[-self._config.patience :]]

@@ -58,11 +58,11 @@ class HardRamp(Method):
         name = "CUP-SS" if shared.criterion == "cup" else f"{shared.criterion}, hard ramp"
         self.label = name + (" (momentum reset)" if shared.momentum == "reset" else "")
 
-    def may_act(self, epoch: int, view: View) -> bool:
+    def may_resize(self, epoch: int, view: View) -> bool:
         return cup.is_cut_epoch(epoch, self._every, self._last_epoch) and not has_landed(view, self._target)
 
     def epoch_start(self, epoch: int, view: View) -> Action | None:
-        plan = self._plan(epoch, view) if self.may_act(epoch, view) else None
+        plan = self._plan(epoch, view) if self.may_resize(epoch, view) else None
         return None if plan is None else Action(plan)
 
     def _plan(self, epoch: int, view: View) -> PrunePlan | None:

@@ -23,8 +23,8 @@ class Method:
     """A pruning method. Every hook does nothing unless it is overridden.
 
     Decisions are made on rank 0 alone, where `epoch_start` and `epoch_end` are called; what follows from them reaches
-    the other ranks as an Action; `acted` is called on all ranks. Epochs count from 1. The state is rank 0's and is
-    loaded on all ranks; statistics that a hook gathers on rank 0 are of that rank's share of the images.
+    the other ranks as an Action; `after_action` is called on all ranks. Epochs count from 1. The state is rank 0's and
+    is loaded on all ranks; statistics that a hook gathers on rank 0 are of that rank's share of the images.
     """
 
     label: str = "method"
@@ -33,12 +33,11 @@ class Method:
     def begin(self, view: View) -> None:
         """The network as the run begins, or as it goes on, at its stored widths. Called once, on all ranks, first."""
 
-    def may_act(self, epoch: int, view: View) -> bool:
-        """Whether widths may change right before `epoch`: at its start, or at the end of the epoch before it.
+    def may_resize(self, epoch: int, view: View) -> bool:
+        """Whether widths may change right before `epoch`: at its start, or at the end of the one before.
 
-        As things stand when it is called, by any rank; changes nothing.
-
-        Blocks are compiled only where the widths are sure to stay (train/network/compiling.py), so a method that has
+        As things stand when it is called. Called on any rank, so read `view` and what is equal on all ranks alone, and
+        change nothing. Blocks are compiled only where the widths are sure to stay (train/network/compiling.py), so a method that has
         come to its end says False.
         """
         return True
@@ -51,7 +50,7 @@ class Method:
         """What is to be done after the last step of `epoch`, before its evaluation. Called on rank 0 alone."""
         return None
 
-    def acted(self, action: Action, view: View) -> None:
+    def after_action(self, action: Action, view: View) -> None:
         """An action has removed or zeroed channels; `view` shows the network after it. Called on all ranks."""
 
     def penalty(self, model: nn.Module) -> Tensor | None:
@@ -88,5 +87,5 @@ class Dense(Method):
 
     label = "dense"
 
-    def may_act(self, epoch: int, view: View) -> bool:
+    def may_resize(self, epoch: int, view: View) -> bool:
         return False

@@ -58,7 +58,7 @@ class PruneTrain(Method):
         self._lasso = GroupLasso(cup.prunable_groups(view.groups, self._options.scope))
         self._has_landed = has_landed(view, self._target)
 
-    def may_act(self, epoch: int, view: View) -> bool:
+    def may_resize(self, epoch: int, view: View) -> bool:
         return epoch > 1 and self._is_due(epoch - 1) and not has_landed(view, self._target)
 
     def epoch_end(self, epoch: int, view: View) -> Action | None:
@@ -67,7 +67,7 @@ class PruneTrain(Method):
         plan = plan_to_threshold(view, self._config.below, self._target, self._options)
         return Action(plan) if plan.removed else None
 
-    def acted(self, action: Action, view: View) -> None:
+    def after_action(self, action: Action, view: View) -> None:
         self.begin(view)
 
     def penalty(self, model: nn.Module) -> Tensor | None:

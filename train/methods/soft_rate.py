@@ -57,7 +57,7 @@ class SoftRate(Method):
     def begin(self, view: View) -> None:
         self._groups, self._device = view.groups, next(view.model.parameters()).device
 
-    def may_act(self, epoch: int, view: View) -> bool:
+    def may_resize(self, epoch: int, view: View) -> bool:
         return epoch == self._last_epoch + 1
 
     def epoch_start(self, epoch: int, view: View) -> Action | None:
@@ -69,7 +69,7 @@ class SoftRate(Method):
         due = epoch < self._last_epoch and epoch % self._every == 0
         return Action(self._plan(view), soft=True) if due else None
 
-    def acted(self, action: Action, view: View) -> None:
+    def after_action(self, action: Action, view: View) -> None:
         self._groups = view.groups
         if self._grad_mask:
             self._hold(action.plan if action.soft else None)

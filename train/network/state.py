@@ -30,7 +30,7 @@ class TrainState:
     ema: MovingAverage | None = None
 
     @property
-    def best_model(self) -> nn.Module:
+    def eval_model(self) -> nn.Module:
         """The network to evaluate: the moving average where there is one."""
         return self.model if self.ema is None else self.ema.module
 

@@ -28,9 +28,9 @@ AllowedWidths = dict[str, list[int]]
 
 NOISE = 0.02
 """Two times that differ by less, relative, count as equal."""
-MOST_WIDTHS = 8
+MAX_WIDTHS = 8
 """Widths that are timed for each group: ResNet-50 has 16 kinds of groups and then 256 layers to time."""
-MOST_IMAGES_ON_CPU = 16
+MAX_IMAGES_ON_CPU = 16
 """A CPU is busy with few images; more would make the measurement take minutes and tell the same."""
 MIN_SECONDS = 0.01
 """For how long one layer is timed at one width; the fastest call counts."""
@@ -49,7 +49,7 @@ def measured_widths(
         they have, and are timed as they run uncompiled. batch_size: images of one rank's step.
     Random numbers are drawn from a generator of its own, so that a run that measures and one that does not train alike.
     """
-    timer = _Timer(min(batch_size, MOST_IMAGES_ON_CPU) if device.type == "cpu" else batch_size, precision, device)
+    timer = _Timer(min(batch_size, MAX_IMAGES_ON_CPU) if device.type == "cpu" else batch_size, precision, device)
     table, scattered = {}, []
     for group in groups:
         times = {width: timer.seconds(model, group, width) for width in widths_to_time(group.width)}
@@ -61,7 +61,7 @@ def measured_widths(
 
 def widths_to_time(width: int) -> list[int]:
     """Multiples of 8, or of more where that would be too many, up to the width that there is, and that one."""
-    step = 8 * -(-width // (8 * MOST_WIDTHS))
+    step = 8 * -(-width // (8 * MAX_WIDTHS))
     return [*range(step, width, step), width]
 
 
