@@ -37,8 +37,8 @@ class Method:
         """Whether widths may change right before `epoch`: at its start, or at the end of the one before.
 
         As things stand when it is called. Called on any rank, so read `view` and what is equal on all ranks alone, and
-        change nothing. Blocks are compiled only where the widths are sure to stay (train/network/compiling.py), so a method that has
-        come to its end says False.
+        change nothing. Blocks are compiled only where the widths are sure to stay (train/network/compiling.py), so a
+        method that has come to its end says False.
         """
         return True
 
