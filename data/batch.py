@@ -26,7 +26,7 @@ DECODING_ON_GPU = (
 # What RandAugment and TrivialAugment put where an image is moved away: grey, as DALI does by default.
 FILL = 128
 
-MOST_PIXELS = 16384
+MAX_PIXELS = 16384
 """Of a side: a larger number is a slip, and would fill the memory instead of ending in a line."""
 
 
@@ -162,11 +162,11 @@ class DataConfig:
         checks = [
             ("path", self.path != "", "a folder"),
             ("batch_size", self.batch_size >= 1, "a whole number from 1"),
-            ("image_size", 8 <= self.image_size <= MOST_PIXELS, f"8 to {MOST_PIXELS}"),
+            ("image_size", 8 <= self.image_size <= MAX_PIXELS, f"8 to {MAX_PIXELS}"),
             (
                 "resize_size",
-                self.image_size <= self.resize_size <= MOST_PIXELS,
-                f"image_size ({self.image_size}) to {MOST_PIXELS}",
+                self.image_size <= self.resize_size <= MAX_PIXELS,
+                f"image_size ({self.image_size}) to {MAX_PIXELS}",
             ),
             ("crop_scale", 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1, "0 < lowest <= highest <= 1"),
             ("crop_ratio", 0 < self.crop_ratio[0] <= self.crop_ratio[1] < math.inf, "0 < lowest <= highest, finite"),

@@ -25,7 +25,7 @@ from data.loader import SplitLoader
 from data.sharding import Sharding, TrainSharding, ValSharding, local_batch_size
 from data.synthetic import SyntheticSource, synthetic_splits
 
-MOST_THREADS = 8
+MAX_THREADS = 8
 # Options that do not decide which pixels come at which step: a run may be resumed with others.
 WITHOUT_PIXELS = {*ON_DISK, *DECODING_ON_GPU, "synthetic_images", "synthetic_classes"}
 INSTALL_DALI = "pip install nvidia-dali-cuda130 (with CUDA 12: nvidia-dali-cuda120)"
@@ -91,7 +91,7 @@ def default_threads(local_world_size: int) -> int:
     """Threads or workers a rank: this process's cores shared among the machine's ranks, 1 to 8."""
     # Not os.cpu_count(): in containers and under batch systems a process may use a part of the machine's cores.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(MOST_THREADS, cores // local_world_size))
+    return max(1, min(MAX_THREADS, cores // local_world_size))
 
 
 def _choose(config: DataConfig, *, warn: bool) -> str:

@@ -12,9 +12,9 @@ from data.plain import is_plainly_whole
 
 READERS = 16
 """Files looked at together: a network file system takes its time for each."""
-MOST_COMPARED = 2000
+MAX_COMPARED = 2000
 """Pixels a side; of larger images every second one, or fewer."""
-MOST_APART = 1.2
+MAX_APART = 1.2
 """Of 255, on average: what decoders may differ by, as rounding and the upsampling of colours leave it to them."""
 
 
@@ -45,9 +45,9 @@ def defect(content: bytes, decoder: Decoder | None) -> str:
         raise
     except Exception as error:
         return f"{decoder.name} does not decode it: {last_words(error)}"
-    every = 1 + max(pixels.shape) // MOST_COMPARED
+    every = 1 + max(pixels.shape) // MAX_COMPARED
     one, other = (image[::every, ::every].astype(np.int16) for image in (pixels, others))
-    if others.shape != pixels.shape or np.abs(one - other).mean() > MOST_APART:
+    if others.shape != pixels.shape or np.abs(one - other).mean() > MAX_APART:
         return f"{decoder.name} decodes it to another image than Pillow does"
     return ""
 

@@ -16,7 +16,7 @@ from data.batch import DataError
 
 LONGEST_LINE = 1 << 16
 """Bytes. A file that is one long line, as one of zeros, ends in an error and not in the memory."""
-MOST_IMAGE_BYTES = 1 << 28
+MAX_IMAGE_BYTES = 1 << 28
 """256 MiB: no photograph has more, and sixteen images are read at a time."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
 

@@ -15,8 +15,8 @@ from PIL import Image, UnidentifiedImageError
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from data.batch import DataError, Split
-from data.files import MOST_IMAGE_BYTES, lines_of, read_bounded, reading, why_not
-from data.shards import MANIFEST, MOST_DIGITS, TarPlaces, read_shards
+from data.files import MAX_IMAGE_BYTES, lines_of, read_bounded, reading, why_not
+from data.shards import MANIFEST, MAX_DIGITS, TarPlaces, read_shards
 
 EXCLUDE_FILE = "exclude.txt"
 SPLITS: tuple[Split, ...] = ("train", "val")
@@ -62,7 +62,7 @@ class ImageList:
         """The image's bytes as stored. OSError if they cannot be read, or are too many for an image."""
         if self.places is not None:
             return self.places.read(index)
-        return read_bounded(self.path(index), MOST_IMAGE_BYTES)
+        return read_bounded(self.path(index), MAX_IMAGE_BYTES)
 
     @property
     def shard_sizes(self) -> tuple[int, ...]:
@@ -286,7 +286,7 @@ def _without_mark(lines: Iterator[bytes]) -> Iterator[bytes]:
 
 def is_number(class_name: str) -> bool:
     """Whether a class is called by a number, which sorts as such."""
-    return class_name.isdecimal() and len(class_name) <= MOST_DIGITS
+    return class_name.isdecimal() and len(class_name) <= MAX_DIGITS
 
 
 def numbered_classes(found: list[str]) -> tuple[list[str], np.ndarray]:

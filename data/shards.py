@@ -24,7 +24,7 @@ import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from data.batch import DataError
-from data.files import MOST_IMAGE_BYTES, lines_of, read_bounded, why_not, write_whole
+from data.files import MAX_IMAGE_BYTES, lines_of, read_bounded, why_not, write_whole
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
@@ -35,9 +35,9 @@ MANIFEST_ENTRIES = {
 INDEX_VERSION = "v1.2"
 LABEL_EXTENSIONS = ("cls", "json", "txt", "index")
 """Of the files that may hold a sample's class: what counts first, first. Ours have .cls files."""
-MOST_MANIFEST_BYTES = 1 << 28
+MAX_MANIFEST_BYTES = 1 << 28
 OPEN_SHARDS = 64
-MOST_DIGITS = 18
+MAX_DIGITS = 18
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +63,8 @@ class TarPlaces:
     def read(self, index: int) -> bytes:
         """One image's bytes; OSError if the shard cannot be read or ends before them."""
         size = int(self.size[index])
-        if size > MOST_IMAGE_BYTES:
-            raise OSError(errno.EFBIG, f"found {size:,} bytes, at most {MOST_IMAGE_BYTES:,} are read")
+        if size > MAX_IMAGE_BYTES:
+            raise OSError(errno.EFBIG, f"found {size:,} bytes, at most {MAX_IMAGE_BYTES:,} are read")
         # Held by name while it is read: another thread may push it out of the cache, which closes it once unused.
         file = _opened(self.shard_path(index))
         content = os.pread(file.descriptor, size, int(self.offset[index]))
@@ -123,7 +123,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
     file = root / MANIFEST
     again = f"make the shards again, or, if others made them, remove it and run launch/prepare.py index {root.parent}"
     try:
-        manifest = json.loads(read_bounded(file, MOST_MANIFEST_BYTES).decode())
+        manifest = json.loads(read_bounded(file, MAX_MANIFEST_BYTES).decode())
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{file}: cannot be read ({why_not(error)}): {again}") from error
     found = manifest.get("format") if isinstance(manifest, dict) else None
@@ -274,7 +274,7 @@ def _checked_labels(labels: Any, num_images: int, num_classes: int, root: Path) 
 def _label_in(name: str, num_classes: int) -> int:
     """The label at the beginning of a name of our own; `num_classes`, which no image can have, where there is none."""
     prefix = name.split("-", 1)[0]
-    return min(int(prefix), num_classes) if prefix.isdecimal() and len(prefix) <= MOST_DIGITS else num_classes
+    return min(int(prefix), num_classes) if prefix.isdecimal() and len(prefix) <= MAX_DIGITS else num_classes
 
 
 def _is_entry(entry: Any, types: dict[str, type]) -> bool:

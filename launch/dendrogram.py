@@ -20,7 +20,7 @@ from cup import GroupCut
 from cup.criteria.ward import clusters_of
 from train.errors import TrainError
 
-MOST_LABELS = 64
+MAX_LABELS = 64
 ABOVE_THE_CUT = "0.65"
 CLUSTERS = tuple(f"C{number}" for number in range(10) if number != 7)  # matplotlib's cycle without its grey
 
@@ -66,7 +66,7 @@ def cut_height(cut: GroupCut, threshold: float | None) -> float:
 
 def _draw(cut: GroupCut, threshold: float | None, path: Path) -> None:
     count, kept = cut.group.width, len(cut.kept)
-    wide = count > MOST_LABELS
+    wide = count > MAX_LABELS
     is_cut = kept < count or threshold is not None
     fig, axis = plt.subplots(figsize=(min(26, max(8, 0.15 * count)), 6 if wide else 4.5), layout="constrained")
     order = leaf_order(cut.ranking.tree)
@@ -110,7 +110,7 @@ def _draw_tree(axis: Axes, cut: GroupCut, order: np.ndarray, colors: Sequence[st
             [(x[left], heights[left]), *((x[n], heights[node]) for n in (left, right)), (x[right], heights[right])]
         )
         link_colors.append(node_colors[node] if below_the_cut else ABOVE_THE_CUT)
-    axis.add_collection(LineCollection(links, colors=link_colors, linewidths=1.2 if count <= MOST_LABELS else 0.8))
+    axis.add_collection(LineCollection(links, colors=link_colors, linewidths=1.2 if count <= MAX_LABELS else 0.8))
 
 
 def _draw_leaves(axis: Axes, cut: GroupCut, order: np.ndarray, colors: Sequence[str], strip: float, mark: bool) -> None:
@@ -120,6 +120,6 @@ def _draw_leaves(axis: Axes, cut: GroupCut, order: np.ndarray, colors: Sequence[
         shown = [colors[channel] for channel in order[stays]]
         axis.scatter(stays, np.full(len(stays), -strip / 2), marker="^", s=30, color=shown)
         axis.scatter([], [], marker="^", s=30, color="black", label="stays")
-    step = math.ceil(len(order) / MOST_LABELS)
+    step = math.ceil(len(order) / MAX_LABELS)
     axis.set_xticks(range(0, len(order), step), order[::step], rotation=90, fontsize=7)
     axis.set_xlabel("channel" if step == 1 else f"channel (one in {step} is named)")

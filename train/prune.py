@@ -17,7 +17,7 @@ from train.errors import ConfigError
 from train.files import read_bounded
 from train.network.models import Architecture, build_model, native_input_shape
 
-MOST_COUNTS_BYTES = 1 << 24
+MAX_COUNTS_BYTES = 1 << 24
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +60,7 @@ def network_from_weights(name: str, path: Path, num_classes: int | None, image_s
 def read_counts(path: Path) -> dict[str, int]:
     """Group name -> channels from a JSON or YAML file. Raises ConfigError for anything else."""
     try:
-        counts = yaml.safe_load(read_bounded(path, MOST_COUNTS_BYTES).decode())
+        counts = yaml.safe_load(read_bounded(path, MAX_COUNTS_BYTES).decode())
     except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read the counts in {path}: {error}") from error
     if not isinstance(counts, dict) or not counts:

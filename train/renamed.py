@@ -10,7 +10,7 @@ import yaml
 from train.errors import ConfigError
 from train.files import read_bounded
 
-MOST_RECIPE_BYTES = 1 << 20
+MAX_RECIPE_BYTES = 1 << 20
 UNCHANGED = ("target_reduction", "last_epoch", "every", "round_to", "min_channels", "features", "use_bias", "scope")
 NEW_NAMES = {
     "cup.enabled": "prune.method",
@@ -47,7 +47,7 @@ def recipe_with_new_names(recipe: str) -> tuple[str, list[str]]:
     Raises ConfigError for what the parser would read for ever, or not survive.
     """
     try:
-        values = yaml.safe_load(read_bounded(Path(recipe), MOST_RECIPE_BYTES).decode())
+        values = yaml.safe_load(read_bounded(Path(recipe), MAX_RECIPE_BYTES).decode())
     except OSError as error:
         if error.errno in (errno.EINVAL, errno.EFBIG):
             raise ConfigError(f"--config: found {recipe}, allowed: a recipe, a YAML file ({error.strerror})") from error

@@ -7,7 +7,7 @@ LARGEST_INT = 2**64
 LARGEST_FLOAT = 1e300
 """Beyond it a sum or a product of a few numbers is infinite."""
 DEEPEST = 32
-MOST_VALUES = 1_000_000
+MAX_VALUES = 1_000_000
 
 
 def fits(value: Any, kind: Any) -> bool:
@@ -44,11 +44,11 @@ def first_misfit(values: dict[str, Any], kinds: dict[str, Any]) -> str | None:
 
 
 def is_plain(value: Any, leaves: tuple[type, ...]) -> bool:
-    """Whether it is made of lists, dictionaries, numbers, words and `leaves`, within `DEEPEST` and `MOST_VALUES`.
+    """Whether it is made of lists, dictionaries, numbers, words and `leaves`, within `DEEPEST` and `MAX_VALUES`.
 
     Without recursion, and what is held in several places counts in each: few bytes can describe very much.
     """
-    left, open_values = MOST_VALUES, [(value, 0)]
+    left, open_values = MAX_VALUES, [(value, 0)]
     while open_values:
         value, depth = open_values.pop()
         left -= 1

@@ -16,9 +16,9 @@ from data.batch import DataError
 from data.files import open_regular, write_whole
 from data.shards import INDEX_VERSION, LABEL_EXTENSIONS, IndexedFile, kind_of, samples_of
 
-MOST_HEADER_BYTES = 1 << 16
+MAX_HEADER_BYTES = 1 << 16
 LONG_NUMBER = re.compile(rb"[0-9]{1000}")
-MOST_LABEL_BYTES = 1 << 20
+MAX_LABEL_BYTES = 1 << 20
 LONGEST_CLASS_NAME = 255
 JSON_KEYS = ("label", "cls", "class")
 """Where the class stands in a JSON object, the first that is there."""
@@ -118,7 +118,7 @@ class _Headers:
         self._file.seek(place)
 
     def read(self, size: int) -> bytes:
-        if not 0 <= size <= MOST_HEADER_BYTES:
+        if not 0 <= size <= MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"a header of {size:,} bytes")
         content = self._file.read(size)
         if LONG_NUMBER.search(content):
@@ -165,7 +165,7 @@ def read_classes(tar: Path, label_kind: str) -> list[str]:
 
 def _class_in(tar: BinaryIO, file: IndexedFile) -> str:
     """What a label file says; empty if it is no class."""
-    if file.size > MOST_LABEL_BYTES:
+    if file.size > MAX_LABEL_BYTES:
         return ""
     content = os.pread(tar.fileno(), file.size, file.offset)
     if kind_of(file.extension) == "json":

@@ -10,7 +10,7 @@ from data.images import list_split
 from data.plain import is_plainly_whole
 from data.prepare import check_data
 
-MOST_APART = 2
+MAX_APART = 2
 """Of 255."""
 BROKEN = {
     *("JPEG cmyk without mark", "JPEG cmyk without mark progressive", "JPEG cmyk without mark by its components"),
@@ -63,7 +63,7 @@ def test_both_loaders_show_the_same_colours(every_kind, channels, split):
     path, broken = every_kind
     names = [name for name in list_split(path, split).names if f"{split}/{name}" not in broken]
     apart = (levels(path, "dali", channels, split) - levels(path, "folder", channels, split)).abs().amax(dim=(1, 2, 3))
-    differing = {name: round(most, 1) for name, most in zip(names, apart.tolist(), strict=False) if most > MOST_APART}
+    differing = {name: round(most, 1) for name, most in zip(names, apart.tolist(), strict=False) if most > MAX_APART}
     assert not differing
 
 

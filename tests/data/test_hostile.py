@@ -16,7 +16,7 @@ from made_shards import SAMPLE, write_tar
 from data.batch import DataError
 from data.images import list_split, list_splits
 from data.prepare import atomic, check_data, index_shards, prepare_digits, prepare_shards
-from data.prepare.tars import MOST_HEADER_BYTES
+from data.prepare.tars import MAX_HEADER_BYTES
 from launch import prepare
 
 SECONDS = 30
@@ -225,7 +225,7 @@ def with_holes() -> bytes:
         (endless_headers(tarfile.GNUTYPE_LONGNAME), "cannot be read as a tar file"),
         (with_holes(), "a.jpg is stored with holes"),
         (with_holes()[: -1024 - 1024], "cannot be read as a tar file"),
-        (absurd_header(tarfile.XHDTYPE, MOST_HEADER_BYTES)[:512] + b"1" * MOST_HEADER_BYTES, "cannot be read as a tar"),
+        (absurd_header(tarfile.XHDTYPE, MAX_HEADER_BYTES)[:512] + b"1" * MAX_HEADER_BYTES, "cannot be read as a tar"),
         (b"no tar file" * 100, "cannot be read as a tar file"),
     ],
     ids=[

@@ -19,7 +19,7 @@ from train.schema import first_misfit
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 """What a run may be called."""
-MOST_LINE_BYTES = 1 << 26
+MAX_LINE_BYTES = 1 << 26
 """A line of 100,000 ranks has fewer."""
 
 SECONDS = dict[str, float]
@@ -160,9 +160,9 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     events = []
     try:
         with open_regular(path) as file:
-            number, line = 1, file.readline(MOST_LINE_BYTES)
+            number, line = 1, file.readline(MAX_LINE_BYTES)
             while line:
-                after = file.readline(MOST_LINE_BYTES)
+                after = file.readline(MAX_LINE_BYTES)
                 event, problem = _parse(line)
                 if problem is not None and (after or event is not None):
                     raise TrainError(
