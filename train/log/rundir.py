@@ -33,6 +33,7 @@ EVENTS = {
         "config": dict,
         "model": str,
         "from": str | None,
+        "narrowed": str | None,
         "gpu_hours_before": float | None,
         "method": str,
         "shrinks": bool,
