@@ -18,7 +18,7 @@ from data.images import SPLITS, exclude_file
 from train.checkpoint.file import load_checkpoint, put_aside
 from train.checkpoint.network import stored_architecture, stored_plans, stored_weights
 from train.checkpoint.restore import Restored, load_run, restore, restore_method, restore_running_statistics
-from train.checkpoint.saver import Saver
+from train.checkpoint.saver import Saver, plain_state
 from train.checkpoint.weights import load_weights
 from train.config import RunConfig
 from train.config_file import create_run_dir
@@ -90,6 +90,7 @@ def build_run(config: RunConfig, start: Start, world: World, ledger: Ledger, sto
     method.begin(parts.resizer.view(parts.state.model))
     if stored is not None:
         world.on_every_rank(lambda: restore_method(stored, method, fitted.prune.method))
+    world.on_every_rank(lambda: plain_state(method) and None)  # rather than at the first save, an epoch later
     compiler = _build_compiler(fitted, method, parts)
     ledger.add_lost(**start.lost)
     world.on_rank_zero(lambda: create_run_dir(start.run_dir, config, start.run_id))

@@ -32,6 +32,7 @@ from train.renamed import NEW_NAMES, options_with_new_names, with_new_names
 
 T = TypeVar("T")
 
+OF_CRITERIA = ("prune.criterion", "prune.features", "prune.use_bias")
 RAMP_IN_T = ("prune.hard_ramp.slope", "prune.hard_ramp.offset")
 # Settings of `data` that only some loaders, devices or other settings give an effect.
 RANDAUGMENT = ("randaugment_ops", "randaugment_magnitude")
@@ -138,6 +139,11 @@ class RunConfig:
         last = self.prune.last_epoch
         if self.prune.shrinks and last is not None and last > self.train.epochs:
             raise ValueError(f"prune.last_epoch: found {last}, allowed: up to train.epochs ({self.train.epochs})")
+        first = self.prune.early.first_epoch
+        if self.prune.method == "early" and first > self.train.epochs:
+            raise ValueError(
+                f"prune.early.first_epoch: found {first}, allowed: up to train.epochs ({self.train.epochs})"
+            )
         if self.optim.warmup_epochs > self.train.epochs:
             raise ValueError(
                 f"optim.warmup_epochs: found {self.optim.warmup_epochs}, allowed: up to train.epochs "
@@ -158,7 +164,7 @@ class RunConfig:
         rules = [
             (not prune.shrinks, of_a_method, "prune.method: none"),
             (prune.shrinks, _of_other_methods(prune.method), f"prune.method: {prune.method}"),
-            (prune.method == "prune_train", ["prune.criterion"], "prune.method: prune_train, which has its own"),
+            (prune.method == "prune_train", OF_CRITERIA, "prune.method: prune_train, which has its own criterion"),
             (prune.criterion != "cup", ["prune.features", "prune.use_bias"], f"prune.criterion: {prune.criterion}"),
             (prune.hard_ramp.kind == "reduction", RAMP_IN_T, "prune.hard_ramp.kind: reduction"),
             (self.optim.schedule == "cosine", ["optim.milestones", "optim.gamma"], "optim.schedule: cosine"),

@@ -107,8 +107,8 @@ class Resizer:
 
     def _broadcast(self, decide: Decide, state: TrainState, world: World) -> Action | None:
         def decided() -> dict[str, Any] | None:
-            # The other ranks of this machine wait for the plan: NumPy's matrix products may have their cores. Not torch's
-            # operations between them: two pools of threads that wait for each other made planning three times slower.
+            # The other ranks of this machine wait for the plan: NumPy's matrix products may have their cores, torch's
+            # operations in between not: two thread pools that wait for each other made planning three times slower.
             with threadpool_limits(available_cores(), user_api="blas"):
                 action = decide(self.view(state.model))
             return None if action is None else {"plan": action.plan.to_json(), "soft": action.soft}

@@ -78,7 +78,8 @@ def run(config: RunConfig, world: World, ledger: Ledger, has_word: Callable[[], 
 def _begin_beat(start: Start, ledger: Ledger) -> Beat:
     beat = Beat(lambda: write_alive(start.run_dir.alive, ledger))
     for file in start.counted if start.run_dir.alive.exists() else ():
-        Path(file).unlink(missing_ok=True)
+        with suppress(OSError):  # counted twice at worst
+            Path(file).unlink(missing_ok=True)
     return beat
 
 
@@ -149,7 +150,7 @@ def _run_event(built: Run, start: Start) -> dict[str, Any]:
         "device": world.device.type,
         "versions": {
             "python": platform.python_version(),
-            **_versions("torch", "torchvision", "timm", "nvidia-dali-cuda130", "nvidia-dali-cuda120"),
+            **_versions(*PACKAGES),
         },
         "train_images": trainer.loop.loader.num_images,
         "val_images": trainer.val_loader.num_images,

@@ -186,10 +186,7 @@ def _without_chance(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if hasattr(module, "p") and isinstance(module.p, float):
             module.p = 0.0
-        if (
-            isinstance(module, nn.modules.batchnorm._BatchNorm | nn.LayerNorm | nn.GroupNorm)
-            and module.weight is not None
-        ):
+        if isinstance(module, _NORMS) and module.weight is not None:
             nn.init.uniform_(module.weight, 0.8, 1.2)
             nn.init.uniform_(module.bias, -0.1, 0.1)
     return model

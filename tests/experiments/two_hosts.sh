@@ -82,8 +82,8 @@ from pathlib import Path
 
 import torch
 
-from train.checkpoint import load_checkpoint
-from train.rundir import read_log
+from train.checkpoint.file import load_checkpoint
+from train.log.rundir import read_log
 
 shared = Path(sys.argv[1])
 one, other = (load_checkpoint(shared / name / "last.pt")["model"] for name in ("undisturbed", "cut"))

@@ -444,7 +444,9 @@ def test_every_field_of_a_log_line_is_checked(tmp_path: Path, undisturbed: list[
         for key, value in event.items():
             wrong = ["5", [5], {"a": "b"}, 1e400, -(10**400)] if not isinstance(value, dict) else ["5", 5]
             for one in wrong if key not in ("event", "config_digest", "device", "digest") else [5]:
-                if isinstance(one, str) and (isinstance(value, str) or (value is None and key in ("from", "job", "narrowed"))):
+                if isinstance(one, str) and (
+                    isinstance(value, str) or (value is None and key in ("from", "job", "narrowed"))
+                ):
                     continue
                 path.write_text(json.dumps(event | {key: one}) + "\n" + json.dumps(event) + "\n")
                 try:

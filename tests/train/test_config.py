@@ -143,7 +143,7 @@ def test_a_setting_without_effect_is_named():
     notes = parse("--prune.method", "prune_train", "--prune.criterion", "l1", "--prune.early.patience", "9")
     assert notes.without_effect() == [
         "no effect with prune.method: prune_train: prune.hard_ramp.kind, prune.early.patience",
-        "no effect with prune.method: prune_train, which has its own: prune.criterion",
+        "no effect with prune.method: prune_train, which has its own criterion: prune.criterion",
     ]
     thin = parse("--prune.method", "none", "--prune.scope", "all", "--model.width", "0.5").without_effect()
     assert not any("prune.scope" in note for note in thin)

@@ -71,3 +71,10 @@ def test_a_run_is_cut_once_to_the_target_also_over_an_interruption(
     assert undisturbed[-1]["flops_reduction"] == pytest.approx(2, rel=0.01)
     assert any("have settled" in note["message"] for note in events(again, "note"))
     assert events(undisturbed, "run")[0]["method"] == "CUP, once, early"
+
+
+def test_it_cuts_once_where_the_target_is_out_of_reach(tmp_path: Path):
+    settings = {"prune__method": "early", "prune__target_reduction": 500, "train__epochs": 4, "prune__last_epoch": 4}
+    log = train(tmp_path, **settings, prune__early__patience=1, prune__early__similarity=0.1)
+    assert [event["epoch"] for event in events(log, "resize")] == [2]
+    assert not [event for event in events(log, "note") if "removes nothing" in event["message"]]

@@ -107,7 +107,7 @@ class Saver:
             "plans": plans_to_store(trainer.resizer.plans),
             "widths": trainer.resizer.widths,
             "allowed_widths": self._allowed_widths,
-            "method": {"name": self._config.prune.method, "state": _plain_state(trainer.method)},
+            "method": {"name": self._config.prune.method, "state": plain_state(trainer.method)},
             "progress": dict(vars(trainer.progress)),
             "batch_size": self._global_batch_size,
             "gpu_hours": None if before is None else before + trainer.ledger.gpu_hours(trainer.ledger.total_s),
@@ -157,8 +157,8 @@ def _with_means(weights: dict[str, torch.Tensor], buffers: list[dict[str, torch.
     return weights | {name: sum(own[name] for own in buffers) / len(buffers) for name in buffers[0]}
 
 
-def _plain_state(method: Method) -> dict[str, Any]:
-    """A method's state. Raises TypeError for one that a resume could not read."""
+def plain_state(method: Method) -> dict[str, Any]:
+    """A method's state. Raises TypeError for one that a resume could not read. Each rank, no collective."""
     state = method.state_dict()
     if not _is_plain(state):
         raise TypeError(

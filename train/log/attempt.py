@@ -68,7 +68,7 @@ class Attempt:
                 self._path.unlink()
 
     def _write(self) -> None:
-        word = {"began": self._began, "alive": time.time(), "ranks": int(os.environ.get("WORLD_SIZE", "1"))}
+        word = {"began": self._began, "alive": time.time(), "ranks": _world_size()}
         os.pwrite(self._file.fileno(), json.dumps(word).encode().ljust(200), 0)
 
 
@@ -93,8 +93,13 @@ def unheard_seconds(root: Path, name: str, heard_at: float) -> Unheard:
         wall_s, rank_s = wall_s + seconds, rank_s + seconds * word["ranks"]
         counted_until = max(counted_until, word["alive"])
     before_us = max(0.0, time.time() - seconds_since_start() - max(job_began(), counted_until))
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    return Unheard(wall_s + before_us, rank_s + before_us * ranks, [str(file) for file in words])
+    return Unheard(wall_s + before_us, rank_s + before_us * _world_size(), [str(file) for file in words])
+
+
+def _world_size() -> int:
+    """As torchrun says; 1 for anything else, which train/world.py refuses in a moment."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    return int(size) if size.isdecimal() else 1
 
 
 def _dead(file: Path) -> dict[str, Any] | None:

@@ -52,11 +52,11 @@ def fit(trainer: Trainer) -> dict[str, Any]:
             outcome = _act(trainer, epoch, "start", partial(trainer.method.epoch_start, epoch))
             threshold = None if outcome is None else outcome.action.plan.threshold
             trainer.so_far = EpochSoFar.beginning(trainer.ledger, trainer.world.device, threshold)
-        loss, images_per_s = _train(trainer, epoch)
+        loss, images_per_s, all_reduce_s = _train(trainer, epoch)
         with trainer.ledger.charge("eval"):
             _finish_training(trainer, epoch)
             result = _evaluate(trainer, epoch)
-        line = _epoch_event(trainer, epoch, trainer.so_far, loss, images_per_s, result)
+        line = _epoch_event(trainer, epoch, trainer.so_far, loss, images_per_s, all_reduce_s, result)
         trainer.so_far = None
         is_best = _advance(trainer.progress, line)
         trainer.sinks.write(line)
@@ -112,11 +112,11 @@ def train_epoch(
         after_step()
 
 
-def _train(trainer: Trainer, epoch: int) -> tuple[float, float]:
-    """What is left of the epoch's steps; returns (mean loss, images a second, all ranks together).
+def _train(trainer: Trainer, epoch: int) -> tuple[float, float, float | None]:
+    """What is left of the epoch's steps; returns (mean loss, images a second of all ranks, all_reduce_s of its event).
 
-    Both cover the whole epoch, steps before a resume included. Raises TrainError on all ranks for a loss that is not
-    finite, which is the mean over the ranks.
+    The first two cover the whole epoch, steps before a resume included. Raises TrainError on all ranks for a mean loss
+    that is not finite.
     """
     so_far, progress, steps = trainer.so_far, trainer.progress, len(trainer.loop.loader)
     just_resized = progress.just_resized
@@ -143,7 +143,13 @@ def _train(trainer: Trainer, epoch: int) -> tuple[float, float]:
         loss = _mean_loss(trainer, epoch)
     spent = trainer.ledger.seconds
     training_s = sum(spent[kind] - so_far.seconds_before[kind] for kind in spent if kind not in NOT_TRAINING)
-    return loss, so_far.images / training_s
+    return loss, so_far.images / training_s, _all_reduce_s(trainer)
+
+
+def _all_reduce_s(trainer: Trainer) -> float | None:
+    """Seconds of an epoch that a rank waits for the all-reduce, mean over ranks; asked before a cut wraps DDP anew."""
+    wait_s = trainer.world.all_gather(all_reduce_wait_s(trainer.state.parallel))
+    return None if None in wait_s else sum(wait_s) / len(wait_s) * len(trainer.loop.loader)
 
 
 def _mean_loss(trainer: Trainer, epoch: int) -> float:
@@ -253,7 +259,13 @@ def _act(trainer: Trainer, epoch: int, when: Literal["start", "end"], decide: De
 
 
 def _epoch_event(
-    trainer: Trainer, epoch: int, so_far: EpochSoFar, loss: float, images_per_s: float, result: Evaluation
+    trainer: Trainer,
+    epoch: int,
+    so_far: EpochSoFar,
+    loss: float,
+    images_per_s: float,
+    all_reduce_s: float | None,
+    result: Evaluation,
 ) -> dict[str, Any]:
     """The epoch event. All ranks call it: it gathers their seconds since the event before.
 
@@ -265,7 +277,6 @@ def _epoch_event(
     reports = trainer.world.all_gather(trainer.ledger.since_last_report())
     time_s = trainer.ledger.reported_s
     peak_memory = max(trainer.world.all_gather(trainer.world.peak_memory()))
-    wait_s = trainer.world.all_gather(all_reduce_wait_s(trainer.state.parallel))
     cost, dense = trainer.resizer.now, trainer.resizer.dense
     return {
         "event": "epoch",
@@ -287,7 +298,7 @@ def _epoch_event(
         "compiled": trainer.progress.compiled,
         "seconds": {kind: sum(report[kind] for report in reports) / len(reports) for kind in reports[0]},
         "seconds_by_rank": reports,
-        "all_reduce_s": None if None in wait_s else sum(wait_s) / len(wait_s) * len(trainer.loop.loader),
+        "all_reduce_s": all_reduce_s,
         "peak_memory": peak_memory,
         "gpu_hours": trainer.ledger.gpu_hours(time_s),
         "device": trainer.world.device.type,

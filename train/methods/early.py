@@ -59,11 +59,13 @@ class Early(Method):
         self._target, self._every = shared.target_reduction, shared.every
         self._last_epoch = min(shared.last_epoch or epochs, epochs)
         self._choices: list[dict[str, int]] = []
+        self._has_cut = False
         self.label = f"{'CUP' if shared.criterion == 'cup' else shared.criterion}, once, early"
 
     def may_resize(self, epoch: int, view: View) -> bool:
-        """Also before first_epoch, when the method only looks: when it will be settled nobody knows."""
-        return cup.is_cut_epoch(epoch, self._every, self._last_epoch) and not has_landed(view, self._target)
+        """Also before first_epoch, when the method only looks: when the widths will settle is not known."""
+        is_over = self._has_cut or has_landed(view, self._target)
+        return cup.is_cut_epoch(epoch, self._every, self._last_epoch) and not is_over
 
     def epoch_start(self, epoch: int, view: View) -> Action | None:
         if not self.may_resize(epoch, view):
@@ -79,10 +81,14 @@ class Early(Method):
         note = f"the widths {what}: {mean:.3f} alike over {len(alike)} choices"
         return Action(replace(plan, note="; ".join(filter(None, [note, plan.note]))))
 
+    def after_action(self, action: Action, view: View) -> None:
+        self._has_cut = True  # once, even where the target is out of reach
+
     def state_dict(self) -> dict[str, Any]:
-        return {"choices": self._choices}
+        return {"choices": self._choices, "has_cut": self._has_cut}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._has_cut = state["has_cut"]
         self._choices = [dict(widths) for widths in state["choices"]]
 
 
