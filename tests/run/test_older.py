@@ -1,7 +1,8 @@
-"""Runs that earlier versions began go on: `older/` holds what they left, formats 2 (at an epoch's end) and 3 (within one).
+"""Runs that earlier versions began go on.
 
-Made by commits 547e95e and 8da86a3 with torch 2.14.1, from today's settings below under their names of then, ended by an
-exception before training step 27 and 20.
+`older/` holds what they left, format 2 at an epoch's end and format 3 within one, made by commits 547e95e and 8da86a3
+with torch 2.14.1, from the settings below under their names of then, and ended by an exception before training step 27
+and 20.
 """
 
 import shutil
@@ -19,6 +20,7 @@ SETTINGS = {
     "train__epochs": 4,
     "prune__last_epoch": 2,
     "prune__target_reduction": 40,
+    "run__device": "cpu",
 }
 UNDISTURBED = {3: (1.985342264175415, 34.375), 4: (1.5885546207427979, 43.75)}
 """Epoch -> loss and top-1 of runs of those commits that nothing ended."""
