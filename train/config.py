@@ -229,6 +229,9 @@ def parse_config(argv: list[str], prog: str, default_config: str) -> RunConfig:
 def config_from_dict(values: dict[str, dict[str, Any]]) -> RunConfig:
     """Nested plain data -> configuration, of an earlier version, too. Raises ConfigError for what is out of range."""
     values, _ = with_new_names(values)
+    known = [section.name for section in dataclasses.fields(RunConfig)]
+    if unknown := sorted(set(values) - set(known)):
+        raise ConfigError(f"{unknown[0]}: unknown settings, allowed: {', '.join(f'{name}.*' for name in known)}")
     sections = {}
     for section in dataclasses.fields(RunConfig):
         if not isinstance(values.get(section.name), dict):

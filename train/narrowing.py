@@ -14,6 +14,7 @@ from train.checkpoint.file import load_checkpoint
 from train.checkpoint.network import stored_architecture, stored_plans
 from train.config import ModelConfig
 from train.errors import ConfigError
+from train.files import open_regular
 from train.prune import read_counts
 
 
@@ -40,7 +41,12 @@ def read_widths(path: Path, network: str) -> Mapping[str, int]:
 
     Raises ConfigError for another network's checkpoint and for a file that holds no widths.
     """
-    if not zipfile.is_zipfile(path):
+    try:
+        with open_regular(path) as file:
+            is_checkpoint = zipfile.is_zipfile(file)
+    except OSError as error:
+        raise ConfigError(f"model.widths: cannot read {path}: {error.strerror}") from error
+    if not is_checkpoint:
         return read_counts(path)
     content = load_checkpoint(path)
     if (found := stored_architecture(content).name) != network:

@@ -1,6 +1,7 @@
 """Networks that are narrow from their first step: shapes, FR, checkpoints, resume, labels, and what is refused."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,7 @@ def test_what_holds_no_widths_for_the_network_is_one_line(tmp_path: Path):
     (tmp_path / "wide.yaml").write_text("conv1: 21\n")
     (tmp_path / "logits.yaml").write_text("fc2: 3\n")
     (tmp_path / "empty.yaml").write_text("")
+    os.mkfifo(tmp_path / "pipe")  # opened plainly, it would wait for a writer
     named = ("full.pt", "mlp.pt", "unknown.yaml", "wide.yaml", "logits.yaml")  # the others are files of counts anywhere
     for name, words in {
         "full.pt": "full network, which was never cut",
@@ -120,6 +122,7 @@ def test_what_holds_no_widths_for_the_network_is_one_line(tmp_path: Path):
         "logits.yaml": "fc2 must keep its width",
         "empty.yaml": "found no counts",
         "missing.yaml": "cannot read",
+        "pipe": "cannot read .*: not a regular file",
     }.items():
         with pytest.raises(ConfigError, match=f"model.widths.*{words}" if name in named else words):
             train(tmp_path / "runs", **DENSE, model__widths=tmp_path / name)

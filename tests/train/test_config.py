@@ -252,3 +252,8 @@ def test_unknown_stored_keys_are_refused():
     values["optim"]["speed"] = 3
     with pytest.raises(ConfigError, match="optim"):
         config_from_dict(values)
+
+
+def test_a_stored_section_that_nobody_knows_is_an_error():
+    with pytest.raises(ConfigError, match="cup: unknown settings"):
+        config_from_dict(parse().to_dict() | {"cup": {"bogus": 1}})
