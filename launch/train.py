@@ -13,11 +13,11 @@ ROOT = Path(__file__).resolve().parents[1]
 if not __package__:
     sys.path[0] = str(ROOT)
 
-from train.log.attempt import Attempt, seconds_since_start  # noqa: E402
+from train.log.attempt import Attempt, began  # noqa: E402
 
 DEMO = ROOT / "launch" / "configs" / "demo.yaml"
 # Python's own start and the import of torch are part of the run, and an attempt that is killed in them has spent them.
-STARTED = time.perf_counter() - seconds_since_start()
+STARTED = time.perf_counter() - (time.time() - began())
 ATTEMPT = Attempt(sys.argv[1:], DEMO) if __name__ == "__main__" and os.environ.get("RANK", "0") == "0" else None
 
 from train.cli import command_again, exit_code_of  # noqa: E402

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import stat
+import subprocess
+import sys
 import time
 import zipfile
 from collections.abc import Callable
@@ -12,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from launching import EVERY_STEP, TINY, broken_off, events, launch, numbers, options, train, write_network
+from launching import EVERY_STEP, ROOT, TINY, broken_off, events, launch, numbers, options, train, write_network
 
 from launch import evaluate, prune
 from launch import train as launch_train
@@ -310,9 +312,23 @@ def test_a_name_that_is_none_writes_nowhere(tmp_path: Path):
 
 def test_torchrun_s_own_start_is_part_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("train.log.attempt.job_began", lambda: time.time() - 1e6)
-    monkeypatch.setattr("train.log.attempt.seconds_since_start", lambda pid="self": 10.0)
+    monkeypatch.setattr("train.log.attempt.began", lambda: time.time() - 10)
     assert unheard_seconds(tmp_path, "run", heard_at=time.time() - 15).wall_s == pytest.approx(5, abs=0.5)
     assert unheard_seconds(tmp_path, "run", heard_at=-1e300).wall_s == pytest.approx(1e6 - 10, abs=0.5)
+
+
+SAYS = "import time; from train.log.attempt import began, job_began as job; print(time.time() - min(began(), job()))"
+BUSY = "import time\nwhile time.process_time() < 1.5: pass"
+
+
+@pytest.mark.parametrize("env", ["", "TORCHELASTIC_RUN_ID=x"], ids=["python", "torchrun"])
+def test_what_a_shell_did_before_it_became_the_run_is_no_part_of_it(env: str):
+    """`bash -c "a && b"` becomes b, whose process has the shell's start; with torchrun that is the ranks' parent."""
+    end = "; true" if env else ""  # so that the shell stays the parent
+    command = f'"$0" -c "$1" && sleep 1 && env {env} "$0" -c "$2"{end}'
+    shell = ["bash", "-c", command, sys.executable, BUSY, SAYS]
+    result = subprocess.run(shell, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert float(result.stdout) < 1.5  # 2.5 seconds were before
 
 
 @pytest.mark.parametrize(

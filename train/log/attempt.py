@@ -5,6 +5,7 @@ ROOT/.NAME.starting-RANDOM, which the next attempt adds up. Needs no torch: its 
 """
 
 import fcntl
+import functools
 import json
 import os
 import re
@@ -26,19 +27,55 @@ from train.schema import fits
 DEFAULTS = {"root": "runs", "name": "run"}
 
 
-def seconds_since_start(pid: int | str = "self") -> float:
-    """How long a process has been running; 0 where the system does not say."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK"))
-    except (OSError, AttributeError, ValueError, IndexError):  # no Linux
-        return 0.0
+INTERPRETER_STARTS_WITHIN_S = 1.0
+TORCHRUN_STARTS_WITHIN_S = 10.0
+"""A process that a shell became by exec (`bash -c 'pip install . && torchrun ...'`) keeps the shell's start, and would
+count the installation: no more than this is believed."""
+
+
+def began() -> float:
+    """Unix time at which this process began. The first call has to come before anything that takes long."""
+    return _began(os.getpid())
+
+
+@functools.cache
+def _began(pid: int) -> float:
+    """pid: this process's, for a forked one begins anew."""
+    return time.time() - min(_age_s(pid), INTERPRETER_STARTS_WITHIN_S)
 
 
 def job_began() -> float:
     """Unix time at which the ranks were started: by torchrun where it is our parent, else at this process's start."""
-    starter = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else "self"
-    return time.time() - max(seconds_since_start(starter), seconds_since_start())
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return began()
+    torchrun = os.getppid()
+    age_s = time.time() - began()
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        if _cpu_s_of_children(torchrun) > 1:  # it has waited for others than ranks: a shell's doing
+            return began()
+        return time.time() - max(age_s, min(_age_s(torchrun), age_s + TORCHRUN_STARTS_WITHIN_S))
+    return time.time() - max(age_s, _age_s(torchrun))
+
+
+def _age_s(pid: int) -> float:
+    """How long a process has been running; 0 where the system does not say."""
+    try:
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - int(_stat(pid)[19]) / os.sysconf("SC_CLK_TCK"))
+    except (OSError, AttributeError, ValueError, IndexError):  # no Linux
+        return 0.0
+
+
+def _cpu_s_of_children(pid: int) -> float:
+    """CPU seconds of the children that a process has waited for."""
+    try:
+        return sum(map(int, _stat(pid)[13:15])) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError):
+        return 0.0
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat behind the name: proc(5) counts them from 3."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 class Attempt:
@@ -92,7 +129,7 @@ def unheard_seconds(root: Path, name: str, heard_at: float) -> Unheard:
         seconds = max(0.0, word["alive"] - max(word["began"], counted_until))
         wall_s, rank_s = wall_s + seconds, rank_s + seconds * word["ranks"]
         counted_until = max(counted_until, word["alive"])
-    before_us = max(0.0, time.time() - seconds_since_start() - max(job_began(), counted_until))
+    before_us = max(0.0, began() - max(job_began(), counted_until))
     return Unheard(wall_s + before_us, rank_s + before_us * _world_size(), [str(file) for file in words])
 
 
