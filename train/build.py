@@ -93,6 +93,7 @@ def build_run(config: RunConfig, start: Start, world: World, ledger: Ledger, sto
     world.on_every_rank(lambda: plain_state(method) and None)  # rather than at the first save, an epoch later
     compiler = _build_compiler(fitted, method, parts)
     ledger.add_lost(**start.lost)
+    ledger.add_startup(start.torchrun_s)
     world.on_rank_zero(lambda: create_run_dir(start.run_dir, config, start.run_id))
     _join_ranks(parts.state, stored, world)
     saver = Saver(

@@ -35,7 +35,9 @@ class Start:
     run_id: tells this run's files from those of others; None where an earlier version began it.
     checkpoint: to go on from; None for a run that begins. damaged: newer files that cannot be read, and why.
     has_run: whether a run is in the directory already. lost: what killed processes spent after the checkpoint, seconds.
-    counted: files that say so, to be removed once it is in the account. notes: messages for the user.
+    torchrun_s: what torchrun took to start this process, seconds.
+    counted: files that tell of killed attempts, to be removed once these are in the account.
+    notes: messages for the user.
     """
 
     directory: str
@@ -45,6 +47,7 @@ class Start:
     damaged: dict[str, str] = field(default_factory=dict)
     has_run: bool = False
     lost: dict[str, float] = field(default_factory=lambda: {"wall_s": 0.0, "rank_s": 0.0})
+    torchrun_s: float = 0.0
     counted: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -76,7 +79,9 @@ def find_start(config: RunConfig, job: str | None = None) -> Start:
     if _is_free(run_dir.path):
         unheard = unheard_seconds(Path(config.run.root), config.run.name, heard_at=-math.inf)
         new_id = secrets.token_hex(8)
-        return Start(str(run_dir.path), run_id=new_id, lost=_lost(unheard), counted=unheard.files)
+        return Start(
+            str(run_dir.path), run_id=new_id, lost=_lost(unheard), torchrun_s=unheard.torchrun_s, counted=unheard.files
+        )
     try:
         found = _look_into(run_dir)
     except UnreadableError:
@@ -98,6 +103,7 @@ def find_start(config: RunConfig, job: str | None = None) -> Start:
         damaged={str(file): why for file, why in found.damaged.items()},
         has_run=True,
         lost=_lost(unheard, alive, account),
+        torchrun_s=unheard.torchrun_s,
         counted=unheard.files,
         notes=[*_notes(found), *filter(None, [alive_note])],
     )

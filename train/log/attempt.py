@@ -111,10 +111,15 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Unheard:
-    """What was spent since the last word of the run itself. files: that say so, to be removed once it is counted."""
+    """What was spent since the last word of the run itself.
+
+    wall_s, rank_s: by attempts that were killed at their start. torchrun_s: by torchrun before this process began.
+    files: that tell of the attempts, to be removed once these are counted.
+    """
 
     wall_s: float
     rank_s: float
+    torchrun_s: float
     files: list[str]
 
 
@@ -130,7 +135,7 @@ def unheard_seconds(root: Path, name: str, heard_at: float) -> Unheard:
         wall_s, rank_s = wall_s + seconds, rank_s + seconds * word["ranks"]
         counted_until = max(counted_until, word["alive"])
     before_us = max(0.0, began() - max(job_began(), counted_until))
-    return Unheard(wall_s + before_us, rank_s + before_us * _world_size(), [str(file) for file in words])
+    return Unheard(wall_s, rank_s, before_us, [str(file) for file in words])
 
 
 def _world_size() -> int:

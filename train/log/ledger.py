@@ -91,6 +91,14 @@ class Ledger:
         self._seconds["lost"] += wall_s
         self._before = {"wall_s": self._before["wall_s"] + wall_s, "rank_s": self._before["rank_s"] + rank_s}
 
+    def add_startup(self, wall_s: float) -> None:
+        """Charge what was spent on starting this attempt before its clock ran."""
+        self._seconds["startup"] += wall_s
+        self._before = {
+            "wall_s": self._before["wall_s"] + wall_s,
+            "rank_s": self._before["rank_s"] + wall_s * self._ranks,
+        }
+
     def _rank_seconds(self, wall_s: float) -> float:
         return self._before["rank_s"] + (wall_s - self._before["wall_s"]) * self._ranks
 
