@@ -39,7 +39,7 @@ start() { # namespace, device, address, is_host, name of the run
         --rdzv-id="$5" --rdzv-conf="is_host=$4" --local-addr="$3" \
         "$root/launch/train.py" --config "$root/tests/helpers/tiny.yaml" --run.root "$shared" --run.name "$5" \
         --run.device cpu --run.timeout_minutes 0.25 --run.save_every_minutes 0.02 \
-        --data.synthetic_images 6400 --train.epochs 6 --prune.last_epoch 6 >>"$shared/$5-$3.txt" 2>&1
+        --data.synthetic_images 6400 --optim.lr 0.01 --train.epochs 6 --prune.last_epoch 6 >>"$shared/$5-$3.txt" 2>&1
 }
 
 run() { # name; starts both hosts
