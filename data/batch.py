@@ -64,6 +64,8 @@ class Loader(Protocol):
     """Lines of the exclude list that match nothing in either split."""
     passed_over: tuple[str, ...]
     """Names in the split's folders that are none of its images', such as those of folders within a class."""
+    waiting_since: float | None
+    """Since when (time.monotonic) an iteration has been waiting for images; None while it is not. For other threads."""
 
     def __len__(self) -> int:
         """Steps of an epoch; equal on all ranks."""
