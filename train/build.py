@@ -26,8 +26,9 @@ from train.errors import ConfigError, TrainError
 from train.files import why_unwritten
 from train.log.ledger import Ledger
 from train.log.mending import lines_of_checkpoint
-from train.log.rundir import RunDir, read_log
-from train.log.sinks import ConsoleSink, JsonLines, Sinks, TensorBoard
+from train.log.rundir import read_log
+from train.log.sinks import ConsoleSink, JsonLines, Sinks
+from train.log.trackers import TRACKERS, Tracked, require_installed
 from train.loop.mixing import build_mixing
 from train.loop.nonfinite import StepGuard
 from train.loop.progress import Progress
@@ -78,6 +79,7 @@ def build_run(config: RunConfig, start: Start, world: World, ledger: Ledger, sto
     so that a run that cannot start leaves none that the corrected one would stumble over. Raises train/world.py's
     USER_ERRORS.
     """
+    world.on_rank_zero(lambda: require_installed(config.run.trackers))
     stored, source = _load(config, start, world)
     config = _with_model_name(config, stored or source, start.checkpoint or config.model.checkpoint)
     world.on_rank_zero(lambda: prepare_data(config.data))
@@ -105,7 +107,7 @@ def build_run(config: RunConfig, start: Start, world: World, ledger: Ledger, sto
         allowed_widths,
         begun.progress,
     )
-    sinks, sink_notes = world.on_every_rank(lambda: _open_sinks(start.run_dir, world, ledger, stored))
+    sinks, sink_notes = world.on_every_rank(lambda: _open_sinks(config, start, world, ledger, stored))
     world.on_rank_zero(lambda: _replace_damaged(start, config))  # the log is ours alone by now
     loop = TrainLoop(
         config=fitted.train,
@@ -380,12 +382,12 @@ def _replace_damaged(start: Start, config: RunConfig) -> None:
 
 
 def _open_sinks(
-    run_dir: RunDir, world: World, ledger: Ledger, stored: dict[str, Any] | None
+    config: RunConfig, start: Start, world: World, ledger: Ledger, stored: dict[str, Any] | None
 ) -> tuple[Sinks, list[str]]:
     """Rank 0's sinks, going on after the log's lines that `stored` says, none on the other ranks; and notes."""
     if not world.is_main:
         return Sinks([]), []
-    notes = []
+    run_dir, notes = start.run_dir, []
 
     def has_run(found: bytes) -> bytes:
         lines, note = lines_of_checkpoint(found, stored, str(run_dir.log))
@@ -396,9 +398,13 @@ def _open_sinks(
         log = JsonLines(run_dir.log) if stored is None else JsonLines(run_dir.log, has_run)
     except OSError as error:
         raise TrainError(f"cannot write in {run_dir.path}: {why_unwritten(error, run_dir.log)}") from error
-    try:
-        curves = [TensorBoard(run_dir.tensorboard, time.time() - ledger.total_s, read_log(run_dir.log))]
-    except Exception as error:  # a view of the log: training goes on without it, whatever it is
-        curves = []
-        notes.append(f"{run_dir.tensorboard} cannot be written and is left out: {error}")
-    return Sinks([log, *curves, ConsoleSink()], log), notes
+    began = time.time() - ledger.total_s
+    run_id = start.run_id or run_dir.path.name  # an earlier version began it
+    tracked = Tracked(run_dir.path.name, run_id, config.run.project, run_dir.path, began, read_log(run_dir.log))
+    trackers = []
+    for name in config.run.trackers:
+        try:
+            trackers.append(TRACKERS[name](tracked))
+        except Exception as error:  # a view of the log: training goes on without it, whatever it is
+            notes.append(f"{name} is left out: {error}")
+    return Sinks([log, *trackers, ConsoleSink()], log), notes

@@ -63,6 +63,10 @@ class RunOptions:
     timeout_minutes: float = 10.0
     """A rank that waits longer than this for the others gives up: longer than it takes to start the ranks, or to write
     a checkpoint."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ("tensorboard",)
+    """Where curves go beside log.jsonl; each takes its package's own environment variables."""
+    project: str = "cupss"
+    """What wandb and trackio call a project and MLflow an experiment."""
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the field, the value found and what is allowed."""

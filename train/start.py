@@ -20,7 +20,7 @@ from train.schema import fits
 # Settings that may differ when a run goes on: where it lies (NAME-2 may be asked for by its own name), how it is saved
 # and resumed; where the images lie and how they are read; what to do about steps that are not finite.
 MAY_DIFFER = {
-    "run": ("name", "root", "resume", "save_every_minutes", "keep", "timeout_minutes"),
+    "run": ("name", "root", "resume", "save_every_minutes", "keep", "timeout_minutes", "trackers", "project"),
     "data": ("path", "threads", "mmap", *DECODING_ON_GPU),
     "train": ("nonfinite", "nonfinite_limit"),
 }

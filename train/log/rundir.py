@@ -118,10 +118,6 @@ class RunDir:
         return self.path / "log.jsonl"
 
     @property
-    def tensorboard(self) -> Path:
-        return self.path / "tensorboard"
-
-    @property
     def last(self) -> Path:
         return self.path / "last.pt"
 

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: JSON lines (the truth), TensorBoard (a view), and the console.
+"""Where a run's numbers go: JSON lines (the truth), the console, and trackers (views; train/log/trackers.py).
 
 Only rank 0 has sinks; the other ranks hold an empty list of them, so no call site has to ask for the rank.
 """
@@ -8,13 +8,11 @@ import fcntl
 import json
 import os
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -62,7 +60,7 @@ class Sinks:
         for sink in list(self._sinks):
             try:
                 sink.write(event)
-            except Exception as error:  # TensorBoard raises whatever its writing thread met
+            except Exception as error:  # a tracker raises whatever it met
                 if sink is self._log and not isinstance(error, OSError):
                     raise
                 self._failed(sink, error, event)
@@ -169,82 +167,6 @@ class JsonLines:
         if self._file.write(self._written) < len(self._written):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         self.sync()
-
-
-class TensorBoard:
-    """The epoch and resize events as curves, with the unit in each tag; the x axis is the epoch."""
-
-    name = "tensorboard/"
-
-    # (tag, key of the epoch event, factor)
-    SCALARS = (
-        ("cup/flops_reduction(x)", "flops_reduction", 1),
-        ("cup/macs_reduction(x)", "macs_reduction", 1),
-        ("cup/threshold", "threshold", 1),
-        ("cup/flops(GFLOPs)", "flops", 1e-9),
-        ("cup/params(M)", "params", 1e-6),
-        ("train/loss", "train_loss", 1),
-        ("train/lr", "lr", 1),
-        ("train/throughput(images_per_s)", "images_per_s", 1),
-        ("val/top1(%)", "top1", 1),
-        ("val/top5(%)", "top5", 1),
-        ("time/gpu_hours(h)", "gpu_hours", 1),
-    )
-
-    def __init__(self, directory: Path, began: float, events: Sequence[Event] = ()) -> None:
-        """began: wall-clock time at which the events' `time_s` is 0; pauses between processes do not show.
-
-        events: what the log holds already. The curves are written anew from them: what killed runs wrote may hold
-        points that a resume has taken back, and lack others that were never flushed.
-        """
-        from torch.utils.tensorboard import SummaryWriter  # its import takes seconds, and rank 0 alone needs it
-
-        for old in directory.glob("events.out.tfevents.*"):
-            old.unlink()
-        self._began = began
-        self._writer = SummaryWriter(str(directory), purge_step=0)  # for viewers that have read the old files
-        for event in events:
-            self.write(event)
-        self._print_failure, threading.excepthook = threading.excepthook, self._thread_failed
-
-    def write(self, event: Event) -> None:
-        if event["event"] == "run" and "config" in event:  # a log of the oldest version lacks it
-            self._writer.add_text("config", f"```\n{yaml.safe_dump(event['config'], sort_keys=False)}```")
-        elif event["event"] == "epoch":
-            self._write_epoch(event)
-        elif event["event"] == "resize":
-            self._add("cup/removed(channels)", sum(event["removed"].values()), event)
-            self._add("cup/resize(s)", event["seconds"], event)
-        elif event["event"] == "zero":
-            self._add("cup/zeroed(channels)", sum(event["removed"].values()), event)
-
-    def _write_epoch(self, event: Event) -> None:
-        for tag, key, factor in self.SCALARS:
-            if event[key] is not None:
-                self._add(tag, event[key] * factor, event)
-        for kind, seconds in event["seconds"].items():
-            self._add(f"time/{kind}(s)", seconds, event)
-        for group, width in event["widths"].items():
-            self._add(f"widths/{group}(channels)", width, event)
-        self._writer.flush()
-
-    def _add(self, tag: str, value: float, event: Event) -> None:
-        self._writer.add_scalar(tag, value, event["epoch"], walltime=self._began + event["time_s"])
-
-    def progress(self, what: str, step: int, steps: int) -> None:
-        pass
-
-    def close(self) -> None:
-        try:
-            self._writer.close()
-        finally:
-            threading.excepthook = self._print_failure
-
-    def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
-        """No traceback of the thread that writes, if the disk is to blame: the next `write` raises the same error."""
-        is_writer = type(failure.thread).__module__.startswith("tensorboard.")
-        if not (is_writer and isinstance(failure.exc_value, OSError)):
-            self._print_failure(failure)
 
 
 class ConsoleSink:
