@@ -202,9 +202,12 @@ def build_parser(prog: str, default_config: str) -> ArgumentParser:
         exit_on_error=False,
         allow_abbrev=False,
         description="Train a classifier on several ranks while a pruning method resizes it.",
-        epilog=f"Without --config the recipe {default_config} is run.",
+        epilog=f"Without --recipe and --config the recipe {default_config} is trained.",
     )
-    parser.add_argument("--config", action="config", help="Recipe, a YAML file; launch/configs/ holds some.")
+    parser.add_argument("--config", action="config", help="Recipe, a YAML file.")
+    parser.add_argument(
+        "--recipe", metavar="NAME", help="Recipe that comes with the project, or `list` to see them all."
+    )
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error that has one line else.")
     for section in dataclasses.fields(RunConfig):
         parser.add_class_arguments(section.default_factory, section.name)
@@ -214,7 +217,8 @@ def build_parser(prog: str, default_config: str) -> ArgumentParser:
 def parse_config(argv: list[str], prog: str, default_config: str) -> RunConfig:
     """Command line -> configuration. Raises ConfigError; --help and --print_config print and exit with 0.
 
-    Names that settings had in earlier versions are read, with a warning that says the new one.
+    Options before --config are overridden by the recipe; train/recipes.py puts it in front. Names that settings had in
+    earlier versions are read, with a warning that says the new one.
     """
     if not any(arg == "--config" or arg.startswith("--config=") for arg in argv):
         argv = ["--config", default_config, *argv]

@@ -80,7 +80,12 @@ def find_start(config: RunConfig, job: str | None = None) -> Start:
         unheard = unheard_seconds(Path(config.run.root), config.run.name, heard_at=-math.inf)
         new_id = secrets.token_hex(8)
         return Start(
-            str(run_dir.path), run_id=new_id, lost=_lost(unheard), torchrun_s=unheard.torchrun_s, counted=unheard.files
+            str(run_dir.path),
+            run_id=new_id,
+            lost=_lost(unheard),
+            torchrun_s=unheard.torchrun_s,
+            counted=unheard.files,
+            notes=_name_taken(config, run_dir),
         )
     try:
         found = _look_into(run_dir)
@@ -130,6 +135,14 @@ def _notes(found: _Found) -> list[str]:
         f"{why}; going on from {found.checkpoint}, and {file.name} becomes {file.name}.damaged"
         for file, why in found.damaged.items()
     ]
+
+
+def _name_taken(config: RunConfig, run_dir: RunDir) -> list[str]:
+    """A note where a new run gets another name than it was given."""
+    if run_dir.path.name == config.run.name:
+        return []
+    why = "is finished" if config.run.resume == "auto" else "is there (run.resume: never)"
+    return [f"{Path(config.run.root) / config.run.name} {why}: this is a new run, {run_dir.path.name}"]
 
 
 def find_run_dir(config: RunConfig, job: str | None = None) -> RunDir:
