@@ -130,6 +130,8 @@ def build_run(config: RunConfig, start: Start, world: World, ledger: Ledger, sto
         is_resumed=stored is not None,
         sinks=sinks,
         watch=Watch(world, stop_wanted, 60 * config.run.save_every_minutes),
+        batch_size=fitted.data.batch_size,
+        image_size=lambda epoch: train_size(fitted.data, epoch - 1),
         save=saver.save,
     )
     data_notes = _data_notes(fitted, parts)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
 from train.errors import TrainError
@@ -180,9 +180,8 @@ class ConsoleSink:
         self._epochs = 0
         self._bar = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=20),
             MofNCompleteColumn(),
-            TimeRemainingColumn(),
             console=self._console,
             transient=True,
             disable=not self._console.is_terminal,
@@ -246,10 +245,12 @@ class ConsoleSink:
 
     def _write_epoch(self, event: Event) -> None:
         seconds = event["seconds"]
+        raw = "" if event["raw_top1"] is None else f" (average; weights {event['raw_top1']:.2f}%)"
         self._print(
-            f"epoch {event['epoch']:>3}/{self._epochs}  loss {event['train_loss']:.4f}  top-1 {event['top1']:6.2f}%  "
-            f"top-5 {event['top5']:6.2f}%  FR {event['flops_reduction']:.2f}  {event['images_per_s']:,.0f} images/s  "
-            f"step {seconds['step']:.1f} s  wait {seconds['data_wait']:.1f} s  eval {seconds['eval']:.1f} s"
+            f"epoch {event['epoch']:>3}/{self._epochs}  loss {event['train_loss']:.4f}  "
+            f"top-1 {event['top1']:6.2f}%{raw}  top-5 {event['top5']:6.2f}%  FR {event['flops_reduction']:.2f}  "
+            f"{event['images_per_s']:,.0f} images/s  {event['image_size']} px  step {seconds['step']:.1f} s  "
+            f"wait {seconds['data_wait']:.1f} s  eval {seconds['eval']:.1f} s"
         )
 
     def _write_done(self, event: Event) -> None:

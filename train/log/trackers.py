@@ -27,6 +27,9 @@ SCALARS = (
     ("train/throughput(images_per_s)", "images_per_s", 1),
     ("val/top1(%)", "top1", 1),
     ("val/top5(%)", "top5", 1),
+    ("val/top1_without_ema(%)", "raw_top1", 1),
+    ("val/top5_without_ema(%)", "raw_top5", 1),
+    ("train/image_size(px)", "image_size", 1),
     ("time/gpu_hours(h)", "gpu_hours", 1),
 )
 """(tag with its unit, key of the epoch event, factor)"""
@@ -41,7 +44,8 @@ def points(event: Event) -> dict[str, float]:
     if event["event"] != "epoch":
         return {}
     return {
-        **{tag: event[key] * factor for tag, key, factor in SCALARS if event[key] is not None},
+        # A log of an earlier version lacks some of them.
+        **{tag: event[key] * factor for tag, key, factor in SCALARS if event.get(key) is not None},
         **{f"time/{kind}(s)": seconds for kind, seconds in event["seconds"].items()},
         **{f"widths/{group}(channels)": width for group, width in event["widths"].items()},
     }
