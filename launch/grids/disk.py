@@ -2,7 +2,7 @@
 
 OUT/runs/NAME/            the run of a job
 OUT/configs/NAME.yaml     the recipe that it was started with
-OUT/inputs/NAME.json      which runs it was made from, by their ids
+OUT/origins/NAME.json     what it was made from: the ids of other runs, and how its network was cut or chosen
 OUT/made/NAME.*           what a command made for it: a cut network, widths
 OUT/commands/NAME.json    what that command cost
 OUT/output/NAME.txt       what its processes said
@@ -11,12 +11,12 @@ OUT/lock                  held while a compare.py works on the grid
 
 import fcntl
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.grids.jobs import Job
-from train.config import RunConfig
+from launch.grids.jobs import TO_A_TARGET, Job
+from train.config import RunConfig, differing_keys
 from train.config_file import read_config
 from train.errors import TrainError
 from train.files import write_durably
@@ -60,8 +60,8 @@ class Disk:
     def made(self, job: str, suffix: str) -> Path:
         return self.out / "made" / f"{job}{suffix}"
 
-    def inputs(self, job: str) -> Path:
-        return self.out / "inputs" / f"{job}.json"
+    def origin(self, job: str) -> Path:
+        return self.out / "origins" / f"{job}.json"
 
     def command(self, job: str) -> Path:
         return self.out / "commands" / f"{job}.json"
@@ -87,11 +87,20 @@ class Disk:
             changed.append(f"data.path ({path!r} there, {config.data.path!r} now)")
         if changed:
             return f"the grid has changed since {run_dir.path} was begun: {', '.join(changed)}"
-        stored = read_json(self.inputs(job.name)) or {}
-        for name in job.needs:
-            if name in stored and stored[name] != self.run_dir(name).run_id():
-                return f"{run_dir.path} was made from another run of {name} than the one that is there"
+        stored, now = read_json(self.origin(job.name)), self.origin_now(job)
+        if stored is not None and (changed := differing_keys(now, stored)):
+            return f"what {run_dir.path} was made from has changed since: {', '.join(changed)}"
         return None
+
+    def origin_now(self, job: Job) -> dict[str, Any]:
+        """What the job's network is made from; plain data. The job's needs must be finished."""
+        origin: dict[str, Any] = {"runs": {name: self.run_dir(name).run_id() for name in job.needs}}
+        if job.entry.kind in TO_A_TARGET:
+            options = asdict(job.options.plan_options()) | {"target_reduction": job.options.target_reduction}
+            origin["prune"] = json.loads(json.dumps(options))
+        if job.entry.command is not None:
+            origin["command"] = job.entry.command
+        return origin
 
     def own_cost(self, job: str) -> Cost:
         """Of a finished run, and of the commands before it."""

@@ -11,7 +11,7 @@ import yaml
 import cup
 from data import DataConfig, prepare_data
 from data.images import list_splits
-from launch.grids.disk import NOTHING, Cost, Disk, write_json
+from launch.grids.disk import NOTHING, Cost, Disk, read_json, write_json
 from launch.grids.jobs import Job
 from train.config import RunConfig
 from train.errors import ConfigError, TrainError
@@ -91,7 +91,10 @@ def prepare(job: Job, config: RunConfig, disk: Disk) -> None:
     disk.config(job.name).parent.mkdir(parents=True, exist_ok=True)
     recipe = yaml.safe_dump(config.to_dict(), sort_keys=False)
     write_durably(disk.config(job.name), recipe.encode())
-    write_json(disk.inputs(job.name), {name: disk.run_dir(name).run_id() for name in job.needs})
+    origin = disk.origin_now(job)
+    if read_json(disk.origin(job.name)) != origin:  # what a command has made is of no use any more
+        disk.command(job.name).unlink(missing_ok=True)
+    write_json(disk.origin(job.name), origin)
 
 
 def thin_widths(job: Job) -> dict[str, int]:
