@@ -17,8 +17,8 @@ if not __package__:
 
 from launch.grids.board import open_board
 from launch.grids.disk import Disk, hold
-from launch.grids.grid import read_grid
-from launch.grids.jobs import plan_jobs
+from launch.grids.grid import Grid, read_grid
+from launch.grids.jobs import Job, plan_jobs
 from launch.grids.runner import Runner, State
 from train.cli import Parser, exit_code_of, positive_int
 from train.errors import TrainError
@@ -32,17 +32,26 @@ def main(argv: list[str]) -> int:
 
 def _compare(argv: list[str]) -> None:
     options = _parse(argv)
-    grid = read_grid(options.grid, options.set)
+    grid = read_grid(options.grid, options.set, options.out)
     jobs = plan_jobs(grid)
     disk = Disk(grid.out)
     runner = Runner(jobs, disk, options.jobs, options.ranks)
     runner.look()
-    lock = hold(disk.lock)
-    _run(runner, options)
-    lock.close()
-    bad = {name: status for name, status in runner.statuses.items() if status.state is not State.DONE}
-    if bad:
-        raise TrainError(f"{len(bad)} of {len(jobs)} runs are not finished")
+    if not options.report_only:
+        with hold(disk.lock):
+            _run(runner, options)
+    finished = [name for name, status in runner.statuses.items() if status.state is State.DONE]
+    _report(grid, jobs, disk, finished)
+    if len(finished) < len(jobs) and not options.report_only:
+        raise TrainError(f"{len(jobs) - len(finished)} of {len(jobs)} runs are not finished")
+
+
+def _report(grid: Grid, jobs: dict[str, Job], disk: Disk, finished: list[str]) -> None:
+    from launch.reports.comparison.page import write_report  # matplotlib takes a second
+    from launch.reports.comparison.results import read_comparison
+
+    written = write_report(read_comparison(grid, jobs, disk, finished), grid.out)
+    print(f"\n{written.text}\nwritten: {written.page}, and report.md, runs.csv and front.png beside it")
 
 
 def _parse(argv: list[str]) -> Namespace:
@@ -51,6 +60,8 @@ def _parse(argv: list[str]) -> Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="over the file's `set`")
     parser.add_argument("--jobs", type=positive_int, default=1, metavar="N", help="runs at a time; default: 1")
     parser.add_argument("--ranks", type=positive_int, default=1, metavar="N", help="processes of a run; default: 1")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="of runs and report; default: as the file says")
+    parser.add_argument("--report-only", action="store_true", help="report on what is finished, run nothing")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
 

@@ -94,8 +94,11 @@ class Grid:
         return [entry for entry in self.entries.values() if entry.is_control]
 
 
-def read_grid(path: Path, changes: Sequence[str] = ()) -> Grid:
-    """changes: KEY=VALUE, over the file's `set`. Raises ConfigError for a file that is none of a comparison."""
+def read_grid(path: Path, changes: Sequence[str] = (), out: Path | None = None) -> Grid:
+    """changes: KEY=VALUE, over the file's `set`. out: in place of the file's.
+
+    Raises ConfigError for a file that is none of a comparison.
+    """
     try:
         content = yaml.safe_load(read_bounded(path, MAX_BYTES).decode())
     except OSError as error:
@@ -103,9 +106,10 @@ def read_grid(path: Path, changes: Sequence[str] = ()) -> Grid:
     except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{path} is no YAML: {error}") from error
     try:
-        return _grid(path, content, changes)
+        grid = _grid(path, content, changes)
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from error
+    return grid if out is None else replace(grid, out=out)
 
 
 def _grid(path: Path, content: Any, changes: Sequence[str]) -> Grid:
