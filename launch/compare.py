@@ -17,6 +17,7 @@ if not __package__:
 
 from launch.grids.board import open_board
 from launch.grids.disk import Disk, hold
+from launch.grids.estimate import plan_in_words
 from launch.grids.grid import Grid, read_grid
 from launch.grids.jobs import Job, plan_jobs
 from launch.grids.runner import Runner, State
@@ -37,6 +38,9 @@ def _compare(argv: list[str]) -> None:
     disk = Disk(grid.out)
     runner = Runner(jobs, disk, options.jobs, options.ranks)
     runner.look()
+    if options.dry_run:
+        print(plan_in_words(jobs, runner.statuses, disk, options.jobs, options.ranks))
+        return
     if not options.report_only:
         with hold(disk.lock):
             _run(runner, options)
@@ -61,6 +65,7 @@ def _parse(argv: list[str]) -> Namespace:
     parser.add_argument("--jobs", type=positive_int, default=1, metavar="N", help="runs at a time; default: 1")
     parser.add_argument("--ranks", type=positive_int, default=1, metavar="N", help="processes of a run; default: 1")
     parser.add_argument("--out", type=Path, metavar="DIR", help="of runs and report; default: as the file says")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and what it costs, run nothing")
     parser.add_argument("--report-only", action="store_true", help="report on what is finished, run nothing")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)

@@ -32,9 +32,9 @@ def draw_front(comparison: Comparison, path: Path) -> Figure:
         fig.savefig(path, dpi=150)
         plt.close(fig)
     caption = (
-        f"Small marks: runs, each with all that it cost, of a network that was cut its dense training too "
-        f"({comparison.currency.note}). Large marks: means over seeds, filled for methods, open for controls. The line is the Pareto front of "
-        "the means: nothing to the left of it and above it was measured."
+        "Small marks: runs, each with all that it cost, of a network that was cut its dense training too "
+        f"({comparison.currency.note}). Large marks: means over seeds, filled for methods, open for controls. The line "
+        "is the Pareto front of the means: nothing to the left of it and above it was measured."
     )
     return Figure(path, f"Top-1 against {comparison.currency.name}", caption)
 

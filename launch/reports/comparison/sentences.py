@@ -21,7 +21,8 @@ def how_to_read(comparison: Comparison) -> str:
         "seed share initial weights, order of images and augmentation, and some are made from each other, so they are "
         "not independent, and Welch's interval is taken only where two sides have no seed in common. They tell of the "
         "chance that is in a seed, not of that in the validation images. Each holds for itself: of "
-        f"{count} such sentences some {count * (1 - CONFIDENCE):.1f} would find a difference in top-1 where there is none."
+        f"{count} such sentences some "
+        f"{count * (1 - CONFIDENCE):.1f} would find a difference in top-1 where there is none."
     )
 
 
