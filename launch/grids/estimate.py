@@ -72,7 +72,8 @@ def plan_in_words(
     if not any(left.values()):
         return f"{table}\n\nnothing is left to run"
     dense = next(job for job in jobs.values() if job.entry.name == DENSE)
-    return f"{table}\n\n{_cost(_measure(dense.config, at_a_time * ranks), sum(left.values()), len(left), at_a_time, dense)}"
+    pace = _measure(dense.config, at_a_time * ranks)
+    return f"{table}\n\n{_cost(pace, sum(left.values()), len(left), at_a_time, dense)}"
 
 
 def _line(job: Job, status: Status, disk: Disk) -> tuple[str, str, str, str]:
@@ -99,8 +100,8 @@ def _cost(pace: Pace, epochs: int, runs: int, at_a_time: int, dense: Job) -> str
         f"({1000 * pace.step_cpu_s:.0f} ms of CPU time), data included; a forward pass "
         f"{1000 * pace.evaluation_s:.0f} ms\n"
         f"projected: {runs} runs, {epochs:,} epochs of {pace.steps:,} steps and {pace.val_steps:,} of validation, all "
-        f"counted as dense: at most {currency}, which take {in_words(wall / at_a_time)} with {at_a_time} at a time and the "
-        "machine as it is now\n"
+        f"counted as dense: at most {currency}, which take {in_words(wall / at_a_time)} with {at_a_time} at a time and "
+        "the machine as it is now\n"
         "Shrinking and thin networks need less. Not counted: starting the processes, and commands before a training."
     )
 

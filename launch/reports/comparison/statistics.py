@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from scipy import stats
 
 CONFIDENCE = 0.95
+ROUNDING = 1e-9
+"""Scatter below it is that of floating point."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def ratio(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference:
 def _paired(differences: Sequence[float]) -> Difference:
     count, mean = len(differences), statistics.mean(differences)
     error = statistics.stdev(differences) / math.sqrt(count) if count > 1 else 0.0
-    if error == 0:
+    if error < ROUNDING:
         return Difference(mean, None, None, count, is_paired=True)
     half = stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * error
     return Difference(mean, mean - half, mean + half, count, is_paired=True)
@@ -68,7 +70,7 @@ def _welch(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
     mean, fewest = statistics.mean(ours) - statistics.mean(theirs), min(len(ours), len(theirs))
     squares = [statistics.variance(side) / len(side) if fewest > 1 else 0.0 for side in (ours, theirs)]
     total = sum(squares)
-    if total == 0:
+    if total < ROUNDING**2:
         return Difference(mean, None, None, fewest, is_paired=False)
     freedom = total**2 / sum(v**2 / (len(side) - 1) for v, side in zip(squares, (ours, theirs), strict=True))
     half = stats.t.ppf((1 + CONFIDENCE) / 2, freedom) * math.sqrt(total)
