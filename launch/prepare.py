@@ -5,6 +5,7 @@ python launch/prepare.py imagenette datasets/imagenette [--size 160px]
 python launch/prepare.py imagenet ARCHIVES datasets/imagenet
 python launch/prepare.py shards SOURCE datasets/NAME-shards [--images-per-shard 1000]
 python launch/prepare.py index datasets/SHARDS
+python launch/prepare.py subset SOURCE datasets/NAME --train N --val N
 python launch/prepare.py check datasets/NAME [--all]
 """
 
@@ -36,6 +37,7 @@ MAKERS = {
         seed=options.seed,
         exclude=options.exclude,
     ),
+    "subset": lambda options: prepare.prepare_subset(options.source, options.path, options.train, options.val),
     "index": lambda options: prepare.index_shards(options.path),
 }
 
@@ -65,11 +67,15 @@ def _parser() -> Parser:
     imagenet = commands.add_parser("imagenet", help="ImageNet from its official archives; goes on where it stopped")
     shards = commands.add_parser("shards", help="pack a data set into WebDataset shards, shuffled across classes")
     index = commands.add_parser("index", help="make a data set of WebDataset shards from elsewhere, where they lie")
+    subset = commands.add_parser("subset", help="fewer images of an image folder, classes in proportion")
     check = commands.add_parser("check", help="decode every image, list what training must leave out, compare classes")
 
     imagenet.add_argument("archives", type=Path, metavar="ARCHIVES", help="folder of the three official archives")
     shards.add_argument("source", type=Path, metavar="SOURCE", help="data set: image folder, file lists or shards")
-    for maker in (digits, mnist, cifar10, cifar100, imagenette, imagenet, shards):
+    subset.add_argument("source", type=Path, metavar="SOURCE", help="image folder")
+    subset.add_argument("--train", type=positive_int, required=True, metavar="N", help="images of training")
+    subset.add_argument("--val", type=positive_int, required=True, metavar="N", help="images of validation")
+    for maker in (digits, mnist, cifar10, cifar100, imagenette, imagenet, shards, subset):
         maker.add_argument("path", type=Path, metavar="FOLDER", help="where to write it; a finished set is kept")
     index.add_argument("path", type=Path, metavar="FOLDER", help="shards: train/*.tar and val/*.tar")
     imagenette.add_argument("--size", choices=("full", "320px", "160px"), default="full", help="of the shorter side")

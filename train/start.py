@@ -168,16 +168,28 @@ def _find_run_dir(config: RunConfig, job: str | None) -> RunDir:
             return run_dir
         if not any(file.exists() for file in (run_dir.config, run_dir.log, *run_dir.path.glob("*.pt"))):
             raise TrainError(f"{run_dir.path} is there and is no run directory; choose another --run.name")
-        if job is not None and run_dir.job() == job and not _differences(run_dir, config):
+        if job is not None and run_dir.job() == job and not changed_settings(run_dir, config):
             return run_dir
         if config.run.resume == "auto" and run_dir.closing_event() is None:
-            if different := _differences(run_dir, config):
+            if different := changed_settings(run_dir, config):
                 raise ConfigError(
                     f"{run_dir.path} holds an unfinished run of another configuration: {', '.join(different)}; take "
                     "the same configuration to finish it, another --run.name, or --run.resume never"
                 )
             return run_dir
         number += 1
+
+
+def changed_settings(run_dir: RunDir, config: RunConfig) -> list[str]:
+    """The settings in which the run in the directory computes something else than `config` says, with both values.
+
+    Raises TrainError or CheckpointError where nothing there says what it computes.
+    """
+    try:
+        stored = read_config(run_dir)
+    except ConfigDamagedError:
+        stored = _look_into(run_dir).run
+    return _differing(stored.settings, config.to_dict())
 
 
 def _is_free(path: Path) -> bool:
@@ -260,15 +272,6 @@ def _refuse_overwrite(run_dir: RunDir) -> None:
             f"and {run_dir.best.name} are not there: put one back, delete the directory to start over, or take "
             "--run.resume never"
         )
-
-
-def _differences(run_dir: RunDir, config: RunConfig) -> list[str]:
-    """The settings in which the run in the directory computes something else than `config` says, with both values."""
-    try:
-        stored = read_config(run_dir)
-    except ConfigDamagedError:
-        stored = _look_into(run_dir).run
-    return _differing(stored.settings, config.to_dict())
 
 
 def _differing(stored: dict[str, Any], settings: dict[str, Any]) -> list[str]:

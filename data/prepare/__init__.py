@@ -6,6 +6,7 @@ from data.prepare.dispatch import prepare_data
 from data.prepare.downloads import prepare_cifar10, prepare_cifar100, prepare_imagenette, prepare_mnist
 from data.prepare.imagenet import prepare_imagenet
 from data.prepare.shards import index_shards, prepare_shards
+from data.prepare.subset import prepare_subset
 
 __all__ = [
     "CheckReport",
@@ -19,4 +20,5 @@ __all__ = [
     "prepare_imagenette",
     "prepare_mnist",
     "prepare_shards",
+    "prepare_subset",
 ]

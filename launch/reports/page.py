@@ -50,18 +50,12 @@ class Table:
 
 def page(groups: list[Group], figures: list[Figure], remarks: list[str]) -> str:
     """The whole page. The figures' files are read and put inside."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     rows = our_rows(groups)
     networks = list(dict.fromkeys(group.one.network for group in groups))
     runs = [run for group in groups for run in group.runs]
     beside = published_rows(runs)
-    return environment.get_template("page.html").render(
+    return render(
+        "page.html",
         title=f"{' and '.join(networks)}: what was trained and what it cost",
         subtitle=_subtitle(runs),
         headlines=[_headline(row) for row in rows if row.saving or row.change1],
@@ -70,7 +64,7 @@ def page(groups: list[Group], figures: list[Figure], remarks: list[str]) -> str:
         beside=_with_published([*rows, *beside]) if beside else None,
         beside_note=_sources(runs),
         figures=[
-            {"title": figure.title, "caption": figure.caption, "source": _data_uri(figure.path)} for figure in figures
+            {"title": figure.title, "caption": figure.caption, "source": data_uri(figure.path)} for figure in figures
         ],
         every_run=_every_run(groups),
         ledger=_ledger(groups),
@@ -84,6 +78,18 @@ def page(groups: list[Group], figures: list[Figure], remarks: list[str]) -> str:
         published=[_with_published(table_rows, title) for title, table_rows in published_tables()],
         published_notes=published.NOTES,
     )
+
+
+def render(template: str, **values: Any) -> str:
+    """The template, a file of this folder, with these values in it, escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(**values)
 
 
 def _subtitle(runs: list[Run]) -> str:
@@ -284,5 +290,5 @@ def _value(value: Any) -> str:
     return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _data_uri(path: Path) -> str:
+def data_uri(path: Path) -> str:
     return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"

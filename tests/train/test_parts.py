@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import os
 import socket
 import sys
@@ -14,6 +15,7 @@ from fractions import Fraction
 from itertools import repeat
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +31,7 @@ from train.cli import exit_code_of
 from train.config import RunConfig, parse_config
 from train.config_file import create_run_dir
 from train.errors import ConfigError, TrainError
+from train.log.cpu import cpu_seconds
 from train.log.ledger import Ledger
 from train.log.rundir import RunDir, read_log
 from train.log.sinks import JsonLines
@@ -92,6 +95,56 @@ def test_reports_of_the_ledger_add_up_also_across_a_resume():
     assert resumed.gpu_hours(resumed.total_s) == pytest.approx(
         (3 * 8 + 7 * 2) / 3600
     )  # each second times the ranks of its time
+
+
+def test_cpu_seconds_of_a_resumed_run_are_those_that_it_was_made_with():
+    cpu = Clock()
+    cpu.now = 0
+    first = Ledger(started=0.0, cpu_clock=cpu)
+    cpu.now += 3  # imports
+    first.end_startup()
+    cpu.now += 10
+    stored = first.state_dict()
+    assert stored["cpu_s"] == first.cpu_s == 13
+    cpu.now += 5  # work that a kill takes
+    cpu.now = 0  # another process
+    resumed = Ledger(started=0.0, cpu_clock=cpu)
+    resumed.load_state_dict(stored)
+    resumed.add_cpu_before(stored["cpu_s"])
+    cpu.now += 4  # its imports: work done once more
+    resumed.end_startup()
+    cpu.now += 5  # what was lost
+    assert resumed.cpu_s == 18
+    resumed.add_cpu_before(None)  # what an earlier version began
+    assert resumed.cpu_s is None
+
+
+def test_cpu_seconds_count_threads_living_workers_and_those_that_have_ended():
+    def spin() -> None:
+        end = time.process_time() + 0.3
+        while time.process_time() < end:
+            pass
+
+    def worker(done: Any, may_end: Any) -> None:
+        spin()
+        done.set()
+        may_end.wait()
+
+    before = cpu_seconds()
+    thread = threading.Thread(target=spin)
+    thread.start()
+    thread.join()
+    assert cpu_seconds() - before > 0.25
+    context = multiprocessing.get_context("fork")
+    done, may_end = context.Event(), context.Event()
+    process = context.Process(target=worker, args=(done, may_end))
+    before = cpu_seconds()
+    process.start()
+    done.wait()
+    assert cpu_seconds() - before > 0.25
+    may_end.set()
+    process.join()
+    assert 0.25 < cpu_seconds() - before < 0.6
 
 
 def test_the_paper_s_step_schedule():

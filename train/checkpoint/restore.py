@@ -95,6 +95,7 @@ def restore(
         state.precision.scaler.load_state_dict(stored["scaler"])
         ranks = stored["ranks"]
         ledger.load_state_dict(ranks[min(world.rank, len(ranks) - 1)]["ledger"])
+        ledger.add_cpu_before(_cpu_s_of(ranks) if world.is_main else 0.0)
         so_far = _restored_epoch(stored, ledger, world, global_batch_size, len(loader))
         return Restored(
             progress=_as_written(Progress, stored["progress"]),
@@ -140,6 +141,12 @@ def _require_equal_kinds(optimizer: torch.optim.Optimizer) -> None:
     known = (torch.Tensor, int, float, type(None))
     if len(kinds) > 1 or any(not issubclass(kind, known) for own in kinds for _, kind in own):
         raise TypeError("the optimizer's state is not of the same kind for all parameters")
+
+
+def _cpu_s_of(ranks: list[dict[str, Any]]) -> float | None:
+    """CPU seconds of all ranks up to the checkpoint; None where an earlier version wrote it, which did not count."""
+    counted = [rank["ledger"].get("cpu_s") for rank in ranks]
+    return None if None in counted else float(sum(counted))
 
 
 def _restored_epoch(

@@ -21,6 +21,7 @@ import yaml
 
 from train.errors import ConfigError
 from train.files import read_bounded
+from train.log.cpu import process_stat
 from train.log.heartbeat import LONGEST_S, MAX_BYTES, MAX_RANKS, Beat
 from train.log.rundir import NAME
 from train.recipes import with_recipe_first
@@ -62,7 +63,7 @@ def job_began() -> float:
 def _age_s(pid: int) -> float:
     """How long a process has been running; 0 where the system does not say."""
     try:
-        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - int(_stat(pid)[19]) / os.sysconf("SC_CLK_TCK"))
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - int(process_stat(pid)[19]) / os.sysconf("SC_CLK_TCK"))
     except (OSError, AttributeError, ValueError, IndexError):  # no Linux
         return 0.0
 
@@ -70,14 +71,9 @@ def _age_s(pid: int) -> float:
 def _cpu_s_of_children(pid: int) -> float:
     """CPU seconds of the children that a process has waited for."""
     try:
-        return sum(map(int, _stat(pid)[13:15])) / os.sysconf("SC_CLK_TCK")
+        return sum(map(int, process_stat(pid)[13:15])) / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError):
         return 0.0
-
-
-def _stat(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat behind the name: proc(5) counts them from 3."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 class Attempt:

@@ -3,12 +3,17 @@
 The clock never stops between two kinds: `charge` switches the account and switches back. GPU hours are wall seconds
 times ranks over 3600, on the CPU as well (`device` in the log says which). The clock is the host's: a GPU works behind
 it, so queued work is charged to the code that waits for it; an epoch ends in a wait, so its total is exact.
+
+CPU seconds are an account of their own: what is done once more after a kill, and the start of a process that goes on,
+are in the wall time, but not in them.
 """
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
+
+from train.log.cpu import cpu_seconds
 
 Kind = Literal["startup", "data_wait", "step", "resize", "resize_warmup", "compile", "eval", "save", "lost", "other"]
 
@@ -17,9 +22,16 @@ class Ledger:
     """One rank's account, in seconds since the run began, across resumes."""
 
     def __init__(
-        self, ranks: int = 1, clock: Callable[[], float] = time.perf_counter, started: float | None = None
+        self,
+        ranks: int = 1,
+        clock: Callable[[], float] = time.perf_counter,
+        started: float | None = None,
+        cpu_clock: Callable[[], float] = cpu_seconds,
     ) -> None:
-        """ranks: how many run. started: reading of `clock` from which time counts as startup; now, if not given."""
+        """ranks: how many run. started: reading of `clock` when this process began; without it time counts from now.
+
+        cpu_clock: CPU seconds of this process since it began.
+        """
         self._ranks = ranks
         self._clock = clock
         self._before = {"wall_s": 0.0, "rank_s": 0.0}  # what earlier processes of a resumed run spent
@@ -28,6 +40,10 @@ class Ledger:
         self._since = self._started
         self._seconds: dict[Kind, float] = dict.fromkeys(get_args(Kind), 0.0)
         self._reported = dict(self._seconds)
+        self._cpu_clock = cpu_clock
+        self._cpu_before: float | None = 0.0
+        self._cpu_counts_from = cpu_clock() if started is None else 0.0
+        self._goes_on = False
 
     @contextmanager
     def charge(self, kind: Kind) -> Iterator[None]:
@@ -41,6 +57,13 @@ class Ledger:
     def end_startup(self) -> None:
         """From here on, seconds outside of `charge` count as other."""
         self._switch("other")
+        if self._goes_on:
+            self._cpu_counts_from = self._cpu_clock()
+
+    @property
+    def cpu_s(self) -> float | None:
+        """CPU seconds of this rank and its workers that the run as it stands was made with; None where not known."""
+        return None if self._cpu_before is None else self._cpu_before + self._cpu_clock() - self._cpu_counts_from
 
     @property
     def seconds(self) -> dict[Kind, float]:
@@ -77,7 +100,7 @@ class Ledger:
         """Plain data; equal on all ranks but for how each one's seconds are spread over the kinds."""
         seconds = self.seconds
         rank_s = self._rank_seconds(sum(seconds.values()))
-        return {"seconds": seconds, "reported": dict(self._reported), "rank_s": rank_s}
+        return {"seconds": seconds, "reported": dict(self._reported), "rank_s": rank_s, "cpu_s": self.cpu_s}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Add a stored account to this one, so that a resumed run reports the whole."""
@@ -85,6 +108,10 @@ class Ledger:
         for kind in self._seconds:
             self._seconds[kind] += state["seconds"][kind]
             self._reported[kind] += state["reported"][kind]
+
+    def add_cpu_before(self, cpu_s: float | None) -> None:
+        """Count the CPU seconds up to a checkpoint, and of this process what comes after its start; None: not known."""
+        self._cpu_before, self._goes_on = cpu_s, True
 
     def add_lost(self, wall_s: float, rank_s: float) -> None:
         """Charge what a killed process spent after the stored account; rank_s: wall seconds times its ranks."""

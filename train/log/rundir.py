@@ -72,6 +72,7 @@ EVENTS = {
         "all_reduce_s": float | None,
         "peak_memory": int,
         "gpu_hours": float,
+        "cpu_seconds": float | None,
         "device": str,
     },
     "resize": {
@@ -99,6 +100,7 @@ EVENTS = {
         "steps": int,
         "seconds": SECONDS,
         "gpu_hours": float,
+        "cpu_seconds": float | None,
         "device": str,
     },
     "note": {"message": str},

@@ -317,8 +317,15 @@ def _epoch_event(
         "all_reduce_s": all_reduce_s,
         "peak_memory": peak_memory,
         "gpu_hours": trainer.ledger.gpu_hours(time_s),
+        "cpu_seconds": _cpu_seconds(trainer),
         "device": trainer.world.device.type,
     }
+
+
+def _cpu_seconds(trainer: Trainer) -> float | None:
+    """Of all ranks, since the run began; None for a run that an earlier version began. All ranks call it."""
+    counted = trainer.world.all_gather(trainer.ledger.cpu_s)
+    return None if None in counted else sum(counted)
 
 
 def _advance(progress: Progress, line: dict[str, Any]) -> bool:
@@ -348,5 +355,6 @@ def _done_event(trainer: Trainer) -> dict[str, Any]:
         "steps": progress.step,
         "seconds": seconds,
         "gpu_hours": trainer.ledger.gpu_hours(time_s),
+        "cpu_seconds": _cpu_seconds(trainer),
         "device": trainer.world.device.type,
     }

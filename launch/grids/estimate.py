@@ -1,0 +1,160 @@
+"""What a grid will cost, from a few measured steps of the dense network; and its plan in a table."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+
+from data import Loader
+from launch.grids.board import in_words
+from launch.grids.disk import Disk
+from launch.grids.grid import DENSE
+from launch.grids.jobs import Job
+from launch.grids.runner import State, Status
+from train.build import build_split_loaders
+from train.config import RunConfig
+from train.log.cpu import cpu_seconds
+from train.loop.step import training_step
+from train.network.models import build_model
+from train.network.optim import build_optimizer
+from train.network.precision import Precision
+from train.network.state import MEMORY_FORMAT, TrainState
+from train.world import World, available_cores, open_world
+
+WARM_UP, TIMED = 3, 8
+BEFORE = {
+    "cut": "cut of {0} to FR {target:g} by {criterion}",
+    "search": "search of widths at FR {target:g}",
+    "thin": "widths at FR {target:g}",
+    "shape": "shape of {0}",
+    "equal_hours": "epochs that cost what {1} did",
+}
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What the dense network takes, on one process, as the machine is now. Seconds; cpu_s: of the process's CPU time.
+
+    evaluation: of a step, its forward pass alone.
+    """
+
+    step_s: float
+    step_cpu_s: float
+    evaluation_s: float
+    evaluation_cpu_s: float
+    steps: int
+    val_steps: int
+    threads: int
+    device: str
+
+    @property
+    def an_epoch_s(self) -> float:
+        return self.steps * self.step_s + self.val_steps * self.evaluation_s
+
+    @property
+    def an_epoch_cpu_s(self) -> float:
+        return self.steps * self.step_cpu_s + self.val_steps * self.evaluation_cpu_s
+
+
+def plan_in_words(
+    jobs: Mapping[str, Job], statuses: Mapping[str, Status], disk: Disk, at_a_time: int, ranks: int
+) -> str:
+    """Every run with what comes before it and what it needs; what is left to do, and what that costs at most."""
+    table = _table(
+        [
+            ("run", "state", "epochs", "before its training"),
+            *(_line(job, statuses[job.name], disk) for job in jobs.values()),
+        ]
+    )
+    left = {name: _epochs_left(jobs[name], disk) for name, one in statuses.items() if one.state is State.WAITING}
+    if not any(left.values()):
+        return f"{table}\n\nnothing is left to run"
+    dense = next(job for job in jobs.values() if job.entry.name == DENSE)
+    pace = _measure(dense.config, at_a_time * ranks)
+    return f"{table}\n\n{_cost(pace, sum(left.values()), len(left), at_a_time, dense)}"
+
+
+def _line(job: Job, status: Status, disk: Disk) -> tuple[str, str, str, str]:
+    options = job.options
+    values = {"target": options.target_reduction, "criterion": options.criterion}
+    before = BEFORE.get(job.entry.kind, "").format(*job.needs, **values)
+    epochs = job.config.train.epochs
+    done = epochs - _epochs_left(job, disk)
+    state = f"begun, {done} epochs" if status.state is State.WAITING and done else status.state.value
+    return job.name, state if not status.why else f"{state}: {status.why}", str(epochs), before
+
+
+def _epochs_left(job: Job, disk: Disk) -> int:
+    done = [event["epoch"] for event in disk.events(job.name) if event["event"] == "epoch"]
+    return max(0, job.config.train.epochs - max(done, default=0))
+
+
+def _cost(pace: Pace, epochs: int, runs: int, at_a_time: int, dense: Job) -> str:
+    wall, cpu = epochs * pace.an_epoch_s, epochs * pace.an_epoch_cpu_s
+    currency = f"{cpu / 3600:,.2f} CPU hours" if pace.device == "cpu" else f"{wall / 3600:,.2f} GPU hours"
+    return (
+        f"measured: {TIMED} steps of {dense.config.model.name}, batch {dense.config.data.batch_size}, on one process, "
+        f"{pace.device}, {pace.threads} threads, as the machine is now: {1000 * pace.step_s:.0f} ms each "
+        f"({1000 * pace.step_cpu_s:.0f} ms of CPU time), data included; a forward pass "
+        f"{1000 * pace.evaluation_s:.0f} ms\n"
+        f"projected: {runs} runs, {epochs:,} epochs of {pace.steps:,} steps and {pace.val_steps:,} of validation, all "
+        f"counted as dense: at most {currency}, which take {in_words(wall / at_a_time)} with {at_a_time} at a time and "
+        "the machine as it is now\n"
+        "Shrinking and thin networks need less. Not counted: starting the processes, and commands before a training."
+    )
+
+
+def _measure(config: RunConfig, processes: int) -> Pace:
+    """processes: among how many the cores will be shared."""
+    world = open_world(config.run.device, config.run.timeout_minutes)
+    if world.device.type == "cpu":
+        torch.set_num_threads(max(1, available_cores() // processes))
+    train, val = build_split_loaders(config, world, ("train", "val"))
+    try:
+        return _timed(config, world, train, val)
+    finally:
+        train.close()
+        val.close()
+
+
+def _timed(config: RunConfig, world: World, train: Loader, val: Loader) -> Pace:
+    torch.backends.cudnn.benchmark = world.device.type == "cuda"
+    model = build_model(config.model.name, train.num_classes).to(world.device, memory_format=MEMORY_FORMAT)
+    state = TrainState(
+        model, model, build_optimizer(model, config.optim), Precision(config.train.precision, world.device)
+    )
+    train.go_to(0, 0)
+    batches = iter(train)
+    count = max(1, min(TIMED, len(train) - WARM_UP))
+    for batch in islice(batches, len(train) - count if len(train) <= WARM_UP else WARM_UP):
+        training_step(state, batch.images, batch.labels, config.train)
+    world.synchronize()
+    began = time.perf_counter(), cpu_seconds()
+    for batch in islice(batches, count):
+        training_step(state, batch.images, batch.labels, config.train)
+    world.synchronize()
+    step = time.perf_counter() - began[0], cpu_seconds() - began[1]
+    began = time.perf_counter(), cpu_seconds()
+    with torch.no_grad(), state.precision.autocast():
+        model(batch.images.contiguous(memory_format=MEMORY_FORMAT))
+    world.synchronize()
+    evaluation = time.perf_counter() - began[0], cpu_seconds() - began[1]
+    return Pace(
+        step_s=step[0] / count,
+        step_cpu_s=step[1] / count,
+        evaluation_s=evaluation[0],
+        evaluation_cpu_s=evaluation[1],
+        steps=len(train),
+        val_steps=len(val),
+        threads=torch.get_num_threads(),
+        device=world.device.type,
+    )
+
+
+def _table(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )

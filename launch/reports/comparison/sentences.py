@@ -1,0 +1,59 @@
+"""Each method against each control, in words: the differences, how sure they are, and what that means."""
+
+from launch.reports.comparison.results import Comparison, Row, top1
+from launch.reports.comparison.statistics import CONFIDENCE, Difference, difference, ratio
+
+NUMBERS = {1: "one seed", 2: "two seeds", 3: "three seeds", 4: "four seeds", 5: "five seeds"}
+
+
+def sentences(comparison: Comparison) -> list[tuple[str, list[str]]]:
+    """(method, a sentence for each of its controls)."""
+    return [
+        (method.name, [_sentence(comparison, method, control) for control in comparison.controls_of(method)])
+        for method in comparison.methods
+    ]
+
+
+def how_to_read(comparison: Comparison) -> str:
+    count = sum(len(ones) for _, ones in sentences(comparison))
+    return (
+        f"Intervals are at {CONFIDENCE:.0%} confidence, of the mean difference seed by seed (Student's t): runs of one "
+        "seed share initial weights, order of images and augmentation, and some are made from each other, so they are "
+        "not independent, and Welch's interval is taken only where two sides have no seed in common. They tell of the "
+        "chance that is in a seed, not of that in the validation images. Each holds for itself: of "
+        f"{count} such sentences some "
+        f"{count * (1 - CONFIDENCE):.1f} would find a difference in top-1 where there is none."
+    )
+
+
+def _sentence(comparison: Comparison, method: Row, control: Row) -> str:
+    accuracy = difference(method.by_seed(top1), control.by_seed(top1))
+    hours = ratio(method.by_seed(comparison.currency.hours), control.by_seed(comparison.currency.hours))
+    points = f"top-1 {accuracy.mean:+.2f} points{_interval(accuracy, lambda value: f'{value:+.2f}')}"
+    cost = f"{comparison.currency.name} {hours.mean:+.1%}{_interval(hours, lambda value: f'{value:+.1%}')}"
+    return f"against {control.name}: {points}: {_verdict(accuracy)}; {cost}: {_cost_verdict(hours)}."
+
+
+def _interval(found: Difference, words) -> str:
+    if found.low is None:
+        return ""
+    how = "" if found.is_paired else ", Welch's"
+    return f" ({words(found.low)} to {words(found.high)}, {_seeds(found.seeds)}{how})"
+
+
+def _verdict(found: Difference) -> str:
+    if found.seeds == 1:
+        return "one seed, so nobody knows how much of it is chance"
+    if found.low is None:
+        return "the same for each seed, so there is no scatter to judge it by"
+    return {0: f"{_seeds(found.seeds)} do not tell them apart", 1: "better", -1: "worse"}[found.sign]
+
+
+def _cost_verdict(found: Difference) -> str:
+    if found.low is None:
+        return _seeds(found.seeds)
+    return {0: f"{_seeds(found.seeds)} do not tell them apart", 1: "dearer", -1: "cheaper"}[found.sign]
+
+
+def _seeds(count: int) -> str:
+    return NUMBERS.get(count, f"{count} seeds")

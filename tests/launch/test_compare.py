@@ -1,0 +1,352 @@
+"""launch/compare.py: from a grid's file to runs that need each other, and to the report."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import yaml
+from launching import ROOT, TINY, launch
+
+from launch import compare
+from launch.grids import runner
+from launch.grids.board import Progresses, in_words
+from launch.grids.disk import Disk
+from launch.grids.grid import read_grid
+from launch.grids.jobs import plan_jobs
+from launch.grids.runner import State, Status
+from launch.grids.stages import epochs_for, with_epochs
+from train.checkpoint.file import load_checkpoint
+from train.config import parse_config
+from train.errors import ConfigError
+from train.log.rundir import read_log
+
+RECIPES = sorted((ROOT / "launch/configs/compare").glob("*.yaml"))
+ENTRIES = {
+    "methods": {
+        "ramp": {"prune.method": "hard_ramp", "published": "CUP-RF"},
+        "cut": {"kind": "cut", "prune": {"criterion": "l1"}, "published": "L1"},
+    },
+    "controls": {
+        "dense": {},
+        "thin": {"kind": "thin"},
+        "random": {"kind": "same_schedule", "of": "ramp", "prune.criterion": "random"},
+        "shape": {"kind": "shape", "of": ["ramp", "cut"]},
+        "equal_hours": {"kind": "equal_hours", "of": "ramp"},
+    },
+}
+
+
+def write_grid(folder: Path, **changes: object) -> Path:
+    content = {
+        "base": str(TINY),
+        "out": str(folder / "out"),
+        "seeds": [0],
+        "set": {"prune.method": "none", "run.device": "cpu", "train.epochs": 2, "prune.last_epoch": 2},
+        "settings": {"fr2": {"prune.target_reduction": 2.0}},
+        **ENTRIES,
+    }
+    file = folder / "tiny.yaml"
+    file.write_text(yaml.safe_dump(content | changes))
+    return file
+
+
+class QuickChild:
+    """Stands for launch/grids/processes.py's: a script of ours, run to its end in a fork with the imports behind it."""
+
+    started: ClassVar[list[list[str]]] = []
+
+    def __init__(self, argv: list[str], output: Path, env: dict[str, str]) -> None:
+        self.started.append(argv)
+        result = launch(str(Path(argv[1]).relative_to(ROOT)), argv[2:], cwd=Path.cwd(), **env)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with output.open("a") as file:
+            file.write(result.stdout + result.stderr)
+        self.code, self.wall_s, self.cpu_s = result.returncode, 36.0, 18.0
+
+    def poll(self) -> int:
+        return self.code
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The commands that were started, in this order."""
+    monkeypatch.setattr(QuickChild, "started", [])
+    monkeypatch.setattr(runner, "Child", QuickChild)
+    return QuickChild.started
+
+
+def configs_of(started: list[list[str]]) -> list[str]:
+    """Names of the runs whose trainings were started."""
+    return [Path(argv[-1]).stem for argv in started if argv[1].endswith("train.py")]
+
+
+def test_a_grid_runs_each_run_after_those_that_it_needs_and_reports(tmp_path: Path, quick: list, capsys):
+    file, out = write_grid(tmp_path), tmp_path / "out"
+    assert compare.main([str(file)]) == 0
+    order = configs_of(quick)
+    at_fr2 = ("ramp", "cut", "thin", "random", "shape_of_ramp", "shape_of_cut", "equal_hours")
+    assert sorted(order) == sorted(["dense_s0", *(f"{name}_fr2_s0" for name in at_fr2)])
+    needs = [
+        ("dense_s0", "cut_fr2_s0"),
+        ("ramp_fr2_s0", "shape_of_ramp_fr2_s0"),
+        ("cut_fr2_s0", "shape_of_cut_fr2_s0"),
+        ("ramp_fr2_s0", "equal_hours_fr2_s0"),
+    ]
+    for before, after in needs:
+        assert order.index(before) < order.index(after)
+
+    last = {name: read_log(out / "runs" / name / "log.jsonl")[-1] for name in order}
+    reductions = {name: done["flops_reduction"] for name, done in last.items()}
+    assert reductions.pop("dense_s0") == reductions.pop("equal_hours_fr2_s0") == 1
+    assert list(reductions.values()) == pytest.approx([2] * 6, rel=0.02)
+    for shape, method in (("shape_of_ramp_fr2_s0", "ramp_fr2_s0"), ("shape_of_cut_fr2_s0", "cut_fr2_s0")):
+        widths = [load_checkpoint(out / "runs" / name / "last.pt")["widths"] for name in (shape, method)]
+        assert widths[0] == widths[1]
+    cut = read_log(out / "runs/cut_fr2_s0/log.jsonl")[0]
+    assert cut["from"] == str(out / "made/cut_fr2_s0.pt") and cut["config"]["prune"]["method"] == "none"
+    assert load_checkpoint(out / "made/cut_fr2_s0.pt")["plans"]
+    random = read_log(out / "runs/random_fr2_s0/log.jsonl")[0]["config"]["prune"]
+    assert (random["method"], random["criterion"]) == ("hard_ramp", "random")
+
+    said = capsys.readouterr().out
+    assert "[8/8 done]" in said and "## With retraining" in said and "## Without retraining" in said
+    assert "against random fr2: top-1" in said and "one seed, so nobody knows how much of it is chance" in said
+    rows = {row["run"]: row for row in csv.DictReader((out / "runs.csv").open())}
+    seconds = {name: done["cpu_seconds"] for name, done in last.items()}
+    assert float(rows["ramp_fr2_s0"]["cpu_hours"]) == pytest.approx(seconds["ramp_fr2_s0"] / 3600)
+    both = seconds["dense_s0"] + 18 + seconds["cut_fr2_s0"]  # the dense training, the cut, the one after it
+    assert float(rows["cut_fr2_s0"]["cpu_hours"]) == pytest.approx(both / 3600)
+    assert (out / "front.png").stat().st_size > 10_000 and "CPU hours" in (out / "report.html").read_text()
+
+    quick.clear()
+    assert compare.main([str(file)]) == 0 and not quick
+    assert compare.main([str(file), "--report-only"]) == 0 and not quick
+
+
+def test_a_changed_grid_refuses_the_runs_that_it_changes_and_what_is_made_from_them(tmp_path, quick, capsys):
+    methods = {"ramp": {"prune.method": "hard_ramp"}, "cut": {"kind": "cut", "prune.criterion": "l1"}}
+    controls = {"dense": {}, "shape": {"kind": "shape", "of": "ramp"}}
+    assert compare.main([str(write_grid(tmp_path, methods=methods, controls=controls))]) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "out/runs").rglob("log.jsonl")}
+    quick.clear()
+    methods["ramp"]["prune.min_channels"] = 2
+    methods["cut"]["prune.criterion"] = "gm"
+    controls["thin"] = {"kind": "thin"}
+    capsys.readouterr()
+    assert compare.main([str(write_grid(tmp_path, methods=methods, controls=controls))]) == 1
+    said = capsys.readouterr()
+    lines = [line for line in said.out.splitlines() if "refused" in line or "not run" in line]
+    assert len(lines) == 3
+    assert any("ramp_fr2_s0" in line and "prune.min_channels (1 there, 2 now)" in line for line in lines)
+    assert any("cut_fr2_s0" in line and "prune.criterion ('l1' there, 'gm' now)" in line for line in lines)
+    assert any("shape_fr2_s0: it needs ramp_fr2_s0" in line for line in lines)
+    assert configs_of(quick) == ["thin_fr2_s0"], "the others go on"
+    assert said.err == "error: 3 of 5 runs are not finished\n"
+    assert before == {path: path.read_bytes() for path in before}
+    report = (tmp_path / "out/report.md").read_text()
+    assert "thin fr2" in report and "ramp fr2" not in report, "what was refused is not mixed in"
+
+
+def test_a_run_made_from_another_run_than_the_one_there_is_refused(tmp_path, quick, capsys):
+    controls = {"dense": {}, "shape": {"kind": "shape", "of": "ramp"}}
+    file = write_grid(tmp_path, methods={"ramp": {"prune.method": "hard_ramp"}}, controls=controls)
+    assert compare.main([str(file)]) == 0
+    (tmp_path / "out/runs/ramp_fr2_s0").rename(tmp_path / "away")
+    capsys.readouterr()
+    assert compare.main([str(file)]) == 1
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "refused" in line]
+    assert "shape_fr2_s0" in line and "runs.ramp_fr2_s0" in line
+
+
+def test_another_data_set_is_another_comparison(tmp_path, quick, capsys):
+    file = write_grid(tmp_path, methods={"ramp": {"prune.method": "hard_ramp"}}, controls={"dense": {}})
+    assert compare.main([str(file)]) == 0
+    assert compare.main([str(file), "--set", "data.path=elsewhere"]) == 1
+    assert "data.path ('datasets/imagenet' there, 'elsewhere' now)" in capsys.readouterr().out
+
+
+def test_a_failed_run_is_told_in_a_line_and_the_others_go_on(tmp_path, quick, capsys):
+    methods = {
+        "broken": {"prune.method": "hard_ramp", "optim.lr": 1e30},
+        "ramp": {"prune.method": "hard_ramp"},
+    }
+    controls = {"dense": {}, "shape": {"kind": "shape", "of": "broken"}}
+    assert compare.main([str(write_grid(tmp_path, methods=methods, controls=controls))]) == 1
+    said = capsys.readouterr()
+    [failed] = [line for line in said.out.splitlines() if "failed" in line]
+    assert "broken_fr2_s0: exit code 1, it said: error: the loss is" in failed
+    assert failed.endswith(f"see {tmp_path / 'out/output/broken_fr2_s0.txt'}")
+    assert "not run: shape_fr2_s0: it needs broken_fr2_s0" in said.out
+    assert "done: ramp_fr2_s0" in said.out and said.err == "error: 2 of 4 runs are not finished\n"
+    assert "Not finished, so not in here: 2 runs" in (tmp_path / "out/report.md").read_text()
+
+
+def test_a_search_is_a_command_that_writes_widths_and_its_cost_counts(tmp_path, quick, monkeypatch, capsys):
+    search = tmp_path / "search.py"
+    search.write_text("import json, sys; json.dump({'conv1': 3, 'conv2': int(sys.argv[2])}, open(sys.argv[1], 'w'))")
+    honest = QuickChild.__init__
+
+    def child(self, argv: list[str], output: Path, env: dict[str, str]) -> None:
+        if argv[1] == str(search):
+            subprocess.run(argv, check=True)
+            self.code, self.wall_s, self.cpu_s = 0, 7200.0, 3600.0
+        else:
+            honest(self, argv, output, env)
+
+    monkeypatch.setattr(QuickChild, "__init__", child)
+    methods = {"search": {"kind": "search", "command": f"{{python}} {search} {{out}} 5", "published": "MetaPruning"}}
+    assert compare.main([str(write_grid(tmp_path, methods=methods, controls={"dense": {}}))]) == 0
+    widths = load_checkpoint(tmp_path / "out/runs/search_fr2_s0/last.pt")["widths"]
+    assert (widths["conv1"], widths["conv2"]) == (3, 5)
+    row = next(row for row in csv.DictReader((tmp_path / "out/runs.csv").open()) if row["entry"] == "search")
+    assert 1 < float(row["cpu_hours"]) < 1.1 and 2 < float(row["gpu_hours"]) < 2.1
+    assert "search fr2 (MetaPruning)" in capsys.readouterr().out
+
+
+def test_a_plan_says_every_run_what_it_needs_and_what_it_costs(tmp_path, capsys):
+    file = write_grid(tmp_path, seeds=[0, 1])
+    assert compare.main([str(file), "--dry-run", "--jobs", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "cut of dense_s1 to FR 2 by l1" in said and "epochs that cost what ramp_fr2_s0 did" in said
+    assert "projected: 16 runs, 32 epochs of 4 steps and 1 of validation, all counted as dense: at most" in said
+    assert not (tmp_path / "out").exists()
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "in vain"
+        time.sleep(0.05)
+
+
+def pid_of_training(parent: int) -> int:
+    """0 while there is none."""
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    is_training = [pid for pid in children if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return int(is_training[0]) if is_training else 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a process learns of its parent's death on Linux alone")
+def test_killed_and_started_again_a_comparison_goes_on_where_it_was(tmp_path: Path):
+    """compare.py by SIGKILL, then the training by SIGKILL, then compare.py by SIGTERM; real processes."""
+    methods = {"ramp": {"prune.method": "hard_ramp"}}
+    long = {"prune.method": "none", "run.device": "cpu", "train.epochs": 100_000, "prune.target_reduction": 2.0}
+    file = write_grid(tmp_path, methods=methods, controls={"dense": {}}, set=long, settings={"": {}})
+    command = [sys.executable, str(ROOT / "launch/compare.py"), str(file)]
+    log = tmp_path / "out/runs/dense_s0/log.jsonl"
+
+    def started() -> subprocess.Popen:
+        known = log.stat().st_size if log.exists() else 0
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        process = subprocess.Popen(command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
+        wait_for(lambda: (log.exists() and log.stat().st_size > known + 3000) or process.poll() is not None)
+        return process
+
+    process = started()
+    training = pid_of_training(process.pid)
+    process.kill()
+    process.communicate()
+    wait_for(lambda: not Path(f"/proc/{training}").exists())
+    assert "and saved; to go on" in (tmp_path / "out/output/dense_s0.txt").read_text()
+
+    process = started()
+    os.kill(pid_of_training(process.pid), signal.SIGKILL)
+    wait_for(lambda: pid_of_training(process.pid) not in (0, training))  # the next run of the grid
+    process.terminate()
+    out, err = process.communicate(timeout=120)
+    assert "goes on: dense_s0" in out and "failed: dense_s0: killed by signal 9" in out
+    assert (
+        err.endswith("error: stopped; the runs are saved, and the same command goes on\n") and process.returncode == 1
+    )
+
+    starts = [event for event in read_log(log) if event["event"] == "run"]
+    assert len(starts) == 2 and starts[1]["first_epoch"] > 1
+
+
+def test_epochs_that_cost_as_much():
+    costs = [5.0, 7.0, 9.0, 11.0]  # 3 to begin with, 2 an epoch, 1 to end with
+    assert epochs_for(12.0, costs, at_end=12.0) == 4
+    assert epochs_for(8.0, costs, at_end=12.0) == 2
+    assert epochs_for(8.9, costs, at_end=12.0) == 2 and epochs_for(9.1, costs, at_end=12.0) == 3
+    assert epochs_for(20.0, costs, at_end=12.0) == 8
+    assert epochs_for(0.5, costs, at_end=12.0) == 1
+
+
+def test_a_schedule_is_scaled_with_its_epochs():
+    recipe = str(ROOT / "launch/configs/resnet18_imagenet.yaml")
+    config = parse_config(["--optim.warmup_epochs", "5"], "train.py", recipe)
+    scaled = with_epochs(config, 45)
+    assert scaled.train.epochs == 45 and scaled.optim.milestones == (15, 30) and scaled.optim.warmup_epochs == 2.5
+    assert with_epochs(config, 90) == config
+
+
+def test_how_long_still_is_told_from_the_pace_so_far(tmp_path: Path):
+    jobs = plan_jobs(read_grid(write_grid(tmp_path)))
+    progresses = Progresses(jobs, Disk(tmp_path / "out"))
+    statuses = {name: Status() for name in jobs}
+    assert progresses.seconds_left(statuses, 1) is None
+    log = tmp_path / "out/runs/dense_s0/log.jsonl"
+    log.parent.mkdir(parents=True)
+    epoch = {"event": "epoch", "time_s": 30.0, "epoch": 1, "top1": 5.0, "flops_reduction": 1.0}
+    lines = [{"event": "run", "time_s": 0.0, "epochs": 2}, epoch]
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    statuses["dense_s0"] = Status(State.RUNNING)
+    statuses["thin_fr2_s0"] = Status(State.FAILED)
+    assert progresses.seconds_left(statuses, 2) == (30 + 6 * 2 * 30) / 2
+    assert [in_words(seconds) for seconds in (45, 600, 11_100)] == ["45 s", "10 min", "3 h 05 min"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"base": None}, "base: found None"),
+        ({"more": 1}, "more: unknown, allowed: base"),
+        ({"seeds": [0, 0]}, "seeds: found [0, 0], allowed: each once"),
+        ({"seeds": "all"}, "seeds: found 'all'"),
+        ({"methods": {}}, "methods: found none"),
+        ({"controls": {}}, "controls: found no dense"),
+        ({"methods": {"a/b": {}}}, "found the name 'a/b'"),
+        ({"methods": {"a": {"kind": "magic"}}}, "methods.a.kind: found 'magic', allowed: train, cut"),
+        ({"methods": {"a": {"kind": "shape"}}}, "methods.a.of: found None, allowed with kind shape"),
+        ({"methods": {"a": {"of": "dense"}}}, "methods.a.of: found 'dense', allowed with kind train: nothing"),
+        ({"methods": {"ramp": {"lr": 1}}}, "methods.ramp: found lr, allowed: run.*"),
+        ({"methods": {"ramp": {"run.seed": 1}}}, "found run.seed, which follows from the names and seeds"),
+        ({"methods": {"ramp": {"train.epochs": "x"}, "cut": {}}}, "ramp: train.epochs"),
+        ({"methods": {"ramp": {}, "cut": {}, "dense": {}}}, "dense: there twice"),
+        ({"settings": {"": {}}}, "found no prune.target_reduction, allowed with kind"),
+        ({"methods": {"ramp": {}, "cut": {"kind": "search"}}}, "methods.cut.command: found None"),
+    ],
+)
+def test_a_grid_that_is_none_is_an_error_of_one_line(tmp_path: Path, changes: dict, said: str, capsys):
+    assert compare.main([str(write_grid(tmp_path, **changes))]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and said in error, error
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_that_would_be_one_are_an_error(tmp_path: Path):
+    settings = {"a": {"prune.target_reduction": 2.0}, "b_a": {"prune.target_reduction": 3.0}}
+    methods = {"ramp": {"prune.method": "hard_ramp"}, "ramp_b": {"prune.method": "hard_ramp"}}
+    with pytest.raises(ConfigError, match="two runs would be called ramp_b_a_s0"):
+        plan_jobs(read_grid(write_grid(tmp_path, settings=settings, methods=methods, controls={"dense": {}})))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_of_a_comparison_has_runs_after_those_that_they_need(recipe: Path):
+    grid = read_grid(recipe)
+    jobs = plan_jobs(grid)
+    seen: set[str] = set()
+    for name, job in jobs.items():
+        assert set(job.needs) <= seen
+        seen.add(name)
+    kinds = {entry.kind for entry in grid.controls}
+    assert {"train", "thin", "same_schedule", "shape", "equal_hours"} == kinds
+    assert len(grid.seeds) >= 3 and f"launch/configs/compare/{recipe.name}" in recipe.read_text()
