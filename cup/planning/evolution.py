@@ -1,4 +1,4 @@
-"""Evolutionary search for widths inside a FLOPs window (MetaPruning, Liu et al. 2019, arXiv 1903.10258, section 3.3)."""
+"""Evolutionary search for widths inside a FLOPs window (MetaPruning, Liu et al., ICCV 2019, arXiv 1903.10258)."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
