@@ -98,13 +98,13 @@ def search_widths(
     """
     source = world.on_every_rank(lambda: _load(checkpoint, options, data_path))
     with ExitStack() as opened:
+        judge = world.on_every_rank(lambda: _Judge(source, options, world))
+        opened.callback(judge.close)
         identity = _identity(source, options)
         log = world.on_every_rank(lambda: _SearchLog(out, identity, ledger) if world.is_main else None)
         if log is not None:
             opened.callback(log.close)
         known = world.on_rank_zero(lambda: log.candidates)
-        judge = world.on_every_rank(lambda: _Judge(source, options, world))
-        opened.callback(judge.close)
         scorer = _Scorer(judge, known, log, world, say)
         widths, top1 = cup.evolve(judge.space, options, options.seed, scorer.score)
         found = Found(widths, top1, judge.reduction(widths), scorer.judged, gpu_hours=0.0)
