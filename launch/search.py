@@ -6,6 +6,7 @@ python launch/search.py runs/pruning_net --target-reduction 2 --out widths.json 
 import sys
 import time
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 # A script's own folder comes first on the path, and there `train` is launch/train.py: put the root in its place.
@@ -44,7 +45,8 @@ def _search(argv: list[str]) -> None:
     world = open_world(options.device)
     checkpoint = Path(world.on_rank_zero(lambda: str(_checkpoint(options.source))))
     ledger = Ledger(world.size, started=STARTED)
-    found = search_widths(checkpoint, options.out, settings, world, ledger, options.data, lambda line: print(line))
+    say = partial(print, flush=True)
+    found = search_widths(checkpoint, options.out, settings, world, ledger, options.data, say)
     if world.is_main:
         print(
             f"written: {options.out}, FR {found.flops_reduction:.3f}, top-1 {found.top1:.2f}% with generated weights, "

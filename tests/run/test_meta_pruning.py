@@ -38,6 +38,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def found(trained: Path) -> Path:
+    """The same folder, with widths.json and its log, from a search that nothing disturbed."""
+    result = search(trained, "widths.json")
+    assert result.returncode == 0, result.stderr
+    assert "generation 3: 5 networks, best top-1 so far" in result.stdout
+    return trained
+
+
 def search(cwd: Path, out: str, *more: str, ranks: int = 1, script: str = "launch/search.py", **env: str):
     return launch(script, [*SEARCH, "--out", out, *more], cwd, ranks=ranks, **env)
 
@@ -66,57 +75,58 @@ def test_a_killed_pruning_net_ends_with_the_bits_of_an_undisturbed_one(trained: 
     assert all(map(torch.equal, *momenta))
 
 
-def test_a_killed_search_ends_with_the_widths_of_an_undisturbed_one_on_any_number_of_ranks(trained: Path):
-    """SIGKILL of rank 1 of two in the second generation; it goes on alone."""
-    assert search(trained, "plain.json").returncode == 0
+def test_a_killed_search_ends_with_the_widths_of_an_undisturbed_one_on_any_number_of_ranks(found: Path):
+    """SIGKILL of rank 1 of two in the second generation; it goes on alone, and its log tells of the time before."""
     fault = {"KILL_RANK": "1", "AT_NETWORK": "4"}
-    killed = search(trained, "killed.json", ranks=2, script="tests/helpers/faulty_search.py", **fault)
+    killed = search(found, "killed.json", ranks=2, script="tests/helpers/faulty_search.py", **fault)
     assert killed.returncode != 0
-    so_far = judged(trained, "killed")
-    assert 5 < len(so_far) < 15 and not (trained / "killed.json").exists()
-    with (trained / "killed.search.jsonl").open("a") as log:
+    so_far = judged(found, "killed")
+    assert 5 < len(so_far) < 15 and not (found / "killed.json").exists()
+    with (found / "killed.search.jsonl").open("a") as log:
         log.write('{"event": "candi')  # what a kill may leave
-    again = search(trained, "killed.json")
+    again = search(found, "killed.json")
     assert again.returncode == 0, again.stderr
-    assert (trained / "killed.json").read_bytes() == (trained / "plain.json").read_bytes()
-    assert judged(trained, "killed") == judged(trained, "plain")
-    assert judged(trained, "killed")[: len(so_far)] == so_far
-    assert not list(trained.glob("*.alive"))
+    assert (found / "killed.json").read_bytes() == (found / "widths.json").read_bytes()
+    assert judged(found, "killed") == judged(found, "widths")
+    assert judged(found, "killed")[: len(so_far)] == so_far
+    spent = [event["rank_s"] for event in read_log(found / "killed.search.jsonl")]
+    assert spent == sorted(spent)
+    assert not list(found.glob("*.alive"))
 
 
-def test_a_search_says_what_it_took_and_every_network_is_in_the_window(trained: Path):
-    result = search(trained, "cost.json")
-    assert "generation 3: 5 networks, best top-1 so far" in result.stdout
-    events = read_log(trained / "cost.search.jsonl")
-    done = events[-1]
-    assert done["widths"] == json.loads((trained / "cost.json").read_text())
-    assert done["top1"] == max(event["top1"] for event in events if event["event"] == "candidate")
-    assert all(2 <= event["flops_reduction"] <= 2.02 for event in events if event["event"] == "candidate")
-    assert done["judged"] == 15 and 0 < done["gpu_hours"] == done["rank_s"] / 3600 or done["gpu_hours"] < 1
-    content = (trained / "cost.search.jsonl").read_bytes()
-    assert search(trained, "cost.json").returncode == 0  # finished already: the same file, and no more hours
-    assert (trained / "cost.search.jsonl").read_bytes() == content
+def test_a_search_says_what_it_took_and_every_network_is_in_the_window(found: Path):
+    events = read_log(found / "widths.search.jsonl")
+    networks, done = [event for event in events if event["event"] == "candidate"], events[-1]
+    assert done["widths"] == json.loads((found / "widths.json").read_text())
+    assert done["top1"] == max(event["top1"] for event in networks)
+    assert all(2 <= event["flops_reduction"] <= 2.02 for event in networks)
+    assert done["judged"] == len(networks) == 15
+    assert networks[-1]["rank_s"] <= 3600 * done["gpu_hours"] <= done["rank_s"]
 
 
-def test_the_hours_of_a_killed_search_are_in_the_account(trained: Path):
-    search(trained, "lost.json", script="tests/helpers/faulty_search.py", KILL_RANK="0", AT_NETWORK="9")
-    spent = read_log(trained / "lost.search.jsonl")[-1]["rank_s"]
-    assert search(trained, "lost.json").returncode == 0
-    events = read_log(trained / "lost.search.jsonl")
-    assert all(one["rank_s"] <= other["rank_s"] for one, other in zip(events, events[1:], strict=False))
-    assert events[-1]["gpu_hours"] * 3600 > spent
+def test_a_finished_search_started_again_changes_nothing(found: Path):
+    before = {name: (found / name).read_bytes() for name in ("widths.json", "widths.search.jsonl")}
+    (found / "widths.json").unlink()
+    assert search(found, "widths.json").returncode == 0
+    assert {name: (found / name).read_bytes() for name in before} == before
 
 
-def test_the_widths_are_trained_from_scratch(trained: Path):
-    search(trained, "widths.json")
+def test_the_widths_are_trained_from_scratch(found: Path):
     settings = IMAGES | {"run__name": "winner", "prune__method": "none", "model__widths": "widths.json"}
-    result = launch("launch/train.py", options(**settings), trained, ranks=2)
+    result = launch("launch/train.py", options(**settings), found, ranks=2)
     assert result.returncode == 0, result.stderr
-    events = read_log(trained / "runs/winner/log.jsonl")
+    events = read_log(found / "runs/winner/log.jsonl")
     assert events[0]["train_images"] == 160  # the images held out, too
     assert 2 <= events[-1]["flops_reduction"] <= 2.02
     widths = next(event["widths"] for event in events if event["event"] == "epoch")
-    assert widths == json.loads((trained / "widths.json").read_text())
+    assert widths == json.loads((found / "widths.json").read_text())
+
+
+def test_another_search_is_not_written_over(found: Path):
+    content = (found / "widths.search.jsonl").read_bytes()
+    expected = "widths.search.jsonl holds another search: seed (0 there"
+    assert_one_line(search(found, "widths.json", "--seed", "1"), expected)
+    assert (found / "widths.search.jsonl").read_bytes() == content
 
 
 @pytest.mark.parametrize(
@@ -133,15 +143,6 @@ def test_a_wrong_search_is_one_line_and_leaves_no_file(trained: Path, arguments:
     result = launch("launch/search.py", [*arguments, "--out", "wrong.json"], trained)
     assert_one_line(result, expected)
     assert not list(trained.glob("wrong*"))
-
-
-def test_another_search_is_not_written_over(trained: Path):
-    search(trained, "mine.json")
-    content = (trained / "mine.search.jsonl").read_bytes()
-    assert_one_line(
-        search(trained, "mine.json", "--seed", "1"), "mine.search.jsonl holds another search: seed (0 there"
-    )
-    assert (trained / "mine.search.jsonl").read_bytes() == content
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""PruningNet: the weights that it makes, the network that it is at some widths, how batch norm is recalibrated for it."""
+"""PruningNet: the weights that it makes, the network that it is at some widths, and batch norm recalibrated."""
 
 import copy
 import math
