@@ -23,8 +23,15 @@ DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", *DOCS, *sorted((ROOT / "cup").glob("*.md"))]
 TEXT = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
 LIBRARY = TEXT["cup/README.md"]
-SCRIPTS = {"bench": bench, "evaluate": evaluate, "export": export, "prepare": prepare, "prune": prune, "report": report}
-SCRIPTS |= {"search": search}
+SCRIPTS = {
+    "bench": bench,
+    "evaluate": evaluate,
+    "export": export,
+    "prepare": prepare,
+    "prune": prune,
+    "report": report,
+    "search": search,
+}
 IN_PLACE_OF_NAMES = {"SEED": "1", "HOST:29500": "localhost:29500"}
 
 each_page = pytest.mark.parametrize("name", TEXT)
