@@ -4,7 +4,7 @@ Tensors and plain data in, plain data out: nothing here knows of ranks, files, l
 """
 
 from cup.carry import carry_ema, carry_optimizer, check_optimizer
-from cup.complexity import Complexity, LayerCost, complexity, complexity_after, flops_after
+from cup.complexity import Complexity, FlopsByWidths, LayerCost, complexity, complexity_after, flops_after
 from cup.criteria import CRITERIA, Criterion, Ranking, View
 from cup.describe import describe
 from cup.errors import CupError
@@ -12,9 +12,12 @@ from cup.lasso import GroupLasso
 from cup.plan import PrunePlan
 from cup.planning import (
     REDUCTION_TOLERANCE,
+    EvolutionOptions,
     GroupCut,
     PlanOptions,
+    WidthSpace,
     cut_groups,
+    evolve,
     has_reached,
     is_cut_epoch,
     plan_by_counts,
@@ -45,6 +48,8 @@ __all__ = [
     "Complexity",
     "Criterion",
     "CupError",
+    "EvolutionOptions",
+    "FlopsByWidths",
     "GroupCut",
     "GroupLasso",
     "LayerCost",
@@ -55,6 +60,7 @@ __all__ = [
     "Ranking",
     "Resized",
     "View",
+    "WidthSpace",
     "apply_plan",
     "carry_ema",
     "carry_optimizer",
@@ -64,6 +70,7 @@ __all__ = [
     "complexity_after",
     "cut_groups",
     "describe",
+    "evolve",
     "filters_that_go",
     "flops_after",
     "has_reached",

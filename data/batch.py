@@ -104,6 +104,9 @@ class DataConfig:
     PATH/val.txt, a line each `FILE CLASS`; DALI takes s3:// and gs:// files too), or shards by launch/prepare.py."""
     exclude: str = ""
     """List of images to leave out, as `launch/prepare.py check` writes it; empty = PATH/exclude.txt, if it is there."""
+    held_out: int = 0
+    """Images of each class that training leaves out, the same ones always, so that launch/search.py can judge networks
+    by them (MetaPruning holds out 50 of ImageNet's 1,300)."""
     prepare: Literal["none", "digits"] = "none"
     """Make the data set at `path` if nothing is there: digits = scikit-learn's 1,797 handwritten digits as JPEGs."""
     loader: Literal["auto", "dali", "folder", "synthetic"] = "auto"
@@ -163,6 +166,7 @@ class DataConfig:
         hints = ("decoder_width_hint", "decoder_height_hint", "decoder_device_memory", "decoder_host_memory")
         checks = [
             ("path", self.path != "", "a folder"),
+            ("held_out", self.held_out >= 0, "a whole number from 0"),
             ("batch_size", self.batch_size >= 1, "a whole number from 1"),
             ("image_size", 8 <= self.image_size <= MAX_PIXELS, f"8 to {MAX_PIXELS}"),
             (

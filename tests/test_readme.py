@@ -12,7 +12,7 @@ from launching import ROOT, train
 from pages import anchors, broken_links, code_blocks, commands
 
 import cup
-from launch import bench, evaluate, export, prepare, prune, report
+from launch import bench, evaluate, export, prepare, prune, report, search
 from train.checkpoint.file import load_checkpoint
 from train.config import parse_config
 from train.errors import ConfigError
@@ -24,7 +24,15 @@ DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", *DOCS, *sorted((ROOT / "cup").glob("*.md"))]
 TEXT = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
 LIBRARY = TEXT["cup/README.md"]
-SCRIPTS = {"bench": bench, "evaluate": evaluate, "export": export, "prepare": prepare, "prune": prune, "report": report}
+SCRIPTS = {
+    "bench": bench,
+    "evaluate": evaluate,
+    "export": export,
+    "prepare": prepare,
+    "prune": prune,
+    "report": report,
+    "search": search,
+}
 IN_PLACE_OF_NAMES = {"SEED": "1", "HOST:29500": "localhost:29500"}
 
 each_page = pytest.mark.parametrize("name", TEXT)

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from cup import REDUCTION_TOLERANCE, complexity, has_reached, prunable_groups
+from cup import REDUCTION_TOLERANCE, ChannelGroup, complexity, has_reached, prunable_groups
 from data import Loader, build_loaders, prepare_data, train_size
 from data.batch import Split
 from data.images import SPLITS, exclude_file
 from train.checkpoint.file import load_checkpoint, put_aside
-from train.checkpoint.network import stored_architecture, stored_plans, stored_weights
+from train.checkpoint.network import refuse_pruning_net, stored_architecture, stored_plans, stored_weights
 from train.checkpoint.restore import Restored, load_run, restore, restore_method, restore_running_statistics
 from train.checkpoint.saver import Saver, plain_state
 from train.checkpoint.weights import load_weights
@@ -41,6 +41,7 @@ from train.network.ema import MovingAverage
 from train.network.models import Architecture, build_model
 from train.network.optim import build_optimizer
 from train.network.precision import Precision
+from train.network.pruning_net import PruningNet, widths_at_scales
 from train.network.state import MEMORY_FORMAT, TrainState, state_digest
 from train.network.widths import NOISE, AllowedWidths, measured_widths
 from train.resizer import Resizer
@@ -195,6 +196,8 @@ def _build_parts(config: RunConfig, world: World, classes: Sequence[str] | None)
         smallest = train_size(config.data, 0)
         example = dataclasses.replace(architecture, input_shape=(channels, smallest, smallest)).example_input()
         complexity(model, example)
+    if prune.trains_pruning_net:
+        model = build_pruning_net(model, resizer.groups, prune, config.run.seed)
     require_trainable(model, config, world.size)
     model.to(world.device, memory_format=MEMORY_FORMAT)
     torch.manual_seed(config.run.seed + world.rank)  # dropout differs between ranks
@@ -203,6 +206,16 @@ def _build_parts(config: RunConfig, world: World, classes: Sequence[str] | None)
     precision = Precision(config.train.precision, world.device)
     state = TrainState(model, model, build_optimizer(model, config.optim), precision, ema)
     return _Parts(architecture, train_loader, val_loader, resizer, state)
+
+
+def build_pruning_net(model: nn.Module, groups: Sequence[ChannelGroup], prune: PruneConfig, seed: int) -> PruningNet:
+    """The PruningNet around a full network, which it takes over. groups: the network's.
+
+    Raises CupError where a layer with channels is of a kind that a PruningNet cannot make.
+    """
+    searched, meta = prunable_groups(groups, prune.scope), prune.meta_pruning
+    widths = widths_at_scales(searched, meta.narrowest, meta.scales, prune.plan_options())
+    return PruningNet(model, searched, widths, meta.hidden, seed)
 
 
 def require_trainable(model: nn.Module, config: RunConfig, ranks: int) -> None:
@@ -253,6 +266,7 @@ def _start_from(source: dict[str, Any], config: RunConfig, parts: _Parts) -> lis
 
     FR stays measured against the full network, for the cuts that led to the widths are replayed. Returns notes.
     """
+    refuse_pruning_net(source)
     architecture, classes = stored_architecture(source), parts.architecture.num_classes
     if architecture.num_classes != classes:
         raise ConfigError(

@@ -26,6 +26,7 @@ from train.errors import ConfigError
 from train.log.rundir import NAME
 from train.loop.config import TrainConfig
 from train.methods import METHODS, PruneConfig
+from train.methods.meta_pruning import WITHOUT_EFFECT
 from train.network.models import check_model_name
 from train.network.optim import OptimConfig
 from train.renamed import NEW_NAMES, options_with_new_names, with_new_names
@@ -33,6 +34,7 @@ from train.renamed import NEW_NAMES, options_with_new_names, with_new_names
 T = TypeVar("T")
 
 OF_CRITERIA = ("prune.criterion", "prune.features", "prune.use_bias")
+OF_CUTS = tuple(f"prune.{name}" for name in WITHOUT_EFFECT)
 RAMP_IN_T = ("prune.hard_ramp.slope", "prune.hard_ramp.offset")
 # Settings of `data` that only some loaders, devices or other settings give an effect.
 RANDAUGMENT = ("randaugment_ops", "randaugment_magnitude")
@@ -148,6 +150,8 @@ class RunConfig:
             raise ValueError(
                 f"prune.early.first_epoch: found {first}, allowed: up to train.epochs ({self.train.epochs})"
             )
+        if self.prune.trains_pruning_net:
+            self._check_pruning_net()
         if self.optim.warmup_epochs > self.train.epochs:
             raise ValueError(
                 f"optim.warmup_epochs: found {self.optim.warmup_epochs}, allowed: up to train.epochs "
@@ -157,6 +161,19 @@ class RunConfig:
             raise ValueError(
                 f"data.grow_epochs: found {self.data.grow_epochs}, allowed: up to train.epochs ({self.train.epochs})"
             )
+
+    def _check_pruning_net(self) -> None:
+        reason = "(prune.method: meta_pruning, for "
+        if not self.data.held_out:
+            why = "launch/search.py judges networks by images held out)"
+            raise ValueError(f"data.held_out: found 0, allowed: a whole number from 1 {reason}{why}")
+        for name in ("checkpoint", "widths"):
+            if (found := getattr(self.model, name)) is not None:
+                why = "a PruningNet starts at full width, from nothing)"
+                raise ValueError(f"model.{name}: found {found!r}, allowed: null {reason}{why}")
+        if self.model.width < 1:
+            why = "a PruningNet starts at full width)"
+            raise ValueError(f"model.width: found {self.model.width:g}, allowed: 1 {reason}{why}")
 
     def without_effect(self) -> list[str]:
         """What was set and changes nothing, as notes for the user, one for each reason."""
@@ -169,6 +186,8 @@ class RunConfig:
             (not prune.shrinks, of_a_method, "prune.method: none"),
             (prune.shrinks, _of_other_methods(prune.method), f"prune.method: {prune.method}"),
             (prune.method == "prune_train", OF_CRITERIA, "prune.method: prune_train, which has its own criterion"),
+            (prune.trains_pruning_net, OF_CUTS, "prune.method: meta_pruning, which cuts nothing"),
+            (prune.trains_pruning_net, ["train.compile", "train.compile_steps"], "widths that change at every step"),
             (prune.criterion != "cup", ["prune.features", "prune.use_bias"], f"prune.criterion: {prune.criterion}"),
             (prune.hard_ramp.kind == "reduction", RAMP_IN_T, "prune.hard_ramp.kind: reduction"),
             (self.optim.schedule == "cosine", ["optim.milestones", "optim.gamma"], "optim.schedule: cosine"),

@@ -1,6 +1,7 @@
 """Which channels stay: planners that turn rankings into a plan, and the schedules that say when and how hard to cut."""
 
 from cup.planning.cuts import GroupCut, cut_groups
+from cup.planning.evolution import EvolutionOptions, WidthSpace, evolve
 from cup.planning.options import PlanOptions, round_up
 from cup.planning.planners import plan_by_counts, plan_by_reduction, plan_by_threshold
 from cup.planning.schedule import has_reached, is_cut_epoch, reduction_at, threshold_at
@@ -9,9 +10,12 @@ from cup.planning.uniform import uniform_widths, uniform_widths_at
 
 __all__ = [
     "REDUCTION_TOLERANCE",
+    "EvolutionOptions",
     "GroupCut",
     "PlanOptions",
+    "WidthSpace",
     "cut_groups",
+    "evolve",
     "has_reached",
     "is_cut_epoch",
     "plan_by_counts",

@@ -61,6 +61,7 @@ def load_network(path: Path) -> StoredNetwork:
     """Build the network of a checkpoint at its stored widths. Raises CheckpointError if the file's parts do not fit."""
     content = load_checkpoint(path)
     try:
+        refuse_pruning_net(content)
         architecture = stored_architecture(content)
         model = build_model(architecture.name, architecture.num_classes)
         dense = cup.complexity(model, architecture.example_input())
@@ -112,6 +113,18 @@ def stored_plans(content: dict[str, Any]) -> list[PrunePlan]:
 
 def plans_to_store(plans: Sequence[PrunePlan]) -> str:
     return json.dumps([plan.to_json() for plan in plans])
+
+
+def holds_pruning_net(content: dict[str, Any]) -> bool:
+    """Whether a run of MetaPruning's first stage wrote it, so that its weights are those of a PruningNet."""
+    method = content.get("method")
+    return isinstance(method, dict) and method.get("name") == "meta_pruning"
+
+
+def refuse_pruning_net(content: dict[str, Any]) -> None:
+    """CheckpointError for a PruningNet, which is no network of its own."""
+    if holds_pruning_net(content):
+        raise CheckpointError("it holds a PruningNet, in which launch/search.py finds widths for model.widths")
 
 
 def stored_weights(content: dict[str, Any]) -> Weights:

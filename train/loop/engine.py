@@ -97,6 +97,7 @@ def train_epoch(
         with loop.ledger.charge(kind), compile_errors() if kind == "compile" else nullcontext():
             lr = learning_rate(loop.optim, epoch - 1 + step / steps, loop.config.epochs)
             set_learning_rate(state.optimizer, lr)
+            loop.method.before_step(state.model, epoch, step)
             if step == first_step:
                 before_first_step(batch)
             images, labels = loop.mix(batch.images, batch.labels)
