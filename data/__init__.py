@@ -8,7 +8,7 @@
 before it is asked for.
 """
 
-from data.batch import Batch, DataConfig, DataError, Loader, train_size
+from data.batch import Batch, DataConfig, DataError, Loader, Preprocessing, train_size
 from data.build import build_loaders, build_search_loaders
 from data.prepare import prepare_data
 
@@ -17,6 +17,7 @@ __all__ = [
     "DataConfig",
     "DataError",
     "Loader",
+    "Preprocessing",
     "build_loaders",
     "build_search_loaders",
     "prepare_data",

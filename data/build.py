@@ -9,7 +9,16 @@ import numpy as np
 import torch
 
 from data import dali
-from data.batch import DECODING_ON_GPU, ON_DISK, DataConfig, DataError, Loader, Split
+from data.batch import (
+    DECODING_ON_GPU,
+    ON_DISK,
+    DataConfig,
+    DataError,
+    Loader,
+    Split,
+    preprocessing_of,
+    with_preprocessing,
+)
 from data.folder import FolderSource
 from data.images import (
     DALI_SCHEMES,
@@ -31,6 +40,8 @@ MAX_THREADS = 8
 # Options that do not decide which pixels come at which step: a run may be resumed with others.
 # What is held out shows in the images' number and names.
 WITHOUT_PIXELS = {*ON_DISK, *DECODING_ON_GPU, "held_out", "synthetic_images", "synthetic_classes"}
+# Options that earlier versions did not have: left out of a loader's identity where they say what was always done.
+AS_EVER = ("resized_side", "interpolation", "mean", "std")
 INSTALL_DALI = "pip install nvidia-dali-cuda130 (with CUDA 12: nvidia-dali-cuda120)"
 
 
@@ -54,6 +65,7 @@ def build_loaders(
     of the data set. Threads and worker processes
     start with the first iteration.
     """
+    config = with_preprocessing(config)
     kind = _choose(config, warn=rank == 0)
     listed = _listed(config, kind, splits, classes)
     if config.held_out and "train" in listed:
@@ -92,6 +104,7 @@ def build_search_loaders(
     """
     if not config.held_out:
         raise DataError("held_out: found 0, allowed: a whole number from 1, for a search judges by images held out")
+    config = with_preprocessing(config)
     kind = _choose(config, warn=False)
     trained, held = hold_out(_listed(config, kind, SPLITS, classes)["train"], config.held_out)
     order = np.random.Generator(np.random.PCG64([seed, 0])).permutation(len(trained.names))
@@ -195,6 +208,8 @@ def _identity(
 ) -> dict[str, int | float | str]:
     """Everything that decides which pixels come at which step: a stored state goes on only where all of it is equal."""
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    usual = vars(preprocessing_of(DataConfig(channels=config.channels)))
+    values = {name: value for name, value in values.items() if name not in AS_EVER or value != usual[name]}
     return {
         # As text: a tuple comes back as a list from some formats.
         **{k: str(v) if isinstance(v, tuple) else v for k, v in values.items() if k not in WITHOUT_PIXELS},

@@ -13,10 +13,16 @@ from torch import nn
 
 from cup import REDUCTION_TOLERANCE, ChannelGroup, complexity, has_reached, prunable_groups
 from data import Loader, build_loaders, prepare_data, train_size
-from data.batch import Split
+from data.batch import Split, preprocessing_of
 from data.images import SPLITS, exclude_file
 from train.checkpoint.file import load_checkpoint, put_aside
-from train.checkpoint.network import refuse_pruning_net, stored_architecture, stored_plans, stored_weights
+from train.checkpoint.network import (
+    refuse_pruning_net,
+    stored_architecture,
+    stored_plans,
+    stored_preprocessing,
+    stored_weights,
+)
 from train.checkpoint.restore import Restored, load_run, restore, restore_method, restore_running_statistics
 from train.checkpoint.saver import Saver, plain_state
 from train.checkpoint.weights import load_weights
@@ -44,6 +50,7 @@ from train.network.precision import Precision
 from train.network.pruning_net import PruningNet, widths_at_scales
 from train.network.state import MEMORY_FORMAT, TrainState, state_digest
 from train.network.widths import NOISE, AllowedWidths, measured_widths
+from train.preprocessing import images_note, own_preprocessing, settled
 from train.resizer import Resizer
 from train.start import Start
 from train.world import World
@@ -85,6 +92,7 @@ def build_run(config: RunConfig, start: Start, world: World, ledger: Ledger, sto
     config = _with_model_name(config, stored or source, start.checkpoint or config.model.checkpoint)
     world.on_rank_zero(lambda: prepare_data(config.data))
     fitted, fitting_notes = _fitted(config, world, start.has_run)
+    fitted, image_notes = _with_preprocessing(fitted, stored, source)
     classes = (stored or source or {}).get("classes")
     parts = world.on_every_rank(lambda: _build_parts(fitted, world, classes))
     begun = world.on_every_rank(lambda: _begin(fitted, stored, source, parts, ledger, world))
@@ -104,6 +112,7 @@ def build_run(config: RunConfig, start: Start, world: World, ledger: Ledger, sto
         start.run_dir,
         start.run_id,
         parts.architecture,
+        preprocessing_of(fitted.data),
         fitted.data.batch_size,
         allowed_widths,
         begun.progress,
@@ -136,7 +145,15 @@ def build_run(config: RunConfig, start: Start, world: World, ledger: Ledger, sto
         save=saver.save,
     )
     data_notes = _data_notes(fitted, parts)
-    notes = [*start.notes, *fitting_notes, *config.without_effect(), *data_notes, *begun.notes, *width_notes]
+    notes = [
+        *start.notes,
+        *fitting_notes,
+        *config.without_effect(),
+        *data_notes,
+        *begun.notes,
+        *image_notes,
+        *width_notes,
+    ]
     return Run(fitted, trainer, saver, notes + sink_notes)
 
 
@@ -181,6 +198,18 @@ def _with_model_name(config: RunConfig, begun: dict[str, Any] | None, path: str 
     return dataclasses.replace(config, model=dataclasses.replace(config.model, name=name))
 
 
+def _with_preprocessing(
+    config: RunConfig, stored: dict[str, Any] | None, source: dict[str, Any] | None
+) -> tuple[RunConfig, list[str]]:
+    """The configuration with the images that the weights want where it leaves that open; and notes for the user."""
+    if (begun := stored or source) is None:
+        return dataclasses.replace(config, data=settled(config.data, None)), []
+    of_checkpoint = stored_architecture(begun), stored_preprocessing(begun), config.model.checkpoint
+    own, whose = own_preprocessing(*of_checkpoint)
+    notes = [] if source is None else [images_note(config.data, own, whose)]
+    return dataclasses.replace(config, data=settled(config.data, own)), notes
+
+
 def _build_parts(config: RunConfig, world: World, classes: Sequence[str] | None) -> _Parts:
     train_loader, val_loader = build_split_loaders(config, world, SPLITS, classes)
     torch.manual_seed(config.run.seed)  # the same initial weights on every rank
@@ -188,7 +217,7 @@ def _build_parts(config: RunConfig, world: World, classes: Sequence[str] | None)
     architecture = Architecture(
         name=config.model.name, num_classes=train_loader.num_classes, input_shape=(channels, side, side)
     )
-    model = build_model(architecture.name, architecture.num_classes)
+    model = build_model(architecture.name, architecture.num_classes, side)
     prune = config.prune
     changes_widths = prune.shrinks or config.model.narrowed is not None
     resizer = Resizer(model, architecture.example_input(), prune.scope if changes_widths else None, prune.momentum)

@@ -21,7 +21,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from cup import CupError
 from data import DataConfig
-from data.batch import DECODING_ON_GPU, ON_DISK
+from data.batch import DECODING_ON_GPU, ON_DISK, require_sizes
 from train.errors import ConfigError
 from train.log.rundir import NAME
 from train.loop.config import TrainConfig
@@ -39,6 +39,7 @@ RAMP_IN_T = ("prune.hard_ramp.slope", "prune.hard_ramp.offset")
 # Settings of `data` that only some loaders, devices or other settings give an effect.
 RANDAUGMENT = ("randaugment_ops", "randaugment_magnitude")
 SYNTHETIC = ("synthetic_images", "synthetic_classes")
+OF_PIXELS = ("resized_side", "interpolation", "mean", "std")
 AUGMENTING = ("crop_scale", "crop_ratio", "flip", "color_jitter", "auto_augment", *RANDAUGMENT)
 
 
@@ -157,6 +158,11 @@ class RunConfig:
                 f"optim.warmup_epochs: found {self.optim.warmup_epochs}, allowed: up to train.epochs "
                 f"({self.train.epochs})"
             )
+        if self.model.checkpoint is None:
+            try:
+                require_sizes(self.data)
+            except ValueError as error:
+                raise ValueError(f"data.{error}") from error
         if self.data.start_size and self.data.grow_epochs > self.train.epochs:
             raise ValueError(
                 f"data.grow_epochs: found {self.data.grow_epochs}, allowed: up to train.epochs ({self.train.epochs})"
@@ -193,7 +199,7 @@ class RunConfig:
             (self.optim.schedule == "cosine", ["optim.milestones", "optim.gamma"], "optim.schedule: cosine"),
             (self.optim.name == "apex_lamb", ["optim.momentum", "optim.nesterov"], "optim.name: apex_lamb"),
             (self.train.compile == "none", ["train.compile_steps"], "train.compile: none"),
-            (data.loader == "synthetic", _of_data(*ON_DISK, *AUGMENTING), "data.loader: synthetic"),
+            (data.loader == "synthetic", _of_data(*ON_DISK, *AUGMENTING, *OF_PIXELS), "data.loader: synthetic"),
             (data.loader == "folder", _of_data("mmap"), "data.loader: folder"),
             (data.loader == "folder" or not on_gpu, _of_data(*DECODING_ON_GPU), "no decoding on a GPU"),
             (data.loader in ("folder", "dali"), _of_data(*SYNTHETIC), "images from a disk"),

@@ -16,6 +16,7 @@ from train.checkpoint.weights import Weights, load_weights, read_weights_file
 from train.errors import ConfigError
 from train.files import read_bounded
 from train.network.models import Architecture, build_model, native_input_shape
+from train.network.published import published
 
 MAX_COUNTS_BYTES = 1 << 24
 
@@ -48,13 +49,17 @@ def network_from_weights(name: str, path: Path, num_classes: int | None, image_s
     """
     weights = read_weights_file(path)
     classes = num_classes or _classes_in(weights, name)
-    channels, height, width = native_input_shape(name)
-    shape = (channels, image_size or height, image_size or width)
-    architecture = Architecture(name=name, num_classes=classes, input_shape=shape)
-    model = build_model(name, classes)
+    known = published(name, path)
+    preprocessing = known and known.preprocessing.at_size(image_size or known.preprocessing.image_size)
+    channels, side, _ = native_input_shape(name)
+    side = image_size or (preprocessing.image_size if preprocessing else side)
+    architecture = Architecture(name=name, num_classes=classes, input_shape=(channels, side, side))
+    model = build_model(name, classes, side)
     load_weights(model, weights)
     dense = cup.complexity(model, architecture.example_input())
-    return StoredNetwork(architecture, dense, model, plans=(), groups=(), config=None, gpu_hours=None)
+    return StoredNetwork(
+        architecture, dense, model, plans=(), groups=(), config=None, gpu_hours=None, preprocessing=preprocessing
+    )
 
 
 def read_counts(path: Path) -> dict[str, int]:

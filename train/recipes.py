@@ -45,8 +45,8 @@ def with_recipe_first(argv: Sequence[str]) -> list[str]:
         given = {word.partition("=")[0] for word in rest}
         if needs := [option for option in NEEDS_RECIPE if option in given]:
             raise ConfigError(
-                f"{' and '.join(needs)} without a recipe: choose one with --recipe NAME ({_names()}; --recipe list shows "
-                "them) or --config FILE"
+                f"{' and '.join(needs)} without a recipe: choose one with --recipe NAME ({_names()}; --recipe list "
+                "shows them) or --config FILE"
             )
         files = [str(_file(DEFAULT))]
     return [*(word for file in files for word in ("--config", file)), *rest]

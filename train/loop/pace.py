@@ -18,7 +18,7 @@ class Moment:
 
 
 class Pace:
-    """One of each epoch. Its estimate takes later epochs for as slow as this one: for a shrinking run that is a bound."""
+    """One of each epoch. Its estimate takes later epochs for as slow as this one: a bound for a run that shrinks."""
 
     def __init__(
         self,
@@ -29,7 +29,7 @@ class Pace:
         eval_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """epochs, steps: of the run, and of an epoch. batch_size: of all ranks. eval_s: seconds of the last evaluation."""
+        """epochs, steps: of the run, of an epoch. batch_size: of all ranks. eval_s: seconds of the last evaluation."""
         self._epochs, self._steps, self._batch_size = epochs, steps, batch_size
         self._first_step, self._eval_s = first_step, eval_s
         self._clock, self._began = clock, clock()
