@@ -5,7 +5,10 @@
     seeds: [0, 1, 2]
     settings:                           # the whole comparison is made at each of these
       fr2: {prune.target_reduction: 2.0}
+    before:                             # runs that others are made from, in no table
+      pruning_net: {prune.method: meta_pruning}
     methods:
+      meta_pruning: {kind: search, of: pruning_net, command: "...", published: MetaPruning}
       cup_ss: {prune.method: hard_ramp, published: CUP-RF}
       cup: {kind: cut, prune.criterion: cup, published: CUP}
     controls:
@@ -15,8 +18,8 @@
 
 An entry holds settings of launch/train.py and these words:
 
-kind: how it is made, one of KINDS. of: the method that a control belongs to, or several, each with one of its own.
-published: what the authors' slides call it. command: of kind search.
+kind: how it is made, one of KINDS. of: the method that a control belongs to, or several, each with one of its own; the
+run that a search reads. published: what the authors' slides call it. command: of kind search.
 """
 
 import re
@@ -34,7 +37,7 @@ from train.log.rundir import NAME
 Kind = Literal["train", "cut", "search", "thin", "shape", "same_schedule", "equal_hours"]
 """train: one run.
 cut: the dense run of the same seed, cut once to prune.target_reduction by prune.criterion, then trained again.
-search: a command writes a file of widths, which are trained from scratch.
+search: a command writes a file of widths, which are trained from scratch; it may read a run, `of`.
 thin: a uniformly thinner network, prune.target_reduction of the FLOPs, from the first step.
 shape: the widths that the method `of` ended with, from scratch.
 same_schedule: the method `of` with other settings, such as another criterion.
@@ -46,12 +49,14 @@ RETRAINED = ("cut", "search")
 DENSE = "dense"
 """The entry against which savings are measured, and which is cut."""
 MAX_BYTES = 1 << 20
-TOP = ("base", "out", "set", "seeds", "settings", "methods", "controls")
+TOP = ("base", "out", "set", "seeds", "settings", "before", "methods", "controls")
 WORDS = ("kind", "of", "published", "command")
 SECTIONS = ("run", "model", "data", "optim", "train", "prune")
 OWN = tuple(f"run.{name}" for name in ("name", "root", "seed", "resume"))
 """Settings that follow from the grid."""
 
+Role = Literal["before", "method", "control"]
+"""before: a run that others are made from, and nothing else."""
 Settings = dict[str, Any]
 """Dotted key -> value."""
 
@@ -64,9 +69,13 @@ class Entry:
     kind: Kind = "train"
     of: str | None = None
     settings: Settings = field(default_factory=dict)
-    is_control: bool = False
+    role: Role = "method"
     published: str | None = None
     command: str | None = None
+
+    @property
+    def is_control(self) -> bool:
+        return self.role == "control"
 
     @property
     def is_retrained(self) -> bool:
@@ -87,7 +96,7 @@ class Grid:
 
     @property
     def methods(self) -> list[Entry]:
-        return [entry for entry in self.entries.values() if not entry.is_control]
+        return [entry for entry in self.entries.values() if entry.role == "method"]
 
     @property
     def controls(self) -> list[Entry]:
@@ -119,9 +128,11 @@ def _grid(path: Path, content: Any, changes: Sequence[str]) -> Grid:
     if not isinstance(content.get("base"), str):
         raise ValueError(f"base: found {content.get('base')!r}, allowed: a recipe, relative to this file")
     entries = [
-        *_entries(content.get("controls"), "controls", is_control=True),
-        *_entries(content.get("methods"), "methods", is_control=False),
+        *_entries(content.get("before"), "before", "before"),
+        *_entries(content.get("methods"), "methods", "method"),
+        *_entries(content.get("controls"), "controls", "control"),
     ]
+    entries.sort(key=lambda entry: entry.name != DENSE)
     by_name = {entry.name: entry for entry in entries}
     if len(by_name) < len(entries):
         names = [entry.name for entry in entries]
@@ -141,14 +152,14 @@ def _grid(path: Path, content: Any, changes: Sequence[str]) -> Grid:
     )
 
 
-def _entries(content: Any, where: str, *, is_control: bool) -> list[Entry]:
+def _entries(content: Any, where: str, role: Role) -> list[Entry]:
     entries = []
     for name, values in _mapping({} if content is None else content, where).items():
         place = f"{where}.{name}"
         values = _mapping({} if values is None else values, place)
         words = {key: values[key] for key in WORDS if key in values}
         settings = _flat({key: value for key, value in values.items() if key not in WORDS}, place)
-        entry = Entry(name=_name(name, where), settings=settings, is_control=is_control, **(words | {"of": None}))
+        entry = Entry(name=_name(name, where), settings=settings, role=role, **(words | {"of": None}))
         _require_consistent(entry, words, place)
         of = words.get("of")
         if isinstance(of, list):
@@ -161,8 +172,9 @@ def _entries(content: Any, where: str, *, is_control: bool) -> list[Entry]:
 def _require_consistent(entry: Entry, words: Settings, place: str) -> None:
     if entry.kind not in KINDS:
         raise ValueError(f"{place}.kind: found {entry.kind!r}, allowed: {', '.join(KINDS)}")
-    has_of = bool(words.get("of"))
-    if has_of != (entry.kind in OF_A_METHOD):
+    if entry.role == "before" and entry.kind != "train":
+        raise ValueError(f"{place}.kind: found {entry.kind}, allowed here: train")
+    if entry.kind != "search" and bool(words.get("of")) != (entry.kind in OF_A_METHOD):
         needed = "a method's name, or a list of names" if entry.kind in OF_A_METHOD else "nothing"
         raise ValueError(f"{place}.of: found {words.get('of')!r}, allowed with kind {entry.kind}: {needed}")
     if (entry.command is not None) != (entry.kind == "search"):
@@ -176,13 +188,14 @@ def _require_controls(entries: Mapping[str, Entry]) -> None:
         raise ValueError(
             f"controls: found no {DENSE}, allowed: an entry {DENSE}: {{}}, which the others are measured against"
         )
-    methods = [name for name, entry in entries.items() if not entry.is_control]
+    methods, before = ([n for n, entry in entries.items() if entry.role == role] for role in ("method", "before"))
     if not methods:
         raise ValueError("methods: found none, allowed: names with their settings")
     for name, entry in entries.items():
-        if entry.of is not None and entry.of not in methods:
-            raise ValueError(f"{name}.of: found {entry.of!r}, allowed: a method ({', '.join(methods)})")
-        if entry.of is not None and entries[entry.of].of is not None:
+        allowed = before if entry.kind == "search" else methods
+        if entry.of is not None and entry.of not in allowed:
+            raise ValueError(f"{name}.of: found {entry.of!r}, allowed: {', '.join(allowed) or 'an entry of before'}")
+        if entry.of is not None and entries[entry.of].kind in OF_A_METHOD:
             raise ValueError(
                 f"{name}.of: found {entry.of}, which is made from another method; allowed: one that is not"
             )

@@ -11,6 +11,8 @@ from train.errors import ConfigError
 from train.methods import PruneConfig
 
 TO_A_TARGET = ("cut", "search", "thin")
+MADE_OF_ITS_COST = ("cut", "search")
+"""Kinds that cost what the run that they need did, too."""
 STAYS_AS_IT_IS = ("cut", "search", "thin", "shape", "equal_hours")
 """Kinds whose training cuts nothing."""
 
@@ -62,7 +64,7 @@ def _job(grid: Grid, entry: Entry, setting: str, seed: int, parsed: Mapping[tupl
     if entry.kind in STAYS_AS_IT_IS or not prune.shrinks:
         prune = PruneConfig(method="none", scope=prune.scope)
     needed = [DENSE] if entry.kind in ("cut", "equal_hours") else []
-    needed += [entry.of] if entry.kind in ("shape", "equal_hours") else []
+    needed += [entry.of] if entry.kind in ("search", "shape", "equal_hours") and entry.of is not None else []
     return Job(
         name=name,
         entry=entry,

@@ -107,6 +107,8 @@ class Runner:
 
     def _start_what_can(self) -> None:
         for name, job in self.jobs.items():
+            if len(self._running) == self._at_a_time:
+                return
             if self.statuses[name].state not in (State.WAITING, State.ELSEWHERE):
                 continue
             found = self._found(job)
@@ -115,7 +117,7 @@ class Runner:
                 self.statuses[name] = found
             elif is_held(self.disk.run_dir(name)):
                 self.statuses[name] = Status(State.ELSEWHERE)
-            elif len(self._running) < self._at_a_time:
+            else:
                 self._start(job)
 
     def _is_done(self, name: str) -> bool:

@@ -12,7 +12,7 @@ import cup
 from data import DataConfig, prepare_data
 from data.images import list_splits
 from launch.grids.disk import NOTHING, Cost, Disk, read_json, write_json
-from launch.grids.jobs import Job
+from launch.grids.jobs import MADE_OF_ITS_COST, Job
 from train.config import RunConfig
 from train.errors import ConfigError, TrainError
 from train.files import write_durably
@@ -53,6 +53,8 @@ def command_before(job: Job, disk: Disk) -> Command | None:
         out = disk.made(job.name, ".json")
         known = {
             "python": sys.executable,
+            "launch": ROOT / "launch",
+            "run": disk.run_dir(job.needs[0]).path if job.needs else "",
             "config": disk.config(job.name),
             "reduction": options.target_reduction,
             "seed": job.seed,
@@ -112,9 +114,9 @@ def thin_widths(job: Job) -> dict[str, int]:
 
 
 def spent(job: Job, jobs: dict[str, Job], disk: Disk) -> Cost:
-    """What a finished job cost, with the training of the network that it was cut from."""
-    before = spent(jobs[job.needs[0]], jobs, disk) if job.entry.kind == "cut" else NOTHING
-    return before + disk.own_cost(job.name)
+    """What a finished job cost, with the training of the network that it was cut from, or that its search read."""
+    counted = job.needs if job.entry.kind in MADE_OF_ITS_COST else ()
+    return sum((spent(jobs[name], jobs, disk) for name in counted), start=NOTHING) + disk.own_cost(job.name)
 
 
 def with_epochs(config: RunConfig, epochs: int) -> RunConfig:

@@ -26,7 +26,7 @@ from launch.grids.stages import epochs_for, with_epochs
 from train.checkpoint.file import load_checkpoint
 from train.config import parse_config
 from train.errors import ConfigError
-from train.log.rundir import read_log
+from train.log.rundir import RunDir, read_log
 
 RECIPES = sorted((ROOT / "launch/configs/compare").glob("*.yaml"))
 ENTRIES = {
@@ -42,6 +42,7 @@ ENTRIES = {
         "equal_hours": {"kind": "equal_hours", "of": "ramp"},
     },
 }
+ONLY_A_CUT = {"methods": {"cut": {"kind": "cut"}}, "controls": {"dense": {}}}
 
 
 def write_grid(folder: Path, **changes: object) -> Path:
@@ -83,15 +84,24 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return QuickChild.started
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """The folder of a grid that has run, its file in it, and the names of its runs in the order of their trainings."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(QuickChild, "started", [])
+        patch.setattr(runner, "Child", QuickChild)
+        assert compare.main([str(write_grid(folder))]) == 0
+        return folder, configs_of(QuickChild.started)
+
+
 def configs_of(started: list[list[str]]) -> list[str]:
     """Names of the runs whose trainings were started."""
     return [Path(argv[-1]).stem for argv in started if argv[1].endswith("train.py")]
 
 
-def test_a_grid_runs_each_run_after_those_that_it_needs_and_reports(tmp_path: Path, quick: list, capsys):
-    file, out = write_grid(tmp_path), tmp_path / "out"
-    assert compare.main([str(file)]) == 0
-    order = configs_of(quick)
+def test_each_run_comes_after_those_that_it_needs(finished: tuple[Path, list[str]]):
+    _, order = finished
     at_fr2 = ("ramp", "cut", "thin", "random", "shape_of_ramp", "shape_of_cut", "equal_hours")
     assert sorted(order) == sorted(["dense_s0", *(f"{name}_fr2_s0" for name in at_fr2)])
     needs = [
@@ -103,74 +113,90 @@ def test_a_grid_runs_each_run_after_those_that_it_needs_and_reports(tmp_path: Pa
     for before, after in needs:
         assert order.index(before) < order.index(after)
 
-    last = {name: read_log(out / "runs" / name / "log.jsonl")[-1] for name in order}
-    reductions = {name: done["flops_reduction"] for name, done in last.items()}
+
+def test_controls_and_cuts_are_what_they_are_called(finished: tuple[Path, list[str]]):
+    folder, order = finished
+    runs = folder / "out/runs"
+    reductions = {name: read_log(runs / name / "log.jsonl")[-1]["flops_reduction"] for name in order}
     assert reductions.pop("dense_s0") == reductions.pop("equal_hours_fr2_s0") == 1
     assert list(reductions.values()) == pytest.approx([2] * 6, rel=0.02)
     for shape, method in (("shape_of_ramp_fr2_s0", "ramp_fr2_s0"), ("shape_of_cut_fr2_s0", "cut_fr2_s0")):
-        widths = [load_checkpoint(out / "runs" / name / "last.pt")["widths"] for name in (shape, method)]
+        widths = [load_checkpoint(runs / name / "last.pt")["widths"] for name in (shape, method)]
         assert widths[0] == widths[1]
-    cut = read_log(out / "runs/cut_fr2_s0/log.jsonl")[0]
-    assert cut["from"] == str(out / "made/cut_fr2_s0.pt") and cut["config"]["prune"]["method"] == "none"
-    assert load_checkpoint(out / "made/cut_fr2_s0.pt")["plans"]
-    random = read_log(out / "runs/random_fr2_s0/log.jsonl")[0]["config"]["prune"]
+    cut = read_log(runs / "cut_fr2_s0/log.jsonl")[0]
+    assert cut["from"] == str(folder / "out/made/cut_fr2_s0.pt") and cut["config"]["prune"]["method"] == "none"
+    assert load_checkpoint(folder / "out/made/cut_fr2_s0.pt")["plans"]
+    random = read_log(runs / "random_fr2_s0/log.jsonl")[0]["config"]["prune"]
     assert (random["method"], random["criterion"]) == ("hard_ramp", "random")
 
+
+def test_the_report_has_tables_sentences_and_what_each_run_cost_in_all(finished, quick: list, capsys):
+    folder, order = finished
+    out = folder / "out"
+    capsys.readouterr()
+    assert compare.main([str(folder / "tiny.yaml"), "--report-only"]) == 0
     said = capsys.readouterr().out
-    assert "[8/8 done]" in said and "## With retraining" in said and "## Without retraining" in said
-    assert "against random fr2: top-1" in said and "one seed, so nobody knows how much of it is chance" in said
+    assert "## With retraining" in said and "## Without retraining" in said
+    assert "against random fr2: top-1" in said and "one seed, so no interval" in said
     rows = {row["run"]: row for row in csv.DictReader((out / "runs.csv").open())}
-    seconds = {name: done["cpu_seconds"] for name, done in last.items()}
+    seconds = {name: read_log(out / "runs" / name / "log.jsonl")[-1]["cpu_seconds"] for name in order}
     assert float(rows["ramp_fr2_s0"]["cpu_hours"]) == pytest.approx(seconds["ramp_fr2_s0"] / 3600)
     both = seconds["dense_s0"] + 18 + seconds["cut_fr2_s0"]  # the dense training, the cut, the one after it
     assert float(rows["cut_fr2_s0"]["cpu_hours"]) == pytest.approx(both / 3600)
     assert (out / "front.png").stat().st_size > 10_000 and "CPU hours" in (out / "report.html").read_text()
-
-    quick.clear()
-    assert compare.main([str(file)]) == 0 and not quick
-    assert compare.main([str(file), "--report-only"]) == 0 and not quick
+    assert not quick
 
 
-def test_a_changed_grid_refuses_the_runs_that_it_changes_and_what_is_made_from_them(tmp_path, quick, capsys):
-    methods = {"ramp": {"prune.method": "hard_ramp"}, "cut": {"kind": "cut", "prune.criterion": "l1"}}
-    controls = {"dense": {}, "shape": {"kind": "shape", "of": "ramp"}}
-    assert compare.main([str(write_grid(tmp_path, methods=methods, controls=controls))]) == 0
-    before = {path: path.read_bytes() for path in (tmp_path / "out/runs").rglob("log.jsonl")}
-    quick.clear()
-    methods["ramp"]["prune.min_channels"] = 2
-    methods["cut"]["prune.criterion"] = "gm"
-    controls["thin"] = {"kind": "thin"}
+def test_what_is_finished_is_not_run_again(finished, quick: list, capsys):
+    folder, _ = finished
+    assert compare.main([str(folder / "tiny.yaml")]) == 0
+    assert not quick and "[8/8 done]" in capsys.readouterr().out
+
+
+def test_a_changed_grid_refuses_the_runs_that_it_changes_and_what_is_made_from_them(finished, tmp_path, quick, capsys):
+    folder, _ = finished
+    before = {path: path.read_bytes() for path in (folder / "out/runs").rglob("*.jsonl")}
+    methods = {
+        "ramp": {"prune.method": "hard_ramp", "prune.min_channels": 2},
+        "cut": {"kind": "cut", "prune.criterion": "gm"},
+    }
+    file = write_grid(tmp_path, out=str(folder / "out"), methods=methods)
     capsys.readouterr()
-    assert compare.main([str(write_grid(tmp_path, methods=methods, controls=controls))]) == 1
+    assert compare.main([str(file)]) == 1
     said = capsys.readouterr()
-    lines = [line for line in said.out.splitlines() if "refused" in line or "not run" in line]
-    assert len(lines) == 3
-    assert any("ramp_fr2_s0" in line and "prune.min_channels (1 there, 2 now)" in line for line in lines)
-    assert any("cut_fr2_s0" in line and "prune.criterion ('l1' there, 'gm' now)" in line for line in lines)
-    assert any("shape_fr2_s0: it needs ramp_fr2_s0" in line for line in lines)
-    assert configs_of(quick) == ["thin_fr2_s0"], "the others go on"
-    assert said.err == "error: 3 of 5 runs are not finished\n"
+    refused = dict(line.split("refused: ")[1].split(": ", 1) for line in said.out.splitlines() if "] refused: " in line)
+    assert set(refused) == {"ramp_fr2_s0", "random_fr2_s0", "cut_fr2_s0"}
+    assert "prune.min_channels (1 there, 2 now): move it away" in refused["ramp_fr2_s0"]
+    assert "prune.criterion ('l1' there, 'gm' now)" in refused["cut_fr2_s0"]
+    for name, need in (("shape_of_ramp", "ramp"), ("shape_of_cut", "cut"), ("equal_hours", "ramp")):
+        assert f"not run: {name}_fr2_s0: it needs {need}_fr2_s0\n" in said.out
+    assert said.err == "error: 6 of 8 runs are not finished\n" and not quick
     assert before == {path: path.read_bytes() for path in before}
-    report = (tmp_path / "out/report.md").read_text()
+    report = (folder / "out/report.md").read_text()
     assert "thin fr2" in report and "ramp fr2" not in report, "what was refused is not mixed in"
 
 
-def test_a_run_made_from_another_run_than_the_one_there_is_refused(tmp_path, quick, capsys):
-    controls = {"dense": {}, "shape": {"kind": "shape", "of": "ramp"}}
-    file = write_grid(tmp_path, methods={"ramp": {"prune.method": "hard_ramp"}}, controls=controls)
-    assert compare.main([str(file)]) == 0
-    (tmp_path / "out/runs/ramp_fr2_s0").rename(tmp_path / "away")
-    capsys.readouterr()
-    assert compare.main([str(file)]) == 1
-    [line] = [line for line in capsys.readouterr().out.splitlines() if "refused" in line]
-    assert "shape_fr2_s0" in line and "runs.ramp_fr2_s0" in line
+def test_a_run_made_from_another_run_than_the_one_there_is_refused(finished, monkeypatch, capsys):
+    folder, _ = finished
+    grid = read_grid(folder / "tiny.yaml")
+    disk, jobs = Disk(grid.out), plan_jobs(grid)
+    config = jobs["ramp_fr2_s0"].config
+    honest = RunDir.run_id
+    monkeypatch.setattr(RunDir, "run_id", lambda self: "anew" if self.path.name == "ramp_fr2_s0" else honest(self))
+    found = runner.Runner(jobs, disk, at_a_time=1, ranks=1)
+    found.look()
+    assert disk.why_not_ours(jobs["ramp_fr2_s0"], config) is None
+    refused = {name: status.why for name, status in found.statuses.items() if status.state is State.REFUSED}
+    assert set(refused) == {"shape_of_ramp_fr2_s0", "equal_hours_fr2_s0"}
+    assert "runs.ramp_fr2_s0" in refused["shape_of_ramp_fr2_s0"] and "'anew' now" in refused["shape_of_ramp_fr2_s0"]
 
 
-def test_another_data_set_is_another_comparison(tmp_path, quick, capsys):
-    file = write_grid(tmp_path, methods={"ramp": {"prune.method": "hard_ramp"}}, controls={"dense": {}})
-    assert compare.main([str(file)]) == 0
-    assert compare.main([str(file), "--set", "data.path=elsewhere"]) == 1
-    assert "data.path ('datasets/imagenet' there, 'elsewhere' now)" in capsys.readouterr().out
+def test_another_data_set_is_another_comparison(finished, quick, capsys):
+    folder, _ = finished
+    assert compare.main([str(folder / "tiny.yaml"), "--set", "data.path=elsewhere"]) == 1
+    said = capsys.readouterr()
+    assert "data.path ('datasets/imagenet' there, 'elsewhere' now)" in said.out and not quick
+    assert said.err.endswith("no run of this comparison is finished, so there is nothing to report\n")
 
 
 def test_a_failed_run_is_told_in_a_line_and_the_others_go_on(tmp_path, quick, capsys):
@@ -181,7 +207,7 @@ def test_a_failed_run_is_told_in_a_line_and_the_others_go_on(tmp_path, quick, ca
     controls = {"dense": {}, "shape": {"kind": "shape", "of": "broken"}}
     assert compare.main([str(write_grid(tmp_path, methods=methods, controls=controls))]) == 1
     said = capsys.readouterr()
-    [failed] = [line for line in said.out.splitlines() if "failed" in line]
+    [failed] = [line for line in said.out.splitlines() if "] failed: " in line]
     assert "broken_fr2_s0: exit code 1, it said: error: the loss is" in failed
     assert failed.endswith(f"see {tmp_path / 'out/output/broken_fr2_s0.txt'}")
     assert "not run: shape_fr2_s0: it needs broken_fr2_s0" in said.out
@@ -191,7 +217,12 @@ def test_a_failed_run_is_told_in_a_line_and_the_others_go_on(tmp_path, quick, ca
 
 def test_a_search_is_a_command_that_writes_widths_and_its_cost_counts(tmp_path, quick, monkeypatch, capsys):
     search = tmp_path / "search.py"
-    search.write_text("import json, sys; json.dump({'conv1': 3, 'conv2': int(sys.argv[2])}, open(sys.argv[1], 'w'))")
+    search.write_text(
+        "import json, sys; from pathlib import Path\n"
+        "out, count, run = sys.argv[1:]\n"
+        "assert Path(run, 'last.pt').exists()\n"
+        "json.dump({'conv1': 3, 'conv2': int(count)}, open(out, 'w'))\n"
+    )
     honest = QuickChild.__init__
 
     def child(self, argv: list[str], output: Path, env: dict[str, str]) -> None:
@@ -202,13 +233,25 @@ def test_a_search_is_a_command_that_writes_widths_and_its_cost_counts(tmp_path, 
             honest(self, argv, output, env)
 
     monkeypatch.setattr(QuickChild, "__init__", child)
-    methods = {"search": {"kind": "search", "command": f"{{python}} {search} {{out}} 5", "published": "MetaPruning"}}
-    assert compare.main([str(write_grid(tmp_path, methods=methods, controls={"dense": {}}))]) == 0
+    command = f"{{python}} {search} {{out}} 5 {{run}}"
+    grid = {
+        "before": {"net": {"prune.method": "hard_ramp"}},
+        "methods": {"search": {"kind": "search", "of": "net", "command": command, "published": "MetaPruning"}},
+        "controls": {"dense": {}},
+    }
+    assert compare.main([str(write_grid(tmp_path, **grid))]) == 0
     widths = load_checkpoint(tmp_path / "out/runs/search_fr2_s0/last.pt")["widths"]
     assert (widths["conv1"], widths["conv2"]) == (3, 5)
     row = next(row for row in csv.DictReader((tmp_path / "out/runs.csv").open()) if row["entry"] == "search")
     assert 1 < float(row["cpu_hours"]) < 1.1 and 2 < float(row["gpu_hours"]) < 2.1
-    assert "search fr2 (MetaPruning)" in capsys.readouterr().out
+    seconds = [
+        read_log(tmp_path / f"out/runs/{name}_fr2_s0/log.jsonl")[-1]["cpu_seconds"] for name in ("net", "search")
+    ]
+    assert float(row["cpu_hours"]) == pytest.approx(1 + sum(seconds) / 3600), (
+        "the run that it read, itself, its training"
+    )
+    said = capsys.readouterr().out
+    assert "search fr2 (MetaPruning)" in said and "net fr2" not in said
 
 
 def test_a_plan_says_every_run_what_it_needs_and_what_it_costs(tmp_path, capsys):
@@ -321,11 +364,20 @@ def test_how_long_still_is_told_from_the_pace_so_far(tmp_path: Path):
         ({"methods": {"ramp": {"run.seed": 1}}}, "found run.seed, which follows from the names and seeds"),
         ({"methods": {"ramp": {"train.epochs": "x"}, "cut": {}}}, "ramp: train.epochs"),
         ({"methods": {"ramp": {}, "cut": {}, "dense": {}}}, "dense: there twice"),
-        ({"settings": {"": {}}}, "found no prune.target_reduction, allowed with kind"),
+        (
+            {"set": {"prune.method": "none", "prune.target_reduction": None}, "settings": {"": {}}, **ONLY_A_CUT},
+            "cut: found no prune.target_reduction, allowed with kind cut",
+        ),
+        ({"before": {"net": {"kind": "cut"}}}, "before.net.kind: found cut, allowed here: train"),
+        (
+            {"methods": {"ramp": {}, "cut": {"kind": "search", "of": "dense", "command": "x"}}},
+            "allowed: an entry of before",
+        ),
         ({"methods": {"ramp": {}, "cut": {"kind": "search"}}}, "methods.cut.command: found None"),
     ],
 )
-def test_a_grid_that_is_none_is_an_error_of_one_line(tmp_path: Path, changes: dict, said: str, capsys):
+def test_a_grid_that_is_none_is_an_error_of_one_line(tmp_path: Path, changes: dict, said: str, capsys, monkeypatch):
+    monkeypatch.setattr(runner.Runner, "run", lambda *arguments: pytest.fail("it is run"))
     assert compare.main([str(write_grid(tmp_path, **changes))]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and said in error, error

@@ -32,7 +32,7 @@ def point(entry: Entry, seed: int, top1: float, hours: float, device: str = "cpu
 
 def comparison(seeds: int = 3, **options: object) -> Comparison:
     entries = {
-        "dense": Entry(name="dense", is_control=True),
+        "dense": Entry(name="dense", role="control"),
         "cup_ss": Entry(name="cup_ss", published="CUP-RF"),
         "cup": Entry(name="cup", kind="cut", published="CUP"),
     }
@@ -101,7 +101,7 @@ def test_sentences_say_whether_the_seeds_tell_apart():
         "against dense: top-1 -0.33 points (-1.09 to +0.43, three seeds): three seeds do not tell"
     )
     [alone] = dict(sentences(comparison(seeds=1)))["cup_ss"]
-    chance = "one seed, so nobody knows how much of it is chance"
+    chance = "one seed, so no interval"
     assert alone == f"against dense: top-1 -0.50 points: {chance}; CPU hours -30.0%: one seed."
 
 

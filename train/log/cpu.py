@@ -1,4 +1,4 @@
-"""CPU seconds of a process: what its work costs, whoever else uses the machine. Needs no torch."""
+"""CPU seconds of a process: what its work costs, nearly whoever else uses the machine. Needs no torch."""
 
 import multiprocessing
 import os

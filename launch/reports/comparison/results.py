@@ -80,9 +80,10 @@ class Comparison:
 
 def read_comparison(grid: Grid, jobs: Mapping[str, Job], disk: Disk, finished: list[str]) -> Comparison:
     """finished: the jobs that are, and that are the grid's. Raises TrainError where there are none."""
-    if not finished:
+    if not any(jobs[name].entry.role != "before" for name in finished):
         raise TrainError(f"{grid.out}: no run of this comparison is finished, so there is nothing to report")
-    points = [Point(jobs[name], read_run(disk.run_dir(name).path), spent(jobs[name], jobs, disk)) for name in finished]
+    shown = [name for name in finished if jobs[name].entry.role != "before"]
+    points = [Point(jobs[name], read_run(disk.run_dir(name).path), spent(jobs[name], jobs, disk)) for name in shown]
     members: dict[tuple[str, str], list[Point]] = {}
     for point in points:
         members.setdefault((point.job.entry.name, point.job.setting), []).append(point)
@@ -122,7 +123,7 @@ def reduction(point: Point) -> float:
 def _currency(points: list[Point]) -> Currency:
     devices = {point.run.done["device"] for point in points}
     if devices == {"cpu"} and all(point.cost.cpu is not None for point in points):
-        note = "every run was on CPUs: CPU seconds of all processes, which other work on the machine changes little"
+        note = "CPU time of all processes, for all runs were on CPUs: other work changes it less than wall time"
         return Currency("CPU hours", note, lambda point: point.cost.cpu)
     if "cpu" in devices:
         name, why = "process hours", "not every run was on a GPU, nor is every run's CPU time known"

@@ -1,8 +1,10 @@
 """Each method against each control, in words: the differences, how sure they are, and what that means."""
 
-from launch.reports.comparison.results import Comparison, Row, top1
+from launch.reports.comparison.results import Comparison, Row, reduction, spread_of, top1
 from launch.reports.comparison.statistics import CONFIDENCE, Difference, difference, ratio
 
+UNEQUAL = 0.03
+"""Share by which two FLOPs reductions may differ without a word."""
 NUMBERS = {1: "one seed", 2: "two seeds", 3: "three seeds", 4: "four seeds", 5: "five seeds"}
 
 
@@ -31,7 +33,15 @@ def _sentence(comparison: Comparison, method: Row, control: Row) -> str:
     hours = ratio(method.by_seed(comparison.currency.hours), control.by_seed(comparison.currency.hours))
     points = f"top-1 {accuracy.mean:+.2f} points{_interval(accuracy, lambda value: f'{value:+.2f}')}"
     cost = f"{comparison.currency.name} {hours.mean:+.1%}{_interval(hours, lambda value: f'{value:+.1%}')}"
-    return f"against {control.name}: {points}: {_verdict(accuracy)}; {cost}: {_cost_verdict(hours)}."
+    against = f"against {control.name}{_unequal(method, control)}"
+    return f"{against}: {points}: {_verdict(accuracy)}; {cost}: {_cost_verdict(hours)}."
+
+
+def _unequal(method: Row, control: Row) -> str:
+    """Where a control that should be as small as the method is not."""
+    ours, theirs = (spread_of(row.by_seed(reduction))[0] for row in (method, control))
+    is_dense = theirs == 1
+    return "" if is_dense or abs(ours / theirs - 1) < UNEQUAL else f" (at FR {theirs:.2f}, the method at {ours:.2f})"
 
 
 def _interval(found: Difference, words) -> str:
@@ -43,7 +53,7 @@ def _interval(found: Difference, words) -> str:
 
 def _verdict(found: Difference) -> str:
     if found.seeds == 1:
-        return "one seed, so nobody knows how much of it is chance"
+        return "one seed, so no interval"
     if found.low is None:
         return "the same for each seed, so there is no scatter to judge it by"
     return {0: f"{_seeds(found.seeds)} do not tell them apart", 1: "better", -1: "worse"}[found.sign]
