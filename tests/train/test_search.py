@@ -12,21 +12,37 @@ import cup
 from data import build_search_loaders
 from train.checkpoint.file import load_checkpoint
 from train.network.models import build_model
+from train.network.pruning_net import PruningNet
 from train.search import SearchOptions, _Judge, _load
 
 OPTIONS = SearchOptions(target_reduction=2, recalibration_batches=2)
 
 
+PRUNING_NET = {
+    "model__name": "resnet20_cifar", "data__channels": 3, "data__image_size": 16, "data__resize_size": 16,
+    "data__synthetic_images": 160, "data__held_out": 6, "train__epochs": 2, "prune__last_epoch": 2,
+    "prune__method": "meta_pruning", "prune__meta_pruning__hidden": 4,
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a PruningNet after an epoch on colour images of 16 x 16."""
+    """Of a PruningNet after two epochs on colour images of 16 x 16."""
     root = tmp_path_factory.mktemp("net")
-    train(
-        root, model__name="resnet20_cifar", data__channels=3, data__image_size=16, data__resize_size=16,
-        data__synthetic_images=160, data__held_out=6, train__epochs=2, prune__last_epoch=2,
-        prune__method="meta_pruning", prune__meta_pruning__hidden=4,
-    )  # fmt: skip
+    train(root, **PRUNING_NET)
     return root / "tiny/last.pt"
+
+
+def test_training_draws_new_widths_for_each_step_and_for_all_pieces_of_it(tmp_path: Path, monkeypatch):
+    honest, draws = PruningNet.draw, []
+
+    def draw(self: PruningNet, epoch: int, step: int) -> None:
+        draws.append((epoch, step))
+        honest(self, epoch, step)
+
+    monkeypatch.setattr(PruningNet, "draw", draw)
+    train(tmp_path, **PRUNING_NET | {"train__accumulate": 2})
+    assert draws == [(epoch, step) for epoch in (1, 2) for step in range(3)]
 
 
 def test_a_network_is_judged_with_its_own_weights_and_statistics_on_the_images_held_out(checkpoint: Path):
