@@ -70,7 +70,7 @@ def _parse(argv: list[str]) -> Namespace:
     features = ("both", "incoming", "outgoing")
     parser.add_argument("--features", choices=features, default=defaults.features, help="cup: what describes a filter")
     parser.add_argument(
-        "--weights", type=Path, metavar="FILE", help="the named network's weights: .pth or .safetensors"
+        "--weights", metavar="FILE", help="the named network's: .pth, .safetensors, or as in model.weights"
     )
     parser.add_argument(
         "--num-classes", type=positive_int, metavar="N", help="of the named network; default: read from FILE"

@@ -11,12 +11,12 @@ import yaml
 import cup
 from cup import ChannelGroup, Complexity, PrunePlan
 from train.checkpoint.network import StoredNetwork
-from train.checkpoint.weights import load_weights, read_weights_file
+from train.checkpoint.weights import load_weights
 from train.errors import ConfigError
 from train.files import read_bounded
-from train.network.models import Architecture, build_model, native_input_shape
-from train.network.published import published
-from train.weights import fitted_weights
+from train.network.models import Architecture, build_model, check_model_name, native_input_shape
+from train.network.sources import network_of
+from train.weights import read_given
 
 MAX_COUNTS_BYTES = 1 << 24
 
@@ -41,29 +41,29 @@ class Cut:
 
 
 def network_from_weights(
-    name: str, path: Path, num_classes: int | None, image_size: int | None
+    name: str, source: str, num_classes: int | None, image_size: int | None
 ) -> tuple[StoredNetwork, str]:
-    """A full network by name with published weights, and what of the file was not taken, in words for the user.
+    """A full network by name with published weights, and what of a file was not taken, in words for the user.
 
-    num_classes, image_size: read from the weights, and what the network was made for, where not given.
-    Raises ConfigError for an unknown name, CheckpointError for weights that are another network's, CupError for a
-    size that the network does not take.
+    source: a file, or as in `model.weights`. num_classes, image_size: read from the weights, and what they want, where
+    not given. Raises ConfigError for an unknown name or source, CheckpointError for weights that are another network's,
+    TrainError for weights that cannot be had, CupError for a size that the network does not take.
     """
-    file = read_weights_file(path)
-    weights, classes = fitted_weights(name, file.weights)
-    classes = num_classes or classes
-    known = published(name, path)
-    preprocessing = known and known.preprocessing.at_size(image_size or known.preprocessing.image_size)
+    check_model_name(name)
+    given = read_given(source, network_of(source, name))
+    own = given.published and given.published.preprocessing
     channels, side, _ = native_input_shape(name)
-    side = image_size or (preprocessing.image_size if preprocessing else side)
+    side = image_size or (own.image_size if own else side)
+    classes = num_classes or given.num_classes
     architecture = Architecture(name=name, num_classes=classes, input_shape=(channels, side, side))
     model = build_model(name, classes, side)
-    load_weights(model, weights)
+    load_weights(model, given.weights)
     dense = cup.complexity(model, architecture.example_input())
+    preprocessing = own and own.at_size(side)
     network = StoredNetwork(
         architecture, dense, model, plans=(), groups=(), config=None, gpu_hours=None, preprocessing=preprocessing
     )
-    return network, file.note
+    return network, given.note
 
 
 def read_counts(path: Path) -> dict[str, int]:

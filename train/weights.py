@@ -1,15 +1,78 @@
-"""Weights for a network by name: under its own names, and of how many classes they are."""
+"""Weights for a network by name: where they come from, under its own names, and of how many classes they are."""
+
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from torch import nn
 
-from train.checkpoint.weights import Weights, fit_names
+from train.checkpoint.weights import Weights, fit_names, load_weights, read_weights_file
 from train.errors import ConfigError
-from train.network.models import build_model
-from train.network.published import timm
+from train.network.models import Architecture, build_model
+from train.network.published import Published, published, timm
+from train.network.sources import HUB, TIMM, TORCHVISION, from_timm, from_torchvision
 
 PROBE_CLASSES = 7
 COUNTER = "num_batches_tracked"
 """Of batch norm; weights published before torch 0.4.1 do not have it."""
+
+
+@dataclass(frozen=True, eq=False)
+class GivenWeights:
+    """What `model.weights` stands for.
+
+    source: as configured. name: of the network. weights: under its own names. num_classes: that they tell apart.
+    published: what is known of them; None where nothing is. note: what of a file was not taken; empty if all was.
+    """
+
+    source: str
+    name: str
+    weights: Weights
+    num_classes: int
+    published: Published | None
+    note: str
+
+
+def read_given(source: str, name: str | None) -> GivenWeights:
+    """Read or fetch them. name: of the network, as configured; None where only the hub knows it.
+
+    Raises TrainError where they cannot be had, ConfigError where the source is another network's.
+    """
+    note = ""
+    if source.startswith(TORCHVISION):
+        weights, known = from_torchvision(source)
+    elif source.startswith((TIMM, HUB)):
+        weights, known, name = from_timm(source, name)
+    else:
+        file = read_weights_file(Path(source))
+        weights, known, note = file.weights, published(name, Path(source)), file.note
+    weights, num_classes = fitted_weights(name, weights)
+    return GivenWeights(source, name, weights, num_classes, known, note)
+
+
+def start_from_weights(model: nn.Module, given: GivenWeights, architecture: Architecture) -> list[str]:
+    """Load them into the full network, in place; a classifier for other classes stays as it is. Returns notes.
+
+    Raises CheckpointError where they are another network's.
+    """
+    classes, notes = architecture.num_classes, [f"starts from {given.source}: {architecture.name}"]
+    head = classifier_names(architecture.name, classes)
+    is_new = given.num_classes != classes or not set(head) <= given.weights.keys()
+    if is_new:
+        there = f"{given.num_classes} classes" if set(head) & given.weights.keys() else "no classifier"
+        notes.append(f"{given.source}: {there} there, {classes} classes here: {', '.join(head)} begin anew")
+        fresh = model.state_dict()
+        load_weights(model, {**given.weights, **{key: fresh[key] for key in head}})
+    else:
+        notes.append(f"{given.source}: its {classes} classes are taken to be those of the data, in its order")
+        load_weights(model, given.weights)
+    return [*notes, *filter(None, [given.note])]
+
+
+def classifier_names(name: str, num_classes: int) -> list[str]:
+    """Names of the weights whose shapes depend on the number of classes."""
+    ours, others = shapes_of(name, num_classes), shapes_of(name, num_classes + 1)
+    return [key for key, shape in ours.items() if shape != others[key]]
 
 
 def fitted_weights(name: str, weights: Weights) -> tuple[Weights, int]:
