@@ -53,6 +53,7 @@ from train.network.widths import NOISE, AllowedWidths, measured_widths
 from train.preprocessing import images_note, own_preprocessing, settled
 from train.resizer import Resizer
 from train.start import Start
+from train.weights import GivenWeights, classifier_names, read_given, start_from_weights
 from train.world import World
 
 
@@ -89,13 +90,16 @@ def build_run(config: RunConfig, start: Start, world: World, ledger: Ledger, sto
     """
     world.on_rank_zero(lambda: require_installed(config.run.trackers))
     stored, source = _load(config, start, world)
+    given = None if stored else _given_weights(config, world)
     config = _with_model_name(config, stored or source, start.checkpoint or config.model.checkpoint)
+    if given is not None:
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, name=given.name))
     world.on_rank_zero(lambda: prepare_data(config.data))
     fitted, fitting_notes = _fitted(config, world, start.has_run)
-    fitted, image_notes = _with_preprocessing(fitted, stored, source)
+    fitted, image_notes = _with_preprocessing(fitted, stored, source, given)
     classes = (stored or source or {}).get("classes")
     parts = world.on_every_rank(lambda: _build_parts(fitted, world, classes))
-    begun = world.on_every_rank(lambda: _begin(fitted, stored, source, parts, ledger, world))
+    begun = world.on_every_rank(lambda: _begin(fitted, stored, source or given, parts, ledger, world))
     allowed_widths, width_notes = _allowed_widths(fitted, begun, parts, world)
     method = build_method(fitted.prune, fitted.train.epochs, allowed_widths)
     method.begin(parts.resizer.view(parts.state.model))
@@ -185,6 +189,14 @@ def _load(config: RunConfig, start: Start, world: World) -> tuple[dict[str, Any]
     return None, None
 
 
+def _given_weights(config: RunConfig, world: World) -> GivenWeights | None:
+    """What `model.weights` asks for, read by every rank; rank 0 comes first, so that one rank fetches it."""
+    if config.model.weights is None:
+        return None
+    world.on_rank_zero(lambda: read_given(config.model.weights, config.model.name) and None)
+    return world.on_every_rank(lambda: read_given(config.model.weights, config.model.name))
+
+
 def _with_model_name(config: RunConfig, begun: dict[str, Any] | None, path: str | None) -> RunConfig:
     """The configuration with the name of the network that the checkpoint at `path` holds, where there is one."""
     if begun is None:
@@ -199,9 +211,12 @@ def _with_model_name(config: RunConfig, begun: dict[str, Any] | None, path: str 
 
 
 def _with_preprocessing(
-    config: RunConfig, stored: dict[str, Any] | None, source: dict[str, Any] | None
+    config: RunConfig, stored: dict[str, Any] | None, source: dict[str, Any] | None, given: GivenWeights | None
 ) -> tuple[RunConfig, list[str]]:
     """The configuration with the images that the weights want where it leaves that open; and notes for the user."""
+    if given is not None and given.published is not None:
+        own, whose = given.published.preprocessing, given.published.label
+        return dataclasses.replace(config, data=settled(config.data, own)), [images_note(config.data, own, whose)]
     if (begun := stored or source) is None:
         return dataclasses.replace(config, data=settled(config.data, None)), []
     of_checkpoint = stored_architecture(begun), stored_preprocessing(begun), config.model.checkpoint
@@ -225,6 +240,7 @@ def _build_parts(config: RunConfig, world: World, classes: Sequence[str] | None)
         smallest = train_size(config.data, 0)
         example = dataclasses.replace(architecture, input_shape=(channels, smallest, smallest)).example_input()
         complexity(model, example)
+    freeze(model, config.train.frozen)
     if prune.trains_pruning_net:
         model = build_pruning_net(model, resizer.groups, prune, config.run.seed)
     require_trainable(model, config, world.size)
@@ -233,7 +249,9 @@ def _build_parts(config: RunConfig, world: World, classes: Sequence[str] | None)
     torch.backends.cudnn.benchmark = world.device.type == "cuda"
     ema = MovingAverage(model, config.train.ema_decay) if config.train.ema_decay > 0 else None
     precision = Precision(config.train.precision, world.device)
-    state = TrainState(model, model, build_optimizer(model, config.optim), precision, ema)
+    head_lr = config.model.head_lr
+    head = () if head_lr is None else classifier_names(architecture.name, architecture.num_classes)
+    state = TrainState(model, model, build_optimizer(model, config.optim, head, head_lr), precision, ema)
     return _Parts(architecture, train_loader, val_loader, resizer, state)
 
 
@@ -245,6 +263,18 @@ def build_pruning_net(model: nn.Module, groups: Sequence[ChannelGroup], prune: P
     searched, meta = prunable_groups(groups, prune.scope), prune.meta_pruning
     widths = widths_at_scales(searched, meta.narrowest, meta.scales, prune.plan_options())
     return PruningNet(model, searched, widths, meta.hidden, seed)
+
+
+def freeze(model: nn.Module, names: Sequence[str]) -> None:
+    """Let the modules of these names keep their weights, in place. ConfigError for others, and if nothing is left."""
+    known = dict(model.named_modules())
+    for name in names:
+        if name not in known:
+            children = ", ".join(child for child, _ in model.named_children())
+            raise ConfigError(f"train.freeze: found {name!r}, allowed: modules of the network such as {children}")
+        known[name].requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(f"train.freeze: found {', '.join(names)}, which leaves no weight to train")
 
 
 def require_trainable(model: nn.Module, config: RunConfig, ranks: int) -> None:
@@ -272,7 +302,7 @@ def require_trainable(model: nn.Module, config: RunConfig, ranks: int) -> None:
 def _begin(
     config: RunConfig,
     stored: dict[str, Any] | None,
-    source: dict[str, Any] | None,
+    source: dict[str, Any] | GivenWeights | None,
     parts: _Parts,
     ledger: Ledger,
     world: World,
@@ -281,7 +311,9 @@ def _begin(
     if stored is not None:
         return restore(stored, parts.state, parts.resizer, ledger, parts.train_loader, world, config.data.batch_size)
     progress, notes = Progress(), []
-    if source is not None:
+    if isinstance(source, GivenWeights):
+        notes = start_from_weights(parts.state.model, source, parts.architecture)
+    elif source is not None:
         notes = _start_from(source, config, parts)
         progress.gpu_hours_before = source["gpu_hours"]
     elif (plan := plan_narrowing(config.model, parts.resizer.groups, config.prune.scope)) is not None:

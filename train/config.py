@@ -29,6 +29,7 @@ from train.methods import METHODS, PruneConfig
 from train.methods.meta_pruning import WITHOUT_EFFECT
 from train.network.models import check_model_name
 from train.network.optim import OptimConfig
+from train.network.sources import network_of
 from train.renamed import NEW_NAMES, options_with_new_names, with_new_names
 
 T = TypeVar("T")
@@ -96,6 +97,12 @@ class ModelConfig:
     checkpoint: str | None = None
     """Checkpoint to start from, usually one that launch/prune.py wrote: its network at its widths, with its weights;
     everything else begins anew. null = the full network, freshly initialised."""
+    weights: str | None = None
+    """Weights to start from, of the full network: FILE (.pth, .safetensors), timm:NAME, hf-hub:ORG/NAME, or
+    torchvision:ResNet50_Weights.IMAGENET1K_V2; all but a file name the network, too. For another number of classes the
+    classifier begins anew. null = fresh ones."""
+    head_lr: float | None = None
+    """Learning rate of the classifier at its highest, in place of optim.lr; null = optim.lr."""
     width: float = 1.0
     """Begin with this share of the channels of each group in prune.scope, fresh weights: a uniformly thinner network.
     FLOPs reduction is measured against the full network."""
@@ -105,19 +112,24 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Raises ConfigError for an unknown name, ValueError for settings out of range or in conflict."""
-        for name in ("checkpoint", "widths"):
+        for name in ("checkpoint", "weights", "widths"):
             if getattr(self, name) == "":
                 raise ValueError(f"{name}: found '', allowed: a file, or null")
         if not 0 < self.width <= 1:
             raise ValueError(f"width: found {self.width!r}, allowed: above 0, up to 1")
         shapes = {
             "checkpoint": self.checkpoint,
+            "weights": self.weights,
             "width": None if self.width == 1 else self.width,
             "widths": self.widths,
         }
         if len(given := [name for name, value in shapes.items() if value is not None]) > 1:
             raise ValueError(f"{given[1]}: found {shapes[given[1]]!r} beside {given[0]}, allowed: one of them")
-        if self.name is None and self.checkpoint is None:
+        if self.head_lr is not None and not 0 < self.head_lr < math.inf:
+            raise ValueError(f"head_lr: found {self.head_lr!r}, allowed: a number above 0, or null")
+        if self.weights is not None:
+            object.__setattr__(self, "name", network_of(self.weights, self.name))
+        elif self.name is None and self.checkpoint is None:
             object.__setattr__(self, "name", "resnet50")
         if self.name is not None:
             check_model_name(self.name)
@@ -158,7 +170,7 @@ class RunConfig:
                 f"optim.warmup_epochs: found {self.optim.warmup_epochs}, allowed: up to train.epochs "
                 f"({self.train.epochs})"
             )
-        if self.model.checkpoint is None:
+        if self.model.checkpoint is None and self.model.weights is None:
             try:
                 require_sizes(self.data)
             except ValueError as error:

@@ -16,6 +16,7 @@ from train.errors import ConfigError, TrainError
 from train.log.attempt import Unheard, unheard_seconds
 from train.log.heartbeat import read_alive
 from train.log.rundir import RunDir
+from train.network.sources import names_network
 from train.schema import fits
 
 # Settings that may differ when a run goes on: where it lies (NAME-2 may be asked for by its own name), how it is saved
@@ -286,16 +287,17 @@ def _differing(stored: dict[str, Any], settings: dict[str, Any]) -> list[str]:
 def _computed(config: dict[str, Any]) -> dict[str, Any]:
     """The settings that decide what a run computes, without those with which it may go on otherwise than it began.
 
-    The name of a network that comes from a checkpoint says nothing more; it may be given or left out. Without one, open
-    settings of the images have their usual values, as earlier versions stored them.
+    The name of a network that comes from a checkpoint, or with its weights, says nothing more; it may be given or left
+    out. Without those, open settings of the images have their usual values, as earlier versions stored them.
     """
     kept = {
         section: {k: v for k, v in values.items() if k not in MAY_DIFFER[section]} if section in MAY_DIFFER else values
         for section, values in config.items()
     }
     model = config["model"]
-    if model["checkpoint"]:
-        return kept | {"model": {**model, "name": None}}
+    if model["checkpoint"] or model["weights"]:
+        says_itself = model["checkpoint"] or names_network(model["weights"])
+        return kept | {"model": {**model, "name": None if says_itself else model["name"]}}
     given = {key: _tuple(config["data"][key]) for key in (*PREPROCESSING, "channels")}
     usual = asdict(preprocessing_of(DataConfig(**given)))
     return kept | {"data": kept["data"] | {key: _list(value) for key, value in usual.items()}}

@@ -14,7 +14,7 @@ from data import Preprocessing
 from data.batch import MAX_PIXELS
 from train.checkpoint.archive import CheckpointError
 from train.checkpoint.file import load_checkpoint, save_checkpoint
-from train.checkpoint.weights import Weights, load_weights
+from train.checkpoint.weights import Weights, load_weights, without_prefix
 from train.network.models import Architecture, build_model
 from train.schema import first_misfit
 
@@ -149,5 +149,4 @@ def stored_weights(content: dict[str, Any]) -> Weights:
     """The weights that were evaluated: the moving average's where there is one."""
     if content["ema"] is None:
         return content["model"]
-    prefix = "module."
-    return {key.removeprefix(prefix): value for key, value in content["ema"].items() if key.startswith(prefix)}
+    return without_prefix(content["ema"], "module.")

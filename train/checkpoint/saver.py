@@ -160,7 +160,9 @@ def running_statistics(module: nn.Module | None) -> dict[str, torch.Tensor]:
 
 def _with_means(weights: dict[str, torch.Tensor], buffers: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """The weights with the mean of the ranks' running statistics, which is what an evaluation takes."""
-    return weights | {name: sum(own[name] for own in buffers) / len(buffers) for name in buffers[0]}
+    means = {name: sum(own[name] for own in buffers) / len(buffers) for name in buffers[0]}
+    weights.update(means)  # in place: it also holds the versions of the modules
+    return weights
 
 
 def plain_state(method: Method) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torchvision
 from torchvision.models import GoogLeNet_Weights, Inception_V3_Weights, WeightsEnum
@@ -36,7 +37,8 @@ def published(name: str, file: Path | None = None) -> Published | None:
     None for a network that nobody published weights of. Raises ConfigError for images that no loader here makes.
     """
     if name.startswith("timm:"):
-        return _of_timm(name.removeprefix("timm:"))
+        config = timm().get_pretrained_cfg(name.removeprefix("timm:"))
+        return None if config is None else of_timm(config.to_dict())
     if name not in torchvision.models.list_models(module=torchvision.models):
         return None
     weights = torchvision.models.get_model_weights(name)
@@ -60,11 +62,10 @@ def of_torchvision(weights: WeightsEnum) -> Published:
     return Published(f"torchvision's {type(weights).__name__}.{weights.name}", preprocessing)
 
 
-def _of_timm(name: str) -> Published | None:
-    config = timm().get_pretrained_cfg(name)
-    if config is None:
-        return None
-    wanted = timm().data.resolve_data_config(pretrained_cfg=config.to_dict())
+def of_timm(config: dict[str, Any]) -> Published:
+    """What timm says of weights. config: its `pretrained_cfg` of them. ConfigError for images that are not square."""
+    wanted = timm().data.resolve_data_config(pretrained_cfg=config)
+    name = config["architecture"] + (f".{config['tag']}" if config.get("tag") else "")
     _, height, width = wanted["input_size"]
     if height != width:
         raise ConfigError(f"timm:{name}: found images of {height} x {width} pixels, allowed: square ones")
@@ -77,8 +78,7 @@ def _of_timm(name: str) -> Published | None:
         mean=tuple(wanted["mean"]),
         std=tuple(wanted["std"]),
     )
-    tag = f".{config.tag}" if config.tag else ""
-    return Published(f"timm's {config.architecture}{tag}", preprocessing)
+    return Published(f"timm's {name}", preprocessing)
 
 
 def timm() -> ModuleType:
