@@ -21,6 +21,7 @@ from cup.tracing.rules import (
     Operation,
     find_rule,
     freeze_what_is_counted,
+    gives_parts,
     has_width,
     layer_at,
     reads_no_width,
@@ -72,7 +73,7 @@ class _Walk:
             return None
         if node.op == "get_attr":
             return self._read(node)
-        if shape_of(node) is None or node.op == "placeholder":
+        if node.op == "placeholder" or (shape_of(node) is None and not gives_parts(node)):
             if node.meta.get("unknown"):  # several tensors in one value: a chunk, a split, attention, several heads
                 is_output = all(user.op == "output" for user in node.users)
                 self.labels.freeze(inputs, _IS_OUTPUT if is_output else f"{title(node)} is not followed")
@@ -222,6 +223,9 @@ class _Walk:
         channels = np.array(list(dict.fromkeys(first_C.tolist())), dtype=np.int64)
         if not reason and len(channels) == 1 < len(first_C):
             reason = "its channels are tied to each other"
+        for layer, channels_C in entries["producers"]:
+            if not reason and len(set(np.unique(channels_C, return_counts=True)[1])) > 1:
+                reason = f"{layer} has more filters for some of its channels than for others"
         for layer, channels_C in entries["producers"][1:]:
             if not reason and set(channels_C.tolist()) != set(channels.tolist()):
                 reason = f"it shares only some of its channels with {layer}"
