@@ -1,5 +1,6 @@
 """Which channels stay: planners that turn rankings into a plan, and the schedules that say when and how hard to cut."""
 
+from cup.planning.by_time import TIME_OPTIONS, TIME_TOLERANCE, plan_by_time
 from cup.planning.cuts import GroupCut, cut_groups
 from cup.planning.options import PlanOptions, round_up
 from cup.planning.planners import plan_by_counts, plan_by_reduction, plan_by_threshold
@@ -9,6 +10,8 @@ from cup.planning.uniform import uniform_widths, uniform_widths_at
 
 __all__ = [
     "REDUCTION_TOLERANCE",
+    "TIME_OPTIONS",
+    "TIME_TOLERANCE",
     "GroupCut",
     "PlanOptions",
     "cut_groups",
@@ -17,6 +20,7 @@ __all__ = [
     "plan_by_counts",
     "plan_by_reduction",
     "plan_by_threshold",
+    "plan_by_time",
     "reduction_at",
     "round_up",
     "threshold_at",
