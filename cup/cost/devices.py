@@ -15,11 +15,12 @@ from cup.errors import CupError
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 """Precision -> bytes of an activation."""
 
-PRODUCT_KINDS = ("conv", "pointwise", "grouped", "linear", "attention")
-"""Matrix products: convolutions with a window, of 1 x 1, grouped and depthwise ones, linear layers, attention."""
-TRAFFIC_KINDS = ("batch_norm", "norm", "unary", "binary", "pool", "reduce", "copy")
-"""What only moves memory: batch norm, other norms and softmax, activations, additions and products of two tensors,
-pooling, means, concatenations and the like."""
+PRODUCT_KINDS = ("conv", "pointwise", "grouped", "wide_grouped", "linear", "attention")
+"""Matrix products: convolutions with a window, of 1 x 1, grouped and depthwise ones with windows of up to 9 entries and
+of more, linear layers, attention."""
+TRAFFIC_KINDS = ("batch_norm", "norm", "unary", "binary", "dropout", "pool", "reduce", "copy")
+"""What mostly moves memory: batch norm, other norms and softmax, activations, additions and products of two tensors,
+dropout, pooling, means, concatenations and the like."""
 KERNELS = (
     *(f"{kind}.{phase}" for kind in PRODUCT_KINDS for phase in ("forward", "input", "weight")),
     *(f"{kind}.{phase}" for kind in TRAFFIC_KINDS for phase in ("forward", "backward")),
@@ -40,10 +41,11 @@ class Rate:
 class Device:
     """One device in one precision.
 
-    A kernel takes the longest of three times: its operations at the rate of its kind, its bytes at the bandwidth, and
-    the time that any kernel takes.
+    A kernel needs three times: for its operations at the rate of its kind, for its bytes, and for its launch. It takes
+    the longest of them and what the others are not hidden behind it.
 
-    rates: kernel (of `KERNELS`) -> what it reaches. launch_s: the least that a kernel takes.
+    rates: kernel (of `KERNELS`) -> what it reaches. launch_s: of any kernel.
+    overlap: 1 = it takes the longest of the three, as on a GPU whose queue is full; 0 = their sum, as on a CPU.
     granularity: widths in multiples of it pay; a matrix product of any other width takes as long as one of the next.
     source: where the numbers come from.
     """
@@ -54,6 +56,7 @@ class Device:
     launch_s: float
     granularity: int
     source: str
+    overlap: float = 1.0
 
     def __post_init__(self) -> None:
         """Raises CupError naming what is missing or out of range."""
@@ -61,8 +64,15 @@ class Device:
         if missing := [kernel for kernel in KERNELS if kernel not in self.rates]:
             raise CupError(f"device {self.name}: no rate for {missing[0]}; needed: {', '.join(KERNELS)}")
         numbers = [n for rate in self.rates.values() for n in (rate.flops_per_s, rate.bytes_per_s)]
-        if not all(number > 0 for number in numbers) or self.launch_s < 0 or self.granularity < 1:
-            raise CupError(f"device {self.name}: found rates {dict(self.rates)}, allowed: numbers above 0")
+        checks = [
+            ("rates", all(number > 0 for number in numbers), "numbers above 0"),
+            ("launch_s", self.launch_s >= 0, "a number from 0"),
+            ("granularity", self.granularity >= 1, "a whole number from 1"),
+            ("overlap", 0 <= self.overlap <= 1, "from 0 to 1"),
+        ]
+        for name, ok, allowed in checks:
+            if not ok:
+                raise CupError(f"device {self.name}, {name}: found {getattr(self, name)}, allowed: {allowed}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that JSON and a checkpoint can hold."""

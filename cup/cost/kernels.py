@@ -76,6 +76,12 @@ def kernels_of(model: nn.Module, network: Network, *, training: bool, fused: boo
     return Work(tuple(counting.axes), (*kernels, *counting.sums_of_gradients()))
 
 
+PASSES = {"batch_norm": (3, 5), "norm": (2, 5), "unary": (2, 3), "binary": (3, 3), "dropout": (2, 3)}
+"""Kind -> passes over the result, forward and backward, in training."""
+
+OPERATIONS = {"gelu": 40, "silu": 20, "swish": 20, "sigmoid": 20, "tanh": 20, "mish": 40, "softplus": 20, "erf": 20}
+"""Activations with an exponential function in them -> operations for an element; any other takes one."""
+
 _FREE = (
     *("view", "reshape", "flatten", "unflatten", "permute", "transpose", "swapaxes", "t", "squeeze", "unsqueeze"),
     *("getitem", "getattr", "size", "chunk", "split", "unbind", "expand", "expandas", "identity", "detach", "select"),
@@ -137,9 +143,11 @@ class _Counting:
             yield from self._multihead(op, layer)
         elif name in _BATCH_NORMS:
             if not self._is_merged(op):
-                yield from self._moving("batch_norm", op, forward=3 if self.training else 2, backward=5)
+                yield from self._moving("batch_norm", op, *(PASSES["batch_norm"] if self.training else (2, 0)))
+        elif name in _CHANCE:
+            yield from self._moving("dropout", op, *PASSES["dropout"])
         elif name in _NORMS:
-            yield from self._moving("norm", op, forward=2, backward=5)
+            yield from self._moving("norm", op, *PASSES["norm"])
         elif name in _POOLS or name in _MEANS:
             yield from self._resized("pool" if name in _POOLS else "reduce", op)
         elif name in _COPIES:
@@ -166,8 +174,8 @@ class _Counting:
         # A transposed convolution does for each pixel of its input what another does for each of its output.
         pixels = _size(value if isinstance(layer, TRANSPOSED_CONVS) else result) / _width(layer, value, result)
         if layer.groups > 1:
-            per_channel = layer.weight.shape[1]
-            yield from self._product(op, layer, "grouped", 2 * window * pixels * per_channel, window * per_channel)
+            per_channel, kind = layer.weight.shape[1], "grouped" if window <= 9 else "wide_grouped"
+            yield from self._product(op, layer, kind, 2 * window * pixels * per_channel, window * per_channel)
         else:
             kind = "pointwise" if window == 1 else "conv"
             yield from self._product(op, layer, kind, 2 * window * pixels, window)
@@ -184,7 +192,7 @@ class _Counting:
         value, result = op.reads[0], op.writes
         dim = -1 if kind == "linear" else 1
         read, written = self._elements(value, dim), self._elements(result, dim)
-        axes = (ONE if kind == "grouped" else read[0], written[0])
+        axes = (ONE if kind.endswith("grouped") else read[0], written[0])
         both = (read, written)
         work = {"reads": axes[0], "writes": axes[1], "flops": flops, "elements": both, "weights": weights}
         yield Kernel(f"{kind}.forward", **work)
@@ -246,9 +254,10 @@ class _Counting:
     def _moving(self, kind: str, op: TracedOp, forward: float, backward: float) -> Iterator[Kernel]:
         """So many passes over the result."""
         axis, each = self._elements(op.writes)
-        yield Kernel(f"{kind}.forward", elements=((axis, forward * each),))
+        operations = OPERATIONS.get(op.name, 1) * each
+        yield Kernel(f"{kind}.forward", writes=axis, flops=operations, elements=((axis, forward * each),))
         if op.writes in self._with_gradient:
-            yield Kernel(f"{kind}.backward", elements=((axis, backward * each),))
+            yield Kernel(f"{kind}.backward", writes=axis, flops=operations, elements=((axis, backward * each),))
 
     def _resized(self, kind: str, op: TracedOp) -> Iterator[Kernel]:
         elements = tuple(self._elements(position) for position in (*op.reads, op.writes))
@@ -263,14 +272,16 @@ class _Counting:
             yield from self._free_weight(op)
             return
         merged = self._is_merged(op)
+        if len(op.reads) == 1:
+            if not merged:
+                yield from self._moving("unary", op, *PASSES["unary"])
+            return
         operands = op.reads[1:] if merged else op.reads
-        kind = "unary" if len(op.reads) == 1 else "binary"
         result = self._elements(op.writes)
         elements = tuple(self._elements(position) for position in operands)
-        if elements or not merged:
-            yield Kernel(f"{kind}.forward", elements=elements if merged else (*elements, result))
+        yield Kernel("binary.forward", elements=elements if merged else (*elements, result))
         if op.writes in self._with_gradient and (backward := self._backward(op, merged)):
-            yield Kernel(f"{kind}.backward", elements=((result[0], backward * result[1]),))
+            yield Kernel("binary.backward", elements=((result[0], backward * result[1]),))
 
     def _backward(self, op: TracedOp, merged: bool) -> float:
         """Passes over the result for the gradients of what it was made of."""
@@ -279,8 +290,6 @@ class _Counting:
             return float(len([position for position in learning if position != op.reads[0]]))
         if op.name in _SUMS:
             return float(sum(self._is_spread(position, op) for position in learning))
-        if len(op.reads) == 1:
-            return 3.0
         return float(sum(3 + self._is_spread(position, op) for position in learning))
 
     # --- what is known of values ---

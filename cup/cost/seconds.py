@@ -80,7 +80,7 @@ class StepSeconds:
         self._occurrences_AG = occurrences(work.axes, numbers, network.alive)
         can_go_A = np.array([axis.numbers is not None for axis in work.axes])
         self._step_A = np.where(can_go_A, device.granularity, 1)  # what stays as it is costs what it has
-        self._launch_s = device.launch_s
+        self._device = device
         self._set_kernels(work, cost)
 
     def _set_kernels(self, work: Work, cost: DeviceCost) -> None:
@@ -156,7 +156,13 @@ class StepSeconds:
         reads_K, writes_K = self._reads_K[rows], self._writes_K[rows]
         computing_K = self._per_pair_K[rows] * rounded_A[reads_K] * rounded_A[writes_K]
         moving_K = traffic_KA @ counts_A + self._weights_K[rows] * counts_A[reads_K] * counts_A[writes_K]
-        return np.maximum(np.maximum(computing_K, moving_K), self._launch_s)
+        return kernel_seconds(computing_K, moving_K, self._device.launch_s, self._device.overlap)
+
+
+def kernel_seconds(computing: np.ndarray, moving: np.ndarray, launch_s: float, overlap: float) -> np.ndarray:
+    """What kernels take that compute and move for so long: the longest, and what is not hidden of the others."""
+    longest = np.maximum(np.maximum(computing, moving), launch_s)
+    return longest + (1 - overlap) * (computing + moving + launch_s - longest)
 
 
 class Walk:

@@ -1,5 +1,6 @@
 """The cost model: against sums by hand, its promises about widths, and cuts priced one by one as all at once."""
 
+import dataclasses
 import json
 import random
 
@@ -9,14 +10,18 @@ from cup_twins import make_network
 from torch import nn
 
 import cup
-from cup.cost.kernels import kernels_of
 
+PRODUCTS = ("conv", "pointwise", "grouped", "wide_grouped", "linear", "attention")
 DIAL = 1e9
 """Operations a second in the devices of these tests; a byte takes as long as an operation."""
 
 
-def flat_device(flops_per_s=DIAL, bytes_per_s=DIAL, launch_s=0.0, granularity=1, precision="fp32"):
-    rates = dict.fromkeys(cup.KERNELS, cup.Rate(flops_per_s, bytes_per_s))
+def flat_device(flops_per_s=DIAL, bytes_per_s=DIAL, launch_s=0.0, granularity=1, precision="fp32", of="all"):
+    """of: "products" gives all other kernels no time for their operations."""
+    rates = {
+        kernel: cup.Rate(flops_per_s if of == "all" or kernel.startswith(PRODUCTS) else 1e30, bytes_per_s)
+        for kernel in cup.KERNELS
+    }
     return cup.Device("flat", precision, rates, launch_s, granularity, "made up")
 
 
@@ -44,12 +49,24 @@ CONV, MIX, FC = 2 * 27 * 8 * PIXELS, 2 * 8 * 12 * PIXELS, 2 * 12 * 5  # FLOPs fo
 
 
 def test_operations_of_three_layers_by_hand():
-    """Nothing but operations counts here: forward once, the image has no gradient, two of each of the others."""
+    """Nothing but operations counts here: forward once, the image has no gradient, two of each of the others.
+
+    Batch norm and activation take one for each of their results.
+    """
     device = flat_device(bytes_per_s=1e30)
     found, _ = seconds(ThreeLayers(), IMAGE, device, batch_size=BATCH)
-    assert found.now == pytest.approx(BATCH * (2 * CONV + 3 * MIX + 3 * FC) / DIAL)
+    assert found.now == pytest.approx(BATCH * (2 * CONV + 3 * MIX + 3 * FC + 4 * 8 * PIXELS) / DIAL)
     found, _ = seconds(ThreeLayers(), IMAGE, device, batch_size=BATCH, training=False)
-    assert found.now == pytest.approx(BATCH * (CONV + MIX + FC) / DIAL)
+    assert found.now == pytest.approx(BATCH * (CONV + MIX + FC + 2 * 8 * PIXELS) / DIAL)
+
+
+def test_what_is_not_hidden_behind_the_longest_adds_to_it():
+    base = flat_device(launch_s=1e-3)
+    total = {o: seconds(ThreeLayers(), IMAGE, dataclasses.replace(base, overlap=o))[0].now for o in (0.0, 0.25, 1.0)}
+    parts = [flat_device(bytes_per_s=1e30), flat_device(flops_per_s=1e30), flat_device(1e30, 1e30, launch_s=1e-3)]
+    assert total[0] == pytest.approx(sum(seconds(ThreeLayers(), IMAGE, part)[0].now for part in parts))
+    assert total[0.25] == pytest.approx(0.75 * total[0] + 0.25 * total[1])
+    assert total[1] < total[0]
 
 
 def test_bytes_of_three_layers_by_hand():
@@ -116,10 +133,9 @@ def test_products_are_those_that_complexity_counts(name):
     model, images = make_network(name)
     groups = cup.channel_groups(model, images)
     for _ in range(2):
-        network = groups[0].network
-        found = cup.device_cost(flat_device(bytes_per_s=1e30), batch_size=1, training=False).of(model, groups)
+        device = flat_device(bytes_per_s=1e30, of="products")
+        found = cup.device_cost(device, batch_size=1, training=False).of(model, groups)
         assert found.now * DIAL == pytest.approx(2 * cup.complexity(model, images).macs, rel=1e-9)
-        assert kernels_of(model, network, training=False, fused=False).kernels
         plan = cup.plan_by_threshold(model, groups, 1.0, cup.PlanOptions(scope="all", round_to=2))
         groups = cup.apply_plan(model, plan, groups).groups
 
@@ -201,7 +217,7 @@ def test_attention_counts_its_projections_and_its_products():
             x = self.embed(x)
             return self.attention(x, x, x, need_weights=False)[0]
 
-    found, _ = seconds(Attention(), torch.empty(1, 6, 3), flat_device(bytes_per_s=1e30), training=False)
+    found, _ = seconds(Attention(), torch.empty(1, 6, 3), flat_device(bytes_per_s=1e30, of="products"), training=False)
     assert found.now * DIAL == pytest.approx(2 * (6 * 3 * 8 + 4 * 6 * 8 * 8 + 2 * 6 * 6 * 8))
 
 
@@ -228,7 +244,8 @@ def test_named_devices_are_below_their_peaks(name):
         (lambda: cup.device_cost("a100", batch_size=0), "whole number from 1"),
         (lambda: cup.device_cost(flat_device(), precision="bf16", batch_size=1), "measured in fp32"),
         (lambda: cup.Device("x", "fp32", {}, 0.0, 1, ""), "no rate for conv.forward"),
-        (lambda: flat_device(granularity=0), "above 0"),
+        (lambda: flat_device(granularity=0), "granularity: found 0"),
+        (lambda: flat_device(flops_per_s=0.0), "rates: found"),
         (lambda: cup.device_cost("a100", batch_size=1).of(nn.ReLU(), []), "no channel groups"),
     ],
 )
