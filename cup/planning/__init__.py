@@ -1,5 +1,6 @@
 """Which channels stay: planners that turn rankings into a plan, and the schedules that say when and how hard to cut."""
 
+from cup.planning.by_time import TIME_OPTIONS, TIME_TOLERANCE, plan_by_time
 from cup.planning.cuts import GroupCut, cut_groups
 from cup.planning.evolution import EvolutionOptions, WidthSpace, evolve
 from cup.planning.options import PlanOptions, round_up
@@ -10,6 +11,8 @@ from cup.planning.uniform import uniform_widths, uniform_widths_at
 
 __all__ = [
     "REDUCTION_TOLERANCE",
+    "TIME_OPTIONS",
+    "TIME_TOLERANCE",
     "EvolutionOptions",
     "GroupCut",
     "PlanOptions",
@@ -21,6 +24,7 @@ __all__ = [
     "plan_by_counts",
     "plan_by_reduction",
     "plan_by_threshold",
+    "plan_by_time",
     "reduction_at",
     "round_up",
     "threshold_at",
