@@ -4,7 +4,8 @@ Tensors and plain data in, plain data out: nothing here knows of ranks, files, l
 """
 
 from cup.carry import carry_ema, carry_optimizer, check_optimizer
-from cup.complexity import Complexity, LayerCost, complexity, complexity_after, flops_after
+from cup.complexity import Complexity, FlopsByWidths, LayerCost, complexity, complexity_after, flops_after
+from cup.cost import DEVICES, KERNELS, Cost, CostByWidths, Device, DeviceCost, FlopsCost, Rate, StepSeconds, device_cost
 from cup.criteria import CRITERIA, Criterion, Ranking, View
 from cup.describe import describe
 from cup.errors import CupError
@@ -12,14 +13,20 @@ from cup.lasso import GroupLasso
 from cup.plan import PrunePlan
 from cup.planning import (
     REDUCTION_TOLERANCE,
+    TIME_OPTIONS,
+    TIME_TOLERANCE,
+    EvolutionOptions,
     GroupCut,
     PlanOptions,
+    WidthSpace,
     cut_groups,
+    evolve,
     has_reached,
     is_cut_epoch,
     plan_by_counts,
     plan_by_reduction,
     plan_by_threshold,
+    plan_by_time,
     reduction_at,
     threshold_at,
     uniform_widths,
@@ -40,11 +47,22 @@ from cup.tracing.trace import channel_groups
 
 __all__ = [
     "CRITERIA",
+    "DEVICES",
+    "KERNELS",
     "REDUCTION_TOLERANCE",
+    "TIME_OPTIONS",
+    "TIME_TOLERANCE",
     "ChannelGroup",
     "Complexity",
+    "Cost",
+    "CostByWidths",
     "Criterion",
     "CupError",
+    "Device",
+    "DeviceCost",
+    "EvolutionOptions",
+    "FlopsByWidths",
+    "FlopsCost",
     "GroupCut",
     "GroupLasso",
     "LayerCost",
@@ -53,8 +71,11 @@ __all__ = [
     "PlanOptions",
     "PrunePlan",
     "Ranking",
+    "Rate",
     "Resized",
+    "StepSeconds",
     "View",
+    "WidthSpace",
     "apply_plan",
     "carry_ema",
     "carry_optimizer",
@@ -64,6 +85,8 @@ __all__ = [
     "complexity_after",
     "cut_groups",
     "describe",
+    "device_cost",
+    "evolve",
     "filters_that_go",
     "flops_after",
     "has_reached",
@@ -72,6 +95,7 @@ __all__ = [
     "plan_by_counts",
     "plan_by_reduction",
     "plan_by_threshold",
+    "plan_by_time",
     "plan_first_channels",
     "prunable_groups",
     "reduction_at",

@@ -119,6 +119,11 @@ class FlopsByWidths:
         flops, _ = self._costs(alive_after(self._groups, kept))
         return self._now.flops + int((flops - self._flops).sum())
 
+    def full(self) -> int:
+        """FLOPs at the widths of the trace, before any cut."""
+        flops, _ = self._costs(np.ones_like(self._groups[0].network.alive))
+        return self._now.flops + int((flops - self._flops).sum())
+
     def changes(self, kept: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, int]]:
         """Layer -> by how much its FLOPs and its MACs change."""
         flops, macs = self._costs(alive_after(self._groups, kept))

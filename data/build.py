@@ -5,16 +5,27 @@ import os
 import warnings
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from data import dali
-from data.batch import DECODING_ON_GPU, ON_DISK, DataConfig, DataError, Loader, Split
+from data.batch import (
+    DECODING_ON_GPU,
+    ON_DISK,
+    DataConfig,
+    DataError,
+    Loader,
+    Split,
+    preprocessing_of,
+    with_preprocessing,
+)
 from data.folder import FolderSource
 from data.images import (
     DALI_SCHEMES,
     SPLITS,
     ImageList,
     has_split,
+    hold_out,
     is_number,
     list_splits,
     list_validation,
@@ -27,7 +38,10 @@ from data.synthetic import SyntheticSource, synthetic_splits
 
 MAX_THREADS = 8
 # Options that do not decide which pixels come at which step: a run may be resumed with others.
-WITHOUT_PIXELS = {*ON_DISK, *DECODING_ON_GPU, "synthetic_images", "synthetic_classes"}
+# What is held out shows in the images' number and names.
+WITHOUT_PIXELS = {*ON_DISK, *DECODING_ON_GPU, "held_out", "synthetic_images", "synthetic_classes"}
+# Options that earlier versions did not have: left out of a loader's identity where they say what was always done.
+AS_EVER = ("resized_side", "interpolation", "mean", "std")
 INSTALL_DALI = "pip install nvidia-dali-cuda130 (with CUDA 12: nvidia-dali-cuda120)"
 
 
@@ -51,17 +65,11 @@ def build_loaders(
     of the data set. Threads and worker processes
     start with the first iteration.
     """
+    config = with_preprocessing(config)
     kind = _choose(config, warn=rank == 0)
-    if kind == "synthetic":
-        listed = dict(zip(SPLITS, synthetic_splits(config), strict=True))
-    elif "train" in splits:
-        listed = dict(zip(SPLITS, list_splits(config.path, config.exclude), strict=True))
-    else:
-        listed = {"val": list_validation(config.path, config.exclude)}
-    if kind != "synthetic":
-        require_schemes(DALI_SCHEMES if kind == "dali" else (), *listed.values())
-    if kind != "synthetic" and classes is not None:
-        listed = {split: with_classes(images, list(classes)) for split, images in listed.items()}
+    listed = _listed(config, kind, splits, classes)
+    if config.held_out and "train" in listed:
+        listed["train"], _ = hold_out(listed["train"], config.held_out)
     for note in _surprises(config, listed, order_is_given=classes is not None) if rank == 0 else ():
         warnings.warn(note, stacklevel=2)
     threads = config.threads or default_threads(local_world_size or world_size)
@@ -75,16 +83,77 @@ def build_loaders(
             sharding = TrainSharding(num_images=len(images.names), **ranks, **order)
         else:
             sharding = ValSharding(num_images=len(images.names), **ranks)
-        common = {"split": split, "sharding": sharding, "seed": seed, "device": device}
-        if kind == "synthetic":
-            source = SyntheticSource(config, images, **common)
-        elif kind == "dali":
-            source = dali.DaliSource(config, images, threads=threads, **common)
-        else:
-            source = FolderSource(config, images, workers=threads, **common)
-        identity = _identity(config, kind, images, **common)
-        loaders.append(SplitLoader(kind, source, images, sharding=sharding, device=device, identity=identity))
+        loaders.append(_build_loader(config, kind, images, split, sharding, seed, device, threads))
     return loaders
+
+
+def build_search_loaders(
+    config: DataConfig,
+    *,
+    recalibration_batches: int,
+    device: torch.device,
+    seed: int,
+    local_world_size: int = 1,
+    classes: Sequence[str] | None = None,
+) -> tuple[Loader, Loader]:
+    """What a search for widths looks at, all of it on each rank: training images for batch norm, and the held-out ones.
+
+    Both come without augmentation, the same batches of config.batch_size images at every pass. The first are a fixed
+    random choice out of those that training sees, in mixed order: so many batches, or as many as there are.
+    Arguments and errors as of `build_loaders`; DataError also where config holds out no images.
+    """
+    if not config.held_out:
+        raise DataError("held_out: found 0, allowed: a whole number from 1, for a search judges by images held out")
+    config = with_preprocessing(config)
+    kind = _choose(config, warn=False)
+    trained, held = hold_out(_listed(config, kind, SPLITS, classes)["train"], config.held_out)
+    order = np.random.Generator(np.random.PCG64([seed, 0])).permutation(len(trained.names))
+    batches = min(recalibration_batches, max(1, len(order) // config.batch_size))
+    threads = config.threads or default_threads(local_world_size)
+    loaders = []
+    for images in (trained.only(order[: batches * config.batch_size].tolist()), held):
+        count = {"num_images": len(images.names), "local_batch_size": config.batch_size}
+        sharding = ValSharding(**count, rank=0, world_size=1)
+        loaders.append(_build_loader(config, kind, images, "val", sharding, seed, device, threads))
+    return loaders[0], loaders[1]
+
+
+def _listed(
+    config: DataConfig, kind: str, splits: Sequence[Split], classes: Sequence[str] | None
+) -> dict[Split, ImageList]:
+    """The images of the splits, or more, with the given classes."""
+    if kind == "synthetic":
+        return dict(zip(SPLITS, synthetic_splits(config), strict=True))
+    if "train" in splits:
+        listed = dict(zip(SPLITS, list_splits(config.path, config.exclude), strict=True))
+    else:
+        listed = {"val": list_validation(config.path, config.exclude)}
+    require_schemes(DALI_SCHEMES if kind == "dali" else (), *listed.values())
+    if classes is not None:
+        listed = {split: with_classes(images, list(classes)) for split, images in listed.items()}
+    return listed
+
+
+def _build_loader(
+    config: DataConfig,
+    kind: str,
+    images: ImageList,
+    split: Split,
+    sharding: Sharding,
+    seed: int,
+    device: torch.device,
+    threads: int,
+) -> Loader:
+    """A loader of these images; split: training augments them, validation does not."""
+    common = {"split": split, "sharding": sharding, "seed": seed, "device": device}
+    if kind == "synthetic":
+        source = SyntheticSource(config, images, **common)
+    elif kind == "dali":
+        source = dali.DaliSource(config, images, threads=threads, **common)
+    else:
+        source = FolderSource(config, images, workers=threads, **common)
+    identity = _identity(config, kind, images, **common)
+    return SplitLoader(kind, source, images, sharding=sharding, device=device, identity=identity)
 
 
 def default_threads(local_world_size: int) -> int:
@@ -139,6 +208,8 @@ def _identity(
 ) -> dict[str, int | float | str]:
     """Everything that decides which pixels come at which step: a stored state goes on only where all of it is equal."""
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    usual = vars(preprocessing_of(DataConfig(channels=config.channels)))
+    values = {name: value for name, value in values.items() if name not in AS_EVER or value != usual[name]}
     return {
         # As text: a tuple comes back as a list from some formats.
         **{k: str(v) if isinstance(v, tuple) else v for k, v in values.items() if k not in WITHOUT_PIXELS},

@@ -64,6 +64,12 @@ class ImageList:
             return self.places.read(index)
         return read_bounded(self.path(index), MAX_IMAGE_BYTES)
 
+    def only(self, kept: list[int]) -> "ImageList":
+        """The images at these indices, in their order; `num_excluded` stays."""
+        places = None if self.places is None else self.places.only(kept)
+        names = [self.names[index] for index in kept]
+        return replace(self, names=names, labels=self.labels[kept], places=places)
+
     @property
     def shard_sizes(self) -> tuple[int, ...]:
         """Images of each shard; empty where each image is a file."""
@@ -103,6 +109,24 @@ def list_splits(path: str | Path, exclude: str | Path = "") -> tuple[ImageList, 
             f"and they differ in {named}: both need the same ones; launch/prepare.py check can leave these out"
         )
     return train, with_classes(val, train.classes)
+
+
+def hold_out(images: ImageList, per_class: int) -> tuple[ImageList, ImageList]:
+    """(the images without, the images with) `per_class` of each class, drawn once and for all, in the order they had.
+
+    DataError where a class has no more than that.
+    """
+    counts = np.bincount(images.labels, minlength=len(images.classes))
+    if per_class >= counts.min():
+        raise DataError(
+            f"held_out: found {per_class}, but class {images.classes[counts.argmin()]!r} has {counts.min()} training "
+            f"images; allowed: up to {counts.min() - 1}"
+        )
+    is_held = np.zeros(len(images.labels), dtype=bool)
+    for label in range(len(images.classes)):
+        members = np.flatnonzero(images.labels == label)
+        is_held[np.random.Generator(np.random.PCG64([0, label])).permutation(members)[:per_class]] = True
+    return images.only(np.flatnonzero(~is_held).tolist()), images.only(np.flatnonzero(is_held).tolist())
 
 
 def list_validation(path: str | Path, exclude: str | Path = "") -> ImageList:
@@ -354,11 +378,4 @@ def _without(images: ImageList, split: str, excluded: dict[str, str]) -> ImageLi
                 f"{images.root / class_name}: found no images ({' '.join(IMG_EXTENSIONS)}); add some, or remove the "
                 "folder from train/ and val/; launch/prepare.py check can leave it out"
             )
-    return replace(
-        images,
-        names=[images.names[index] for index in kept],
-        labels=labels,
-        classes=classes,
-        places=None if images.places is None else images.places.only(kept),
-        num_excluded=len(images.names) - len(kept),
-    )
+    return replace(images.only(kept), labels=labels, classes=classes, num_excluded=len(images.names) - len(kept))

@@ -4,6 +4,7 @@ The loaders differ only in where their images come from. Labels and validity are
 arithmetic that the source follows, so they are the same with every loader.
 """
 
+import time
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -57,6 +58,7 @@ class SplitLoader:
         self.num_excluded = images.num_excluded
         self.unmatched = images.unmatched
         self.passed_over = images.passed_over
+        self.waiting_since: float | None = None
         self._source = source
         self._sharding = sharding
         self._labels_N = images.labels
@@ -77,11 +79,18 @@ class SplitLoader:
             self._source.start(self._epoch, self._step)
         while self._step < len(self):
             indices_B, valid_B = self._sharding.indices(self._epoch, self._step)
-            images = self._source.next_images()
+            images = self._awaited_images()
             # Counted before the batch is handed out, so that a state taken during a step goes on after it.
             self._step += 1
             yield Batch(images, self._on_device(self._labels_N[indices_B]), self._on_device(valid_B))
         self._epoch, self._step = self._epoch + 1, 0
+
+    def _awaited_images(self) -> torch.Tensor:
+        self.waiting_since = time.monotonic()
+        try:
+            return self._source.next_images()
+        finally:
+            self.waiting_since = None
 
     def _on_device(self, values_B: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(values_B)

@@ -47,7 +47,7 @@ class TarPlaces:
     shards: list[str]
     """Paths of the tar files."""
     shard: np.ndarray
-    """int64 (N,), index into `shards`, ascending."""
+    """int64 (N,), index into `shards`; ascending where training deals the images out."""
     offset: np.ndarray
     """int64 (N,), bytes from the beginning of the tar file."""
     size: np.ndarray

@@ -22,15 +22,15 @@ def synthetic_splits(config: DataConfig) -> tuple[ImageList, ImageList]:
     """The listing of images that no disk holds: the classes in turn; validation has a quarter of training's images."""
     classes = [str(label) for label in range(config.synthetic_classes)]
     splits = []
-    for count in (config.synthetic_images, config.synthetic_images // 4):
+    for split, count in (("train", config.synthetic_images), ("val", config.synthetic_images // 4)):
         labels = np.arange(count) % len(classes)
         names = [f"{label}/{index}" for index, label in enumerate(labels)]
-        splits.append(ImageList(root=Path("synthetic"), names=names, labels=labels, classes=classes))
+        splits.append(ImageList(root=Path("synthetic", split), names=names, labels=labels, classes=classes))
     return splits[0], splits[1]
 
 
 class SyntheticSource:
-    """Images that depend only on (seed, split, index).
+    """Images that depend only on (seed, split, index), which their listing says, in a part of a split, too.
 
     Making them costs a few gathers a batch: the noise of an image is the sum of two out of a bank of `NOISES` images,
     drawn for each image of the split.
@@ -60,10 +60,12 @@ class SyntheticSource:
         self._patterns, self._noises = (
             images.to(device, memory_format=torch.channels_last) for images in (patterns, noises / 2**0.5)
         )
-        split_number = ("train", "val").index(split)
-        self._noise_pairs_N2 = np.random.Generator(np.random.PCG64([seed, split_number])).integers(
-            NOISES, size=(len(images.names), 2)
+        split_number = ("train", "val").index(images.root.name)
+        numbers_N = np.array([int(name.partition("/")[2]) for name in images.names])
+        pairs = np.random.Generator(np.random.PCG64([seed, split_number])).integers(
+            NOISES, size=(numbers_N.max() + 1, 2)
         )
+        self._noise_pairs_N2 = pairs[numbers_N]
 
     def start(self, epoch: int, step: int) -> None:
         self._epoch, self._step = epoch, step

@@ -25,11 +25,15 @@ def _evaluate(argv: list[str]) -> None:
     parser.add_argument("checkpoint", type=Path, help="of a run (last.pt, best.pt) or of launch/prune.py")
     parser.add_argument("--data", metavar="FOLDER", help="data set in place of the run's own; its val/ is enough")
     parser.add_argument("--batch-size", type=positive_int, metavar="N", help="images a step in place of the run's own")
+    parser.add_argument(
+        "--image-size", type=positive_int, metavar="PIXELS", help="side of the images; default: its own"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto = GPU if any")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(argv)
     world = open_world(options.device)
-    result, cost = evaluate_checkpoint(options.checkpoint, world, options.data, options.batch_size)
+    changes = (options.data, options.batch_size, options.image_size)
+    result, cost = evaluate_checkpoint(options.checkpoint, world, *changes)
     if world.is_main:
         print(
             f"top-1 {result.top1:.3f}%  top-5 {result.top5:.3f}%  {result.images} images  "

@@ -14,6 +14,7 @@ from train.checkpoint.network import load_network
 from train.cli import Parser, exit_code_of, positive_int
 from train.errors import ConfigError
 from train.export import BATCH_SIZES, SUFFIXES, export_network
+from train.preprocessing import own_preprocessing
 
 
 def main(argv: list[str]) -> int:
@@ -38,8 +39,11 @@ def _export(argv: list[str]) -> None:
     network = load_network(options.checkpoint)
     channels, height, width = network.architecture.input_shape
     shape = (channels, options.image_size or height, options.image_size or width)
-    exported = export_network(network.model, shape, options.format, out, network.classes)
-    print(f"input: images, float32 (N, {', '.join(map(str, shape))}), normalised as in training; output: logits")
+    own, whose = own_preprocessing(network.architecture, network.preprocessing, options.checkpoint)
+    images = own and own.at_size(shape[-1])
+    exported = export_network(network.model, shape, options.format, out, network.classes, images)
+    print(f"input: images, float32 (N, {', '.join(map(str, shape))}); output: logits")
+    print(f"images: {images} (as {whose} says)" if images else "images: normalised as in training, whatever that was")
     print(
         f"largest difference from the checkpoint's own logits, batches of {' and '.join(map(str, BATCH_SIZES))}: "
         f"{exported.difference:.2e}"

@@ -1,6 +1,8 @@
 """Train a classifier while it shrinks.
 
-torchrun --standalone --nproc-per-node=2 launch/train.py [--config FILE] [--KEY VALUE ...]
+torchrun --standalone --nproc-per-node=2 launch/train.py [--recipe NAME | --config FILE] [--KEY VALUE ...]
+
+--recipe list: what there is; without one the demo is trained.
 """
 
 import os
@@ -15,14 +17,14 @@ if not __package__:
 
 from train.log.attempt import Attempt, began  # noqa: E402
 
-DEMO = ROOT / "launch" / "configs" / "demo.yaml"
 # Python's own start and the import of torch are part of the run, and an attempt that is killed in them has spent them.
 STARTED = time.perf_counter() - (time.time() - began())
-ATTEMPT = Attempt(sys.argv[1:], DEMO) if __name__ == "__main__" and os.environ.get("RANK", "0") == "0" else None
+ATTEMPT = Attempt(sys.argv[1:]) if __name__ == "__main__" and os.environ.get("RANK", "0") == "0" else None
 
 from train.cli import command_again, exit_code_of  # noqa: E402
 from train.config import parse_config  # noqa: E402
 from train.log.ledger import Ledger  # noqa: E402
+from train.recipes import DEFAULT, is_list_wanted, recipes, with_recipe_first  # noqa: E402
 from train.run import run  # noqa: E402
 from train.world import open_world  # noqa: E402
 
@@ -43,8 +45,14 @@ def _end_attempt() -> None:
 
 
 def _train(argv: list[str]) -> None:
-    config = parse_config(argv, "launch/train.py", str(DEMO))
+    if is_list_wanted(argv):
+        _list_recipes()
+        return
+    with_recipe = with_recipe_first(argv)
+    config = parse_config(with_recipe, "launch/train.py", DEFAULT)
     world = open_world(config.run.device, config.run.timeout_minutes)
+    if world.is_main:
+        print(f"recipe {os.path.relpath(with_recipe[1])}", flush=True)
     ending = run(config, world, Ledger(world.size, started=STARTED), _end_attempt)
     world.close()
     if ending["event"] == "stopped" and world.is_main:
@@ -54,6 +62,11 @@ def _train(argv: list[str]) -> None:
             print(f"stopped {where}, and saved; to go on: {again}", flush=True)
         except OSError:  # nobody reads it any more, nor what Python would flush at its end
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _list_recipes() -> None:
+    for name, what in recipes().items() if os.environ.get("RANK", "0") == "0" else ():
+        print(f"{name:24} {what}")
 
 
 if __name__ == "__main__":

@@ -12,18 +12,27 @@ from launching import ROOT, train
 from pages import anchors, broken_links, code_blocks, commands
 
 import cup
-from launch import bench, evaluate, export, prepare, prune, report
+from launch import bench, evaluate, export, prepare, prune, report, search
 from train.checkpoint.file import load_checkpoint
 from train.config import parse_config
 from train.errors import ConfigError
 from train.log.ledger import Kind
+from train.recipes import with_recipe_first
 from train.renamed import NEW_NAMES
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", *DOCS, *sorted((ROOT / "cup").glob("*.md"))]
 TEXT = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
 LIBRARY = TEXT["cup/README.md"]
-SCRIPTS = {"bench": bench, "evaluate": evaluate, "export": export, "prepare": prepare, "prune": prune, "report": report}
+SCRIPTS = {
+    "bench": bench,
+    "evaluate": evaluate,
+    "export": export,
+    "prepare": prepare,
+    "prune": prune,
+    "report": report,
+    "search": search,
+}
 IN_PLACE_OF_NAMES = {"SEED": "1", "HOST:29500": "localhost:29500"}
 
 each_page = pytest.mark.parametrize("name", TEXT)
@@ -142,7 +151,7 @@ TO_BE_WRITTEN = {"cup/criteria/read_least.py", "train/methods/one_shot.py"}
 def test_a_training_command_parses(line: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(ROOT)
     words = [IN_PLACE_OF_NAMES.get(word, word) for word in shlex.split(line)]
-    parse_config(words[words.index("launch/train.py") + 1 :], "train.py", str(ROOT / "launch/configs/demo.yaml"))
+    parse_config(with_recipe_first(words[words.index("launch/train.py") + 1 :]), "train.py", "")
 
 
 @pytest.mark.parametrize("line", sorted({line for _, line in every_command() if "launch/train.py" not in line}))

@@ -44,7 +44,8 @@ def exit_code_of(action: Callable[[], None], debug: bool, after_interrupt: str =
             raise
         if debug:
             traceback.print_exc()
-        _say(f"error: {message}")
+        if not _says_another(error):
+            _say(f"error: {message}")
         # torchrun ends the other ranks as soon as one is gone; let them say their line first.
         time.sleep(EXIT_DELAY_S if _ranks() > 1 else 0)
         return getattr(error, "exit_code", 1)
@@ -64,6 +65,11 @@ def _message(error: Exception) -> str | None:
     if isinstance(error, USER_ERRORS):
         return " ".join(str(error).split())
     return lost or explain_out_of_memory(error) or _explain_limits(error)
+
+
+def _says_another(error: Exception) -> bool:
+    """Whether the first rank of this machine says the same: the ranks read one command line and the same files."""
+    return isinstance(error, ConfigError) and os.environ.get("LOCAL_RANK", "0") != "0"
 
 
 def _explain_limits(error: BaseException | None) -> str | None:

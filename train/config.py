@@ -21,22 +21,26 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from cup import CupError
 from data import DataConfig
-from data.batch import DECODING_ON_GPU, ON_DISK
+from data.batch import DECODING_ON_GPU, ON_DISK, require_sizes
 from train.errors import ConfigError
 from train.log.rundir import NAME
 from train.loop.config import TrainConfig
 from train.methods import METHODS, PruneConfig
+from train.methods.meta_pruning import WITHOUT_EFFECT
 from train.network.models import check_model_name
 from train.network.optim import OptimConfig
+from train.network.sources import network_of
 from train.renamed import NEW_NAMES, options_with_new_names, with_new_names
 
 T = TypeVar("T")
 
 OF_CRITERIA = ("prune.criterion", "prune.features", "prune.use_bias")
+OF_CUTS = tuple(f"prune.{name}" for name in WITHOUT_EFFECT)
 RAMP_IN_T = ("prune.hard_ramp.slope", "prune.hard_ramp.offset")
 # Settings of `data` that only some loaders, devices or other settings give an effect.
 RANDAUGMENT = ("randaugment_ops", "randaugment_magnitude")
 SYNTHETIC = ("synthetic_images", "synthetic_classes")
+OF_PIXELS = ("resized_side", "interpolation", "mean", "std")
 AUGMENTING = ("crop_scale", "crop_ratio", "flip", "color_jitter", "auto_augment", *RANDAUGMENT)
 
 
@@ -63,6 +67,10 @@ class RunOptions:
     timeout_minutes: float = 10.0
     """A rank that waits longer than this for the others gives up: longer than it takes to start the ranks, or to write
     a checkpoint."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ("tensorboard",)
+    """Where curves go beside log.jsonl; each takes its package's own environment variables."""
+    project: str = "cupss"
+    """What wandb and trackio call a project and MLflow an experiment."""
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the field, the value found and what is allowed."""
@@ -89,6 +97,12 @@ class ModelConfig:
     checkpoint: str | None = None
     """Checkpoint to start from, usually one that launch/prune.py wrote: its network at its widths, with its weights;
     everything else begins anew. null = the full network, freshly initialised."""
+    weights: str | None = None
+    """Weights to start from, of the full network: FILE (.pth, .safetensors), timm:NAME, hf-hub:ORG/NAME, or
+    torchvision:ResNet50_Weights.IMAGENET1K_V2; all but a file name the network, too. For another number of classes the
+    classifier begins anew. null = fresh ones."""
+    head_lr: float | None = None
+    """Learning rate of the classifier at its highest, in place of optim.lr; null = optim.lr."""
     width: float = 1.0
     """Begin with this share of the channels of each group in prune.scope, fresh weights: a uniformly thinner network.
     FLOPs reduction is measured against the full network."""
@@ -98,19 +112,24 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Raises ConfigError for an unknown name, ValueError for settings out of range or in conflict."""
-        for name in ("checkpoint", "widths"):
+        for name in ("checkpoint", "weights", "widths"):
             if getattr(self, name) == "":
                 raise ValueError(f"{name}: found '', allowed: a file, or null")
         if not 0 < self.width <= 1:
             raise ValueError(f"width: found {self.width!r}, allowed: above 0, up to 1")
         shapes = {
             "checkpoint": self.checkpoint,
+            "weights": self.weights,
             "width": None if self.width == 1 else self.width,
             "widths": self.widths,
         }
         if len(given := [name for name, value in shapes.items() if value is not None]) > 1:
             raise ValueError(f"{given[1]}: found {shapes[given[1]]!r} beside {given[0]}, allowed: one of them")
-        if self.name is None and self.checkpoint is None:
+        if self.head_lr is not None and not 0 < self.head_lr < math.inf:
+            raise ValueError(f"head_lr: found {self.head_lr!r}, allowed: a number above 0, or null")
+        if self.weights is not None:
+            object.__setattr__(self, "name", network_of(self.weights, self.name))
+        elif self.name is None and self.checkpoint is None:
             object.__setattr__(self, "name", "resnet50")
         if self.name is not None:
             check_model_name(self.name)
@@ -144,15 +163,35 @@ class RunConfig:
             raise ValueError(
                 f"prune.early.first_epoch: found {first}, allowed: up to train.epochs ({self.train.epochs})"
             )
+        if self.prune.trains_pruning_net:
+            self._check_pruning_net()
         if self.optim.warmup_epochs > self.train.epochs:
             raise ValueError(
                 f"optim.warmup_epochs: found {self.optim.warmup_epochs}, allowed: up to train.epochs "
                 f"({self.train.epochs})"
             )
+        if self.model.checkpoint is None and self.model.weights is None:
+            try:
+                require_sizes(self.data)
+            except ValueError as error:
+                raise ValueError(f"data.{error}") from error
         if self.data.start_size and self.data.grow_epochs > self.train.epochs:
             raise ValueError(
                 f"data.grow_epochs: found {self.data.grow_epochs}, allowed: up to train.epochs ({self.train.epochs})"
             )
+
+    def _check_pruning_net(self) -> None:
+        reason = "(prune.method: meta_pruning, for "
+        if not self.data.held_out:
+            why = "launch/search.py judges networks by images held out)"
+            raise ValueError(f"data.held_out: found 0, allowed: a whole number from 1 {reason}{why}")
+        for name in ("checkpoint", "widths"):
+            if (found := getattr(self.model, name)) is not None:
+                why = "a PruningNet starts at full width, from nothing)"
+                raise ValueError(f"model.{name}: found {found!r}, allowed: null {reason}{why}")
+        if self.model.width < 1:
+            why = "a PruningNet starts at full width)"
+            raise ValueError(f"model.width: found {self.model.width:g}, allowed: 1 {reason}{why}")
 
     def without_effect(self) -> list[str]:
         """What was set and changes nothing, as notes for the user, one for each reason."""
@@ -165,12 +204,14 @@ class RunConfig:
             (not prune.shrinks, of_a_method, "prune.method: none"),
             (prune.shrinks, _of_other_methods(prune.method), f"prune.method: {prune.method}"),
             (prune.method == "prune_train", OF_CRITERIA, "prune.method: prune_train, which has its own criterion"),
+            (prune.trains_pruning_net, OF_CUTS, "prune.method: meta_pruning, which cuts nothing"),
+            (prune.trains_pruning_net, ["train.compile", "train.compile_steps"], "widths that change at every step"),
             (prune.criterion != "cup", ["prune.features", "prune.use_bias"], f"prune.criterion: {prune.criterion}"),
             (prune.hard_ramp.kind == "reduction", RAMP_IN_T, "prune.hard_ramp.kind: reduction"),
             (self.optim.schedule == "cosine", ["optim.milestones", "optim.gamma"], "optim.schedule: cosine"),
             (self.optim.name == "apex_lamb", ["optim.momentum", "optim.nesterov"], "optim.name: apex_lamb"),
             (self.train.compile == "none", ["train.compile_steps"], "train.compile: none"),
-            (data.loader == "synthetic", _of_data(*ON_DISK, *AUGMENTING), "data.loader: synthetic"),
+            (data.loader == "synthetic", _of_data(*ON_DISK, *AUGMENTING, *OF_PIXELS), "data.loader: synthetic"),
             (data.loader == "folder", _of_data("mmap"), "data.loader: folder"),
             (data.loader == "folder" or not on_gpu, _of_data(*DECODING_ON_GPU), "no decoding on a GPU"),
             (data.loader in ("folder", "dali"), _of_data(*SYNTHETIC), "images from a disk"),
@@ -198,9 +239,12 @@ def build_parser(prog: str, default_config: str) -> ArgumentParser:
         exit_on_error=False,
         allow_abbrev=False,
         description="Train a classifier on several ranks while a pruning method resizes it.",
-        epilog=f"Without --config the recipe {default_config} is run.",
+        epilog=f"Without --recipe and --config the recipe {default_config} is trained.",
     )
-    parser.add_argument("--config", action="config", help="Recipe, a YAML file; launch/configs/ holds some.")
+    parser.add_argument("--config", action="config", help="Recipe, a YAML file.")
+    parser.add_argument(
+        "--recipe", metavar="NAME", help="Recipe that comes with the project, or `list` to see them all."
+    )
     parser.add_argument("--debug", action="store_true", help="Show the traceback of an error that has one line else.")
     for section in dataclasses.fields(RunConfig):
         parser.add_class_arguments(section.default_factory, section.name)
@@ -210,7 +254,8 @@ def build_parser(prog: str, default_config: str) -> ArgumentParser:
 def parse_config(argv: list[str], prog: str, default_config: str) -> RunConfig:
     """Command line -> configuration. Raises ConfigError; --help and --print_config print and exit with 0.
 
-    Names that settings had in earlier versions are read, with a warning that says the new one.
+    Options before --config are overridden by the recipe; train/recipes.py puts it in front. Names that settings had in
+    earlier versions are read, with a warning that says the new one.
     """
     if not any(arg == "--config" or arg.startswith("--config=") for arg in argv):
         argv = ["--config", default_config, *argv]

@@ -6,7 +6,7 @@ Nothing is believed unseen: what was written is read back, run, and compared wit
 import importlib.util
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
+from data import Preprocessing
 from train.errors import ConfigError, TrainError
 
 Format = Literal["onnx", "torch"]
@@ -25,6 +26,9 @@ TOLERANCE = 1e-4
 
 CLASSES = "classes"
 """Under which an exported file holds the names of the classes."""
+
+PREPROCESSING = "preprocessing"
+"""Under which an exported file holds what makes the network's input of an image."""
 
 BATCH_SIZES = (1, 5)
 """Neither is the one that the network is traced with."""
@@ -51,12 +55,13 @@ def export_network(
     form: Format,
     path: Path,
     classes: Sequence[str] | None = None,
+    preprocessing: Preprocessing | None = None,
 ) -> Exported:
     """Write `model` in evaluation mode to `path`, for any batch size, once the file is known to compute the same.
 
     model: on the CPU; put into evaluation mode. input_shape: one image, (channels, height, width). classes: names in
-    the order of the logits, which the file holds as a JSON list under `CLASSES`: among ONNX's metadata, or as an extra
-    file of PyTorch's program.
+    the order of the logits. preprocessing: the images that the weights want. The file holds what is given as JSON under
+    `CLASSES` and `PREPROCESSING`: among ONNX's metadata, or as extra files of PyTorch's program.
     Raises ExportError, with nothing left at `path` that was not there before; ConfigError where a package is missing.
     """
     if form == "onnx":
@@ -66,7 +71,7 @@ def export_network(
     program = _trace(model, samples[0].images.expand(2, *input_shape))  # 1 would be taken for a constant
     temporary = path.with_name(path.name + ".part")
     try:
-        write(program, temporary, {} if classes is None else {CLASSES: json.dumps(list(classes))})
+        write(program, temporary, _words(classes, preprocessing))
         difference = max(_difference(read(temporary), sample) for sample in samples)
         size_bytes = temporary.stat().st_size
         temporary.replace(path)
@@ -75,6 +80,12 @@ def export_network(
     finally:
         temporary.unlink(missing_ok=True)
     return Exported(path, difference, size_bytes)
+
+
+def _words(classes: Sequence[str] | None, preprocessing: Preprocessing | None) -> dict[str, str]:
+    """What an exported file says of its network."""
+    words = {} if classes is None else {CLASSES: json.dumps(list(classes))}
+    return words if preprocessing is None else words | {PREPROCESSING: json.dumps(asdict(preprocessing))}
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,6 +21,7 @@ from train.log.ledger import Ledger
 from train.log.rundir import RunDir
 from train.log.sinks import ConsoleSink
 from train.loop.engine import Stopped, fit
+from train.loop.patience import Patience
 from train.loop.trainer import Trainer
 from train.signals import StopSignals
 from train.start import Start, find_start
@@ -46,7 +47,8 @@ def run(config: RunConfig, world: World, ledger: Ledger, has_word: Callable[[], 
     signals = StopSignals(answers=world.is_main)
     built = build_run(config, start, world, ledger, lambda: signals.stop_wanted)
     trainer = built.trainer
-    with signals:
+    loaders = [trainer.loop.loader, trainer.val_loader]
+    with signals, Patience(loaders, config.data.path, world.rank, lambda: signals.stop_wanted):
         beat = _begin_beat(start, ledger) if world.is_main else None  # a kill from here on is in the account
         has_word()
         try:
@@ -71,8 +73,8 @@ def run(config: RunConfig, world: World, ledger: Ledger, has_word: Callable[[], 
             if beat is not None:
                 beat.stop()
             trainer.sinks.close()
-            trainer.loop.loader.close()
-            trainer.val_loader.close()
+            for loader in loaders:
+                loader.close()
 
 
 def _begin_beat(start: Start, ledger: Ledger) -> Beat:

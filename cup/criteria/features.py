@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from scipy.linalg.blas import dsyrk
 
 from cup.criteria.weights import Weights
 from cup.tracing.groups import ChannelGroup, Masks, Place
@@ -20,10 +21,21 @@ CHUNK = 4096
 
 @dataclass(frozen=True, eq=False)
 class Gram:
-    """Inner products of the channels' centred features, and squared norms of the features as they are."""
+    """Inner products of the channels' centred features, and squared norms of the features as they are.
+
+    products_CC: the upper triangle and the diagonal; zeros below.
+    """
 
     products_CC: np.ndarray
     squares_C: np.ndarray
+
+    @staticmethod
+    def empty(channels: int) -> "Gram":
+        """Of no features at all."""
+        return Gram(np.zeros((channels, channels)), np.zeros(channels))
+
+    def copy(self) -> "Gram":
+        return Gram(self.products_CC.copy(), self.squares_C.copy())
 
 
 class GroupFeatures:
@@ -42,8 +54,8 @@ class GroupFeatures:
     ) -> None:
         self._width = group.width
         self._blocks = list(_blocks(weights, group, variant, use_bias))
-        self._block_grams: dict[int, _BlockGram] = {}
-        self._gram: Gram | None = None
+        nothing = [np.zeros(block.rows_CX.shape[1], dtype=bool) for block in self._blocks]
+        self._known = [_Known(nothing, Gram.empty(group.width))]
 
     def rows(self, masks: Masks | None = None) -> np.ndarray:
         """float64 (C, F): all features of the group's channels.
@@ -54,23 +66,32 @@ class GroupFeatures:
         return np.concatenate([np.empty((self._width, 0)), *columns], axis=1, dtype=np.float64)
 
     def gram(self, masks: Masks | None = None) -> Gram:
-        """Products of the rows under these masks. Blocks whose mask is unchanged are cached."""
-        changed = [self._update(index, block, masks) for index, block in enumerate(self._blocks)]
-        if any(changed) or self._gram is None:
-            products_CC, squares_C = np.zeros((self._width, self._width)), np.zeros(self._width)
-            for index in range(len(self._blocks)):
-                products_CC += self._block_grams[index].gram.products_CC
-                squares_C += self._block_grams[index].gram.squares_C
-            self._gram = Gram(products_CC, squares_C)
-        return self._gram
+        """Products of the rows under these masks: the same object as the last time where these change nothing.
 
-    def _update(self, index: int, block: "_Block", masks: Masks | None) -> bool:
-        """Bring one block's products in line with the masks; returns whether they had to change."""
-        stays, known = block.stays(masks), self._block_grams.get(index)
-        if known is not None and np.array_equal(known.stays, stays):
-            return False
-        self._block_grams[index] = _BlockGram(stays, gram_of(block.rows_CX, stays))
-        return True
+        Made from those of no connection, of the first masks or of the last ones, whichever differ by the fewest.
+        """
+        stays = [block.stays(masks) for block in self._blocks]
+        base = min(reversed(self._known), key=lambda known: known.difference(stays))
+        if base.difference(stays) == 0:
+            return base.gram
+        gram = base.gram.copy()
+        for block, before, now in zip(self._blocks, base.stays, stays, strict=True):
+            add_products(gram, block.rows_CX, now & ~before)
+            add_products(gram, block.rows_CX, before & ~now, sign=-1)
+        self._known[2:] = [_Known(stays, gram)]  # the first masks leave the most, and stay
+        return gram
+
+
+@dataclass(frozen=True, eq=False)
+class _Known:
+    """Products, and of each block the connections that they were made from."""
+
+    stays: list[np.ndarray]
+    gram: Gram
+
+    def difference(self, stays: list[np.ndarray]) -> int:
+        """How many connections are in only one of both."""
+        return sum(int((one != other).sum()) for one, other in zip(self.stays, stays, strict=True))
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,28 +111,23 @@ class _Block:
         return everything if masks is None else masks.get((self.layer, self.axis), everything)
 
 
-@dataclass(frozen=True, eq=False)
-class _BlockGram:
-    """One block's share, and the connections that it was computed from."""
-
-    stays: np.ndarray
-    gram: Gram
-
-
-def gram_of(rows_CX: np.ndarray, stays: np.ndarray) -> Gram:
-    """Products of the columns that stay, in float64.
+def add_products(gram: Gram, rows_CX: np.ndarray, columns: np.ndarray, sign: int = 1) -> None:
+    """Add what these columns contribute, in float64 and in place; with sign -1 take it away.
 
     The rows are centred first: |a|² + |b|² - 2ab would cancel digits otherwise.
+    columns: bool (X,).
     """
-    count = len(rows_CX)
-    products_CC, squares_C = np.zeros((count, count)), np.zeros(count)
-    for start in range(0, len(stays), CHUNK):
-        chunk_CX, chunk_stays = rows_CX[:, start : start + CHUNK], stays[start : start + CHUNK]
-        chunk_CX = (chunk_CX if chunk_stays.all() else chunk_CX[:, chunk_stays]).astype(np.float64)
-        squares_C += np.einsum("cx,cx->c", chunk_CX, chunk_CX)
+    every = columns.all()
+    indices, squares_C = np.flatnonzero(columns), gram.squares_C
+    for start in range(0, len(indices), CHUNK):
+        chunk = slice(start, start + CHUNK)
+        chunk_CX = rows_CX[:, chunk if every else indices[chunk]].astype(np.float64)
+        squares_C += sign * np.einsum("cx,cx->c", chunk_CX, chunk_CX)
         chunk_CX -= chunk_CX.mean(axis=0)
-        products_CC += chunk_CX @ chunk_CX.T
-    return Gram(products_CC, squares_C)
+        # BLAS sees the transposed: it is told of the lower triangle, and that is the upper one here.
+        by_column = chunk_CX.flags.f_contiguous
+        values = chunk_CX if by_column else chunk_CX.T
+        dsyrk(sign, values, 1.0, gram.products_CC.T, trans=not by_column, lower=1, overwrite_c=1)
 
 
 def _blocks(weights: Weights, group: ChannelGroup, variant: FeatureVariant, use_bias: bool) -> Iterator[_Block]:

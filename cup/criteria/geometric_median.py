@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cup.criteria.features import gram_of
+from cup.criteria.features import Gram, add_products
 from cup.criteria.ranking import Ranking, lowest_first
 from cup.criteria.view import View
 from cup.tracing.groups import ChannelGroup, Masks
@@ -29,10 +29,12 @@ class GeometricMedian:
             stays = masks.get((place.module, "in"), np.ones(filters.shape[1], dtype=bool))
             stays_X = np.repeat(stays, int(np.prod(filters.shape[2:])))
             for index_C in _filters_of_channels(place.channel_of_index, group.width).T:
-                products_CC = gram_of(filters[index_C].reshape(group.width, -1), stays_X).products_CC
-                squares_C = np.diag(products_CC)
+                gram = Gram.empty(group.width)
+                add_products(gram, filters[index_C].reshape(group.width, -1), stays_X)
+                products_CC, squares_C = gram.products_CC, np.diag(gram.products_CC)
                 squared_CC += squares_C[:, None] + squares_C - 2 * products_CC
-        np.fill_diagonal(squared_CC, 0)
+        squared_CC = np.triu(squared_CC, 1)
+        squared_CC += squared_CC.T
         return lowest_first(np.sqrt(np.maximum(squared_CC, 0)).sum(axis=1))
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.cluster.hierarchy import linkage
-from scipy.spatial.distance import squareform
 
 from cup.criteria.features import FeatureVariant, Gram, GroupFeatures
 from cup.criteria.ranking import Ranking
@@ -54,16 +53,21 @@ class _RankedFeatures:
 def ward_tree(products_CC: np.ndarray) -> np.ndarray:
     """float64 (C - 1, 4): SciPy's linkage matrix of Ward's method on Euclidean distances, merges from low to high.
 
-    products_CC: the inner products of the channels' centred features, from which one gets all distances by one matrix
-        product; that is many times faster than SciPy's pair loop.
+    products_CC: the inner products of the channels' centred features (upper triangle), from which one gets all
+        distances by one matrix product; that is many times faster than SciPy's pair loop.
     """
-    if len(products_CC) < 2:
+    width = len(products_CC)
+    if width < 2:
         return np.empty((0, 4))
     squares_C = np.diag(products_CC)
-    squared_CC = -2 * products_CC  # in place from here: a wide layer's matrices are large
-    squared_CC += squares_C[:, None]
-    squared_CC += squares_C
-    squared = squareform(squared_CC, checks=False)
+    squared = np.empty(width * (width - 1) // 2)  # SciPy's order of pairs: each channel with all later ones
+    start = 0
+    for channel in range(width - 1):
+        pairs = squared[start : start + width - 1 - channel]
+        np.multiply(products_CC[channel, channel + 1 :], -2, out=pairs)
+        pairs += squares_C[channel]
+        pairs += squares_C[channel + 1 :]
+        start += len(pairs)
     return linkage(np.sqrt(np.maximum(squared, 0, out=squared), out=squared), "ward")
 
 

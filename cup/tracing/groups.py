@@ -33,15 +33,52 @@ class Call:
 
 
 @dataclass(frozen=True, eq=False)
+class Value:
+    """One tensor of the forward pass, at the widths of the trace.
+
+    shape: of so many `samples` together; 0 samples for what does not depend on the input (a parameter, a buffer).
+    dim, numbers: the channel axis, and int64, the trace's number of the channel at each of its indices; None where
+        no channel can go.
+    parameter: dotted name of the parameter or buffer that it is, else "".
+    """
+
+    shape: tuple[int, ...]
+    samples: int
+    dim: int | None = None
+    numbers: np.ndarray | None = None
+    parameter: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class TracedOp:
+    """One operation of the forward pass, a module's or a function's, for estimating how long it takes.
+
+    name: of the module's class or the function, in lower case without underscores (conv2d, batchnorm2d, relu, iadd).
+    module: dotted name of the innermost module that does it.
+    reads, writes: positions in `Network.values`; writes is None where the result is no single tensor.
+    in_evaluation: False for what only training runs (auxiliary heads).
+    """
+
+    name: str
+    module: str
+    reads: tuple[int, ...]
+    writes: int | None
+    in_evaluation: bool = True
+
+
+@dataclass(frozen=True, eq=False)
 class Network:
     """What the trace saw of the network as a whole; its groups share one.
 
     input_shape: one sample's shape, without the batch. alive: bool, one entry for each channel that the trace numbered.
+    values, operations: every tensor, and what is done to it, in the order of the forward pass in training.
     """
 
     input_shape: tuple[int, ...]
     calls: tuple[Call, ...]
     alive: np.ndarray
+    values: tuple[Value, ...] = ()
+    operations: tuple[TracedOp, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +121,12 @@ class ChannelGroup:
     frozen: str
     numbers: np.ndarray
     network: Network
+
+    @property
+    def full_width(self) -> int:
+        """Channels that the group had in the trace, before any cut."""
+        written = next((c.writes for c in self.network.calls if c.module == self.name and c.writes is not None), None)
+        return self.width if written is None else len(np.unique(written))
 
     @property
     def places(self) -> tuple[Place, ...]:

@@ -58,6 +58,12 @@ class Labels:
         self.ties.append((np.repeat(runs_BR[:, 0], runs_BR.shape[1]), labels_C))
         return runs_BR[:, 0]
 
+    def tie_runs(self, labels_C: np.ndarray, runs: int) -> np.ndarray:
+        """Tie labels at equal places of equal runs, so that all runs keep the same places; returns the first run's."""
+        runs_RB = labels_C.reshape(runs, -1)
+        self.ties.append((np.tile(runs_RB[0], runs), labels_C))
+        return runs_RB[0]
+
     def channels(self) -> np.ndarray:
         """int (count,): the channel that each label stands for."""
         return self._connected(self.ties)

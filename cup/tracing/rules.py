@@ -86,7 +86,7 @@ def find_rule(operation: Operation) -> Rule | None:
     node, layer = operation.node, operation.layer
     if layer is None:
         rule = _FUNCTIONS.get(node.target)
-        operands = [n for n in node.all_input_nodes if shape_of(n) is not None]
+        operands = [n for n in node.all_input_nodes if shape_of(n) is not None or n.meta.get("unknown")]
         return rule if len(operands) == 1 or rule in _JOINING else None  # x.clamp(y): more than the rule looks at
     computed = [name for name in ("weight", "bias") if hasattr(layer, name) and name not in layer._parameters]
     if has_width(layer) and computed:
@@ -162,6 +162,11 @@ def answers_no_width(node: fx.Node) -> bool:
     return node.op in ("call_function", "call_method") and name in _WIDTHLESS
 
 
+def gives_parts(node: fx.Node) -> bool:
+    """Whether a node's several tensors are parts of its input, as a rule follows them."""
+    return node.target in _SPLITS
+
+
 def is_known(module: nn.Module) -> bool:
     """Whether a module that is not torch's own has a rule as a whole."""
     return _qualified_name(module) in _FOREIGN_MODULES
@@ -193,10 +198,18 @@ def freeze_what_is_counted(
         if known is None or known.dim not in dims:
             continue
         for user in node.users:
-            result = channels.get(user)
-            is_its_size = result is not None and _is_view(user) and _size_at(user, result.dim) is node
-            if not (is_its_size and _spelt_out(user).count(node) == 1) and _sizes_read(user)[0] is None:
+            if not _follows_size(user, node, channels) and _sizes_read(user)[0] is None:
                 labels.freeze([known], f"{getattr(user.target, '__name__', user.target)} uses its width as a number")
+
+
+def _follows_size(user: fx.Node, size: fx.Node, channels: Mapping[fx.Node, Channels | None]) -> bool:
+    """Whether the user takes the size for its result's channels, as its rule has checked."""
+    if _share_read(user)[0] is not None:
+        return all(_follows_size(one, user, channels) for one in user.users)
+    result = channels.get(user)
+    if result is None or not _is_view(user):
+        return result is not None and user.target in (operator.getitem, *_SPLITS)
+    return _size_at(user, result.dim) is size and _spelt_out(user).count(size) == 1
 
 
 # --- layers with parameters ---
@@ -296,43 +309,95 @@ def _spatial(op: Operation, labels: Labels) -> Channels | None:
 
 
 def _reshape(op: Operation, labels: Labels) -> Channels | None:
-    """Flatten, view, reshape: the channel axis stays whole, or is flattened with what lies behind it."""
+    """Flatten, view, reshape: the channel axis stays whole, is joined with its neighbours, or is split in two."""
     value, before, after = op.value, op.input_shape, op.output_shape
     if value is None:
         return None
-    dim, channels = next(_whole_axis(value, before, after), (None, None))
-    if channels is None:
-        labels.freeze([value], f"{op.name} from {before[1:]} to {after[1:]} is not followed")
-    elif _is_view(op.node) and not _size_follows(op, labels, _size_at(op.node, dim), value):
-        size = _size_at(op.node, dim)
-        what = "a size that is computed" if isinstance(size, fx.Node) or size is None else f"a fixed size {size}"
-        labels.freeze([value], f"{op.name} to {what}")
-        return None
-    return channels
+    ways = list(_joined(value, before, after))
+    if not _is_view(op.node):
+        if not ways:
+            labels.freeze([value], f"{op.name} from {before[1:]} to {after[1:]} is not followed")
+        return ways[0] if ways else None
+    for channels in ways:
+        if _size_follows(op, labels, _size_at(op.node, channels.dim), channels):
+            return channels
+    if (halves := _split_in_two(op, labels)) is not None:
+        return halves
+    size = _size_at(op.node, ways[0].dim) if ways else None
+    what = "a size that is computed" if isinstance(size, fx.Node) or size is None else f"a fixed size {size}"
+    shapes = f"from {before[1:]} to {after[1:]} is not followed"
+    labels.freeze([value], f"{op.name} to {what}" if ways else f"{op.name} {shapes}")
+    return None
 
 
-def _whole_axis(value: Channels, before: tuple[int, ...], after: tuple[int, ...]) -> Iterator[tuple[int, Channels]]:
-    """(dimension, channels) for each way to find the channel axis again after a change of shape, best first."""
-    in_front, width, behind = math.prod(before[: value.dim]), before[value.dim], math.prod(before[value.dim + 1 :])
-    here = [dim for dim in range(len(after)) if math.prod(after[:dim]) == in_front]
-    yield from ((dim, Channels(dim, value.labels_C)) for dim in here if after[dim] == width)
-    blocks_C = np.repeat(value.labels_C, behind)
-    yield from ((dim, Channels(dim, blocks_C)) for dim in here if after[dim] == width * behind)
+def _joined(value: Channels, before: tuple[int, ...], after: tuple[int, ...]) -> Iterator[Channels]:
+    """Each way to find the channel axis again after a change of shape: alone, or joined with its neighbours."""
+    rank = len(before)
+    ranges = [(first, last) for first in range(value.dim + 1) for last in range(value.dim, rank)]
+    for first, last in sorted(ranges, key=lambda found: found[1] - found[0]):
+        length = math.prod(before[first : last + 1])
+        behind, in_front = math.prod(before[value.dim + 1 : last + 1]), math.prod(before[first : value.dim])
+        for dim, size in enumerate(after):
+            if size == length and math.prod(after[:dim]) == math.prod(before[:first]):
+                yield Channels(dim, np.tile(np.repeat(value.labels_C, behind), in_front))
+
+
+def _split_in_two(op: Operation, labels: Labels) -> Channels | None:
+    """A view of the channels as rows: of their rows or of their columns one number is fixed, and whole ones go.
+
+    x.view(batch, 2, channels // 2, ...), x.view(batch, -1, 4, ...).
+    """
+    value, after = op.value, op.output_shape
+    in_front, width = math.prod(op.input_shape[: value.dim]), len(value.labels_C)
+    for dim in range(len(after) - 1):
+        if math.prod(after[:dim]) != in_front or after[dim] * after[dim + 1] != width:
+            continue
+        rows, columns = _size_at(op.node, dim), _size_at(op.node, dim + 1)
+        if isinstance(rows, int) and rows > 0 and _share_follows(op, labels, columns, rows):
+            return Channels(dim + 1, labels.tie_runs(value.labels_C, rows))
+        if isinstance(columns, int) and columns > 0 and _share_follows(op, labels, rows, columns):
+            return Channels(dim, labels.bundle(value.labels_C, width // columns))
+    return None
+
+
+def _share_follows(op: Operation, labels: Labels, size: Any, parts: int) -> bool:
+    """Whether a size is the channels' number divided by that of the parts: -1 says so, too."""
+    if not isinstance(size, fx.Node):
+        return size == -1
+    source, dim, divisor = _share_read(size)
+    return divisor == parts and _is_width(op, labels, source, [dim], op.value)
 
 
 def _size_follows(op: Operation, labels: Labels, size: Any, value: Channels) -> bool:
-    """Whether the size asked for shrinks with the channels: -1, or the width of a tensor.
-
-    Where that is another tensor (a squeeze-excite gate that is brought to its input's shape), their channels are tied.
-    """
+    """Whether the size asked for shrinks with the channels: -1, or the width of a tensor."""
     if not isinstance(size, fx.Node):
         return size == -1
-    source, dims = _sizes_read(size)
+    return _is_width(op, labels, *_sizes_read(size), value)
+
+
+def _is_width(op: Operation, labels: Labels, source: fx.Node | None, dims: Sequence[int], value: Channels) -> bool:
+    """Whether a size that was read is that of these channels, in every cut.
+
+    Where it is another tensor's (a squeeze-excite gate that is brought to its input's shape), their channels are tied,
+    unless they are the same ones in another order.
+    """
     known = op.channels.get(source)
-    if known is None or dims != [known.dim] or len(known.labels_C) != len(value.labels_C):
+    if known is None or list(dims) != [known.dim] or len(known.labels_C) != len(value.labels_C):
         return False
-    labels.ties.append((known.labels_C, value.labels_C))
+    if not np.array_equal(known.labels_C, value.labels_C):
+        channel_of = labels.channels()
+        if sorted(channel_of[known.labels_C]) != sorted(channel_of[value.labels_C]):
+            labels.ties.append((known.labels_C, value.labels_C))
     return True
+
+
+def _share_read(node: fx.Node) -> tuple[fx.Node | None, int, int]:
+    """(tensor, dimension, divisor) where a node holds a size divided by a number; (None, 0, 0) for any other node."""
+    if node.target is operator.floordiv and isinstance(node.args[0], fx.Node) and isinstance(node.args[1], int):
+        source, dims = _sizes_read(node.args[0])
+        if source is not None and len(dims) == 1 and node.args[0].meta["value"] == shape_of(source)[dims[0]]:
+            return source, dims[0], node.args[1]
+    return None, 0, 0
 
 
 def _sizes_read(node: fx.Node) -> tuple[fx.Node | None, list[int]]:
@@ -496,7 +561,8 @@ def _softmax(op: Operation, labels: Labels) -> Channels | None:
 def _stack(op: Operation, labels: Labels) -> Channels | None:
     """Along a new axis: the parts' channels become the same channels."""
     if isinstance(op.node.args[0], fx.Node):
-        return None  # the parts of a value that is not followed
+        labels.freeze([op.value], f"{op.name} joins all parts of a value")
+        return None
     values = [op.channels[n] for n in op.node.args[0]]
     if None in values or len({value.dim for value in values}) > 1:
         labels.freeze(values, f"{op.name} joins it with values that are not followed")
@@ -511,7 +577,8 @@ def _cat(op: Operation, labels: Labels) -> Channels | None:
     along another axis they become the same channels.
     """
     if isinstance(op.node.args[0], fx.Node):
-        return None  # the parts of a value that is not followed
+        labels.freeze([op.value], f"{op.name} joins all parts of a value")
+        return None
     parts = list(op.node.args[0])
     dim = op.argument(1, "dim", 0) % len(op.output_shape)
     known, axis = _on_one_axis(op, labels, parts)
@@ -532,27 +599,136 @@ def _cat(op: Operation, labels: Labels) -> Channels | None:
     return Channels(dim, np.concatenate(parts_C))
 
 
+def _split(op: Operation, labels: Labels) -> Channels | None:
+    """Chunk and split, into equal parts: channels at equal places of all parts go together.
+
+    The value of several tensors has the channels of them all; `_getitem` takes a part.
+    """
+    value, count = op.value, len(op.node.meta["value"])
+    if value is None or op.argument(2, "dim", 0) % len(op.input_shape) != value.dim:
+        return value
+    size, width = op.argument(1, "chunks", op.node.kwargs.get("split_size")), len(value.labels_C)
+    chunked = op.node.target in _CHUNKS and size == count
+    if width % count or not (chunked or (isinstance(size, fx.Node) and _share_follows(op, labels, size, count))):
+        labels.freeze([value], f"{op.name} into parts of a fixed size, or of several")
+        return None
+    labels.tie_runs(value.labels_C, count)
+    return value
+
+
+def _glu(op: Operation, labels: Labels) -> Channels | None:
+    """Its second half gates the first."""
+    value = op.value
+    dim = op.layer.dim if op.layer is not None else op.argument(1, "dim", -1)
+    if value is None or dim % len(op.input_shape) != value.dim:
+        return value
+    return Channels(value.dim, labels.tie_runs(value.labels_C, 2))
+
+
+def _channel_shuffle(op: Operation, labels: Labels) -> Channels | None:
+    value = op.value
+    groups = op.layer.groups if op.layer is not None else op.argument(1, "groups")
+    if value is None or value.dim != 1 or not isinstance(groups, int):
+        labels.freeze([value], f"{op.name} is not followed")
+        return None
+    return Channels(1, np.repeat(labels.tie_runs(value.labels_C, groups), groups))
+
+
+def _pixel_shuffle(op: Operation, labels: Labels) -> Channels | None:
+    """Channels become pixels: those of one block go together."""
+    value = op.value
+    if value is None or value.dim != len(op.input_shape) - 3:
+        labels.freeze([value], f"{op.name} is not followed")
+        return None
+    return Channels(value.dim, labels.bundle(value.labels_C, op.output_shape[value.dim]))
+
+
+def _pixel_unshuffle(op: Operation, labels: Labels) -> Channels | None:
+    """Pixels become channels: a block of them for each channel that was there."""
+    value = op.value
+    if value is None or value.dim != len(op.input_shape) - 3:
+        labels.freeze([value], f"{op.name} is not followed")
+        return None
+    return Channels(value.dim, np.repeat(value.labels_C, op.output_shape[value.dim] // len(value.labels_C)))
+
+
+def _flip(op: Operation, labels: Labels) -> Channels | None:
+    value, dims = op.value, _spelt_out(op.node)
+    if value is None or not all(isinstance(dim, int) for dim in dims):
+        labels.freeze([value], f"{op.name} is not followed")
+        return None
+    turned = value.dim in [dim % len(op.input_shape) for dim in dims]
+    return Channels(value.dim, value.labels_C[::-1]) if turned else value
+
+
 def _getitem(op: Operation, labels: Labels) -> Channels | None:
-    """Slices and single indices of other axes, and new axes of length one: x[:, :, ::2], x[:, :, 0], x[..., None]."""
+    """Slices, single indices of other axes, and new axes of length one: x[:, :4], x[:, :, 0], x[..., None].
+
+    Of a value of several tensors, the one at an index.
+    """
     value, index = op.value, op.node.args[1]
     if value is None:
         return None
+    if op.input_shape is None:
+        return _part(op, labels)
     entries = list(index) if isinstance(index, tuple) else [index]
     if any(entry is ... for entry in entries):
         at = next(position for position, entry in enumerate(entries) if entry is ...)
         named = sum(entry is not None for entry in entries) - 1
         entries[at : at + 1] = [slice(None)] * (len(op.input_shape) - named)
     axis, dim = 0, value.dim  # the axis of the input that an entry speaks of, and where the channels come to lie
+    labels_C = value.labels_C
     for entry in entries:
         if entry is None:
             dim += axis <= value.dim
             continue
-        if not (entry == slice(None) if axis == value.dim else _is_constant(entry)):
+        if axis == value.dim:
+            labels_C = _sliced(op, labels, entry)
+        if labels_C is None or not (axis == value.dim or _is_constant(entry)):
             labels.freeze([value], f"{op.name} is not followed")
             return None
         dim -= isinstance(entry, int) and axis < value.dim
         axis += 1
-    return Channels(dim, value.labels_C)
+    return Channels(dim, labels_C)
+
+
+def _part(op: Operation, labels: Labels) -> Channels | None:
+    """One of several tensors, which share the channels out among them or have all of them each."""
+    value, index, tensors = op.value, op.node.args[1], op.node.args[0].meta["value"]
+    if not isinstance(index, int):
+        labels.freeze([value], f"{op.name} is not followed")
+        return None
+    lengths = [tensor.shape[value.dim] for tensor in tensors]
+    if sum(lengths) != len(value.labels_C):
+        return value
+    ends = np.cumsum(lengths)
+    return Channels(value.dim, value.labels_C[ends[index] - lengths[index] : ends[index]])
+
+
+def _sliced(op: Operation, labels: Labels, entry: Any) -> np.ndarray | None:
+    """The labels of a slice of the channels; what it counts, from the front or from the back, must stay.
+
+    x[:, : x.shape[1] // 2] takes a share: channels at equal places of all shares go together. None for what is neither.
+    """
+    labels_C = op.value.labels_C
+    if not isinstance(entry, slice) or entry.step not in (None, 1):
+        return None
+    ends = [end for end in (entry.start, entry.stop) if end is not None]
+    if len(ends) == 1 and isinstance(ends[0], fx.Node):
+        parts = _share_read(ends[0])[2]
+        if not parts or len(labels_C) % parts or not _share_follows(op, labels, ends[0], parts):
+            return None
+        labels.tie_runs(labels_C, parts)
+        length = len(labels_C) // parts
+        return labels_C[:length] if entry.start is None else labels_C[length:]
+    if not _is_constant(entry):
+        return None
+    start, stop, _ = entry.indices(len(labels_C))
+    for end in ends:
+        if -len(labels_C) < end < len(labels_C):
+            counted_C = labels_C[:end] if end >= 0 else labels_C[end:]
+            labels.frozen.append((counted_C, f"{op.name} counts on its width"))
+    return labels_C[start:stop] if start < stop else None
 
 
 def _is_constant(entry: Any) -> bool:
@@ -628,6 +804,10 @@ _MODULES: dict[type[nn.Module], Rule] = {
     **dict.fromkeys(_SAME_MODULES, _same),
     **dict.fromkeys(_SPATIAL_MODULES, _spatial),
     nn.Flatten: _reshape,
+    nn.GLU: _glu,
+    nn.ChannelShuffle: _channel_shuffle,
+    nn.PixelShuffle: _pixel_shuffle,
+    nn.PixelUnshuffle: _pixel_unshuffle,
 }
 
 # By name, so that nothing here imports them. The walk does not look inside.
@@ -642,6 +822,8 @@ _WIDTHLESS = (
 )
 _JOINING = (_add, _elementwise, _cat, _stack, _expand, _retyped)
 _SIZED = (torch.reshape, "view", "reshape")
+_CHUNKS = (torch.chunk, "chunk")
+_SPLITS = (*_CHUNKS, torch.split, "split")
 _FUNCTIONS: dict[Any, Rule] = {
     **dict.fromkeys(
         (
@@ -695,5 +877,11 @@ _FUNCTIONS: dict[Any, Rule] = {
     **dict.fromkeys((torch.cat, torch.concat), _cat),
     torch.stack: _stack,
     operator.getitem: _getitem,
+    **dict.fromkeys(_SPLITS, _split),
+    F.glu: _glu,
+    F.channel_shuffle: _channel_shuffle,
+    F.pixel_shuffle: _pixel_shuffle,
+    F.pixel_unshuffle: _pixel_unshuffle,
+    **dict.fromkeys((torch.flip, "flip"), _flip),
     F.pad: _pad,
 }

@@ -36,7 +36,8 @@ def channel_groups(model: nn.Module, example_input: Any = None, *, allow_hooks: 
     evaluation = _trace(twin.eval(), sample, hooked)
     if evaluation.steps() == training.steps():
         return groups
-    groups = _allowed_in_both(groups, groups_of(evaluation, sample))
+    evaluated = groups_of(evaluation, sample)
+    groups = _told_apart(_allowed_in_both(groups, evaluated), evaluated)
     return freeze_what_breaks(groups, lambda masks: _difference(evaluation, twin.eval(), masks, sample, hooked))
 
 
@@ -61,6 +62,17 @@ def _difference(full: Trace, twin: nn.Module, masks: Masks, sample: Sample, hook
     ):
         return f"{title(differing[0])} is given a number that depends on its width"
     return "the network's code takes another path at other widths"
+
+
+def _told_apart(groups: list[ChannelGroup], evaluated: list[ChannelGroup]) -> list[ChannelGroup]:
+    """The groups of training, whose operations know which of them evaluation leaves out."""
+    if not groups or not evaluated:
+        return groups
+    run = {operation.module for operation in evaluated[0].network.operations}
+    network = groups[0].network
+    operations = tuple(replace(one, in_evaluation=one.module in run) for one in network.operations)
+    network = replace(network, operations=operations)
+    return [replace(group, network=network) for group in groups]
 
 
 def _allowed_in_both(groups: list[ChannelGroup], evaluated: list[ChannelGroup]) -> list[ChannelGroup]:

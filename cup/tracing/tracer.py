@@ -25,6 +25,9 @@ from cup.errors import CupError
 from cup.tracing.meta import Sample, arguments, does_not_take, first_line, map_tensors, meta_input
 from cup.tracing.rules import answers_no_width, arguments_besides_width, is_known
 
+TRACED_SAMPLES = 2
+"""So many samples are traced together, so that a batch is told from a size."""
+
 
 @dataclass(frozen=True, eq=False)
 class Trace:
@@ -60,12 +63,12 @@ class Trace:
 
 
 def trace_forward(twin: nn.Module, sample: Sample, hooked: Collection[str] = ()) -> Trace:
-    """Trace a copy from `meta_copy` on two samples, so that a batch is told from a size; the copy is used up.
+    """Trace a copy from `meta_copy` on `TRACED_SAMPLES` samples; the copy is used up.
 
     hooked: names of the modules whose forward hooks may do anything. Raises CupError where the network cannot be
     traced, or does not take such inputs.
     """
-    tracer = _Tracer(meta_input(sample, batch=2), hooked)
+    tracer = _Tracer(meta_input(sample, batch=TRACED_SAMPLES), hooked)
     try:
         with _recorded_factories(tracer), _same_chance():
             graph = tracer.trace(twin)
@@ -79,7 +82,7 @@ def trace_forward(twin: nn.Module, sample: Sample, hooked: Collection[str] = ())
 
 def _refusal(twin: nn.Module, sample: Sample) -> Exception | None:
     """What the network raises on shapes alone, if it does not take them."""
-    positional, named = arguments(meta_input(sample, batch=2))
+    positional, named = arguments(meta_input(sample, batch=TRACED_SAMPLES))
     try:
         with torch.no_grad(), torch.device("meta"):
             twin(*positional, **named)

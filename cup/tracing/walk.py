@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import fx
+from torch import fx, nn
 
-from cup.tracing.groups import AxisName, Call, ChannelGroup, Network, Place
+from cup.tracing.groups import AxisName, Call, ChannelGroup, Network, Place, TracedOp, Value
 from cup.tracing.labels import Channels, Labels
 from cup.tracing.meta import Sample
 from cup.tracing.rules import (
@@ -21,13 +21,15 @@ from cup.tracing.rules import (
     Operation,
     find_rule,
     freeze_what_is_counted,
+    gives_parts,
     has_width,
+    is_constant,
     layer_at,
     reads_no_width,
     shape_of,
     unscaled,
 )
-from cup.tracing.tracer import Trace
+from cup.tracing.tracer import TRACED_SAMPLES, Trace
 
 
 def groups_of(trace: Trace, sample: Sample) -> list[ChannelGroup]:
@@ -72,7 +74,7 @@ class _Walk:
             return None
         if node.op == "get_attr":
             return self._read(node)
-        if shape_of(node) is None or node.op == "placeholder":
+        if node.op == "placeholder" or (shape_of(node) is None and not gives_parts(node)):
             if node.meta.get("unknown"):  # several tensors in one value: a chunk, a split, attention, several heads
                 is_output = all(user.op == "output" for user in node.users)
                 self.labels.freeze(inputs, _IS_OUTPUT if is_output else f"{title(node)} is not followed")
@@ -215,13 +217,34 @@ class _Walk:
             Call(layer, (1, *shape_of(read)[1:]), (1, *shape_of(written)[1:]), numbers(value), numbers(result))
             for layer, read, value, written, result in self.calls
         )
-        return Network(sample, calls, np.ones(channel_of.max(initial=-1) + 1, dtype=bool))
+        alive = np.ones(channel_of.max(initial=-1) + 1, dtype=bool)
+        return Network(sample, calls, alive, *self._operations(channel_of))
+
+    def _operations(self, channel_of: np.ndarray) -> tuple[tuple[Value, ...], tuple[TracedOp, ...]]:
+        """Every tensor of the graph, and every operation that reads one."""
+        position: dict[fx.Node, int] = {}
+        values: list[Value] = []
+        operations: list[TracedOp] = []
+        for node in self.nodes:
+            if (shape := shape_of(node)) is not None:
+                position[node] = len(values)
+                known = self.channels[node]
+                axis = (None, None) if known is None else (known.dim, channel_of[known.labels_C])
+                parameter = node.target if node.op == "get_attr" else ""
+                values.append(Value(shape, 0 if is_constant(node) else TRACED_SAMPLES, *axis, parameter))
+            reads = tuple(position[n] for n in node.all_input_nodes if n in position)
+            if reads and node.op.startswith("call"):
+                operations.append(TracedOp(_operation_name(node, self.twin), _owner(node), reads, position.get(node)))
+        return tuple(values), tuple(operations)
 
     def _group(self, entries: dict[str, Entries], reason: str, inner: bool, network: Network) -> ChannelGroup:
         name, first_C = entries["producers"][0]
         channels = np.array(list(dict.fromkeys(first_C.tolist())), dtype=np.int64)
         if not reason and len(channels) == 1 < len(first_C):
             reason = "its channels are tied to each other"
+        for layer, channels_C in entries["producers"]:
+            if not reason and len(set(np.unique(channels_C, return_counts=True)[1])) > 1:
+                reason = f"{layer} has more filters for some of its channels than for others"
         for layer, channels_C in entries["producers"][1:]:
             if not reason and set(channels_C.tolist()) != set(channels.tolist()):
                 reason = f"it shares only some of its channels with {layer}"
@@ -252,6 +275,17 @@ def _tensor_keywords(node: fx.Node) -> bool:
     fx.map_arg(node.kwargs, found.append)
     values = [n for n in found if not (n.op == "get_attr" and node.target in LAYER_FUNCTIONS)]
     return any(shape_of(n) is not None or n.meta.get("unknown") for n in values)
+
+
+def _operation_name(node: fx.Node, twin: nn.Module) -> str:
+    """As in `TracedOp.name`: one spelling for a module, a function and a method that do the same."""
+    name = type(twin.get_submodule(node.target)).__name__ if node.op == "call_module" else title(node)
+    return name.lower().replace("_", "")
+
+
+def _owner(node: fx.Node) -> str:
+    """Dotted name of the innermost module in whose forward pass the node is."""
+    return node.target if node.op == "call_module" else next(reversed(node.meta.get("nn_module_stack") or {}), "")
 
 
 def title(node: fx.Node) -> str:

@@ -17,6 +17,7 @@ from launch.reports.tables import (
     COLUMNS,
     Row,
     cells_of,
+    columns_of,
     kinds_of,
     method_of,
     our_rows,
@@ -106,9 +107,12 @@ def _headline(row: Row) -> dict[str, Any]:
         ("FLOPs reduction", row.reduction, lambda value: f"{value:.2f}x", 2),
         ("top-1 against dense", row.change1, lambda value: f"{value:+.2f} points", 2),
     ]
+    if not row.saving_is_told_apart:
+        numbers = numbers[1:]
     return {
         "name": row.name,
-        "method": row.method + (f", {row.count} runs" if row.count > 1 else ""),
+        "method": row.method + _repetitions(row),
+        "sentence": None if row.saving_is_told_apart else _not_told_apart(row),
         "numbers": [
             (label, words(value.mean), None if value.deviation is None else f"{value.deviation:.{digits}f}")
             for label, value, words, digits in numbers
@@ -117,13 +121,25 @@ def _headline(row: Row) -> dict[str, Any]:
     }
 
 
+def _repetitions(row: Row) -> str:
+    return "" if row.count == 1 else f", {row.count} runs{' of 1 seed' if row.repeats_of_one_seed else ''}"
+
+
+def _not_told_apart(row: Row) -> str:
+    hours = "Process hours" if row.on_cpu else "GPU hours"
+    return (
+        f"{hours}: {row.saving.mean:+.1f}% of saving, and the dense run's own epochs vary by {row.scatter.mean:.1f}%: "
+        "this machine does not tell them apart."
+    )
+
+
 def _results(rows: list[Row]) -> Table:
-    keys = telling(rows)
+    keys, columns = telling(rows), columns_of(rows)
     cells = [
-        [row.name, *(getattr(row, key) for key in keys), method_of(row), str(row.count), *cells_of(row).values()]
+        [row.name, *(getattr(row, key) for key in keys), method_of(row), row.runs, *cells_of(row, columns).values()]
         for row in rows
     ]
-    headings = ["run", *keys, "method", "runs", *(heading for heading, _, _ in COLUMNS)]
+    headings = ["run", *keys, "method", "runs", *(heading for heading, _, _ in columns)]
     return Table(headings, [Line(line) for line in cells], texts=2 + len(keys))
 
 

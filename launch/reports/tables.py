@@ -41,6 +41,30 @@ class Outcome:
             return None
         return 100 * (1 - self.run.hours / statistics.mean(peer.hours for peer in self.timed))
 
+    @property
+    def cpu_hours(self) -> float | None:
+        """Hours of processor time of a CPU run; None where its log does not say, or it began from other weights."""
+        seconds = self.run.done.get("cpu_seconds")
+        return seconds / 3600 if seconds and self.run.first["from"] is None else None
+
+    @property
+    def cpu_saving(self) -> float | None:
+        """Percent of the dense runs' mean processor time."""
+        theirs = [Outcome(peer, [], []).cpu_hours for peer in self.timed]
+        if self.cpu_hours is None or not theirs or None in theirs:
+            return None
+        return 100 * (1 - self.cpu_hours / statistics.mean(theirs))
+
+    @property
+    def scatter(self) -> float | None:
+        """By how many percent the speed of the dense runs' own epochs varies: standard deviation over mean.
+
+        Among epochs of equal image size, so that nothing but the machine makes a difference. Of several dense runs the
+        largest.
+        """
+        found = [scatter for peer in self.timed if (scatter := _scatter_of_epochs(peer)) is not None]
+        return max(found, default=None)
+
     def change(self, key: str) -> float | None:
         """Points against the dense runs' mean. key: "top1" or "top5"."""
         if not self.scored:
@@ -78,9 +102,25 @@ class Row(Measures[Spread]):
     source: str = ""
     count: int = 1
     seeds: str = ""
+    repeats_of_one_seed: bool = False
     on_cpu: bool = False
+    cpu_hours: Spread | None = None
+    cpu_saving: Spread | None = None
+    scatter: Spread | None = None
+    """Of the dense runs' own epochs, percent: a saving below it may be chance."""
+
+    @property
+    def runs(self) -> str:
+        """How many, and of how many seeds where these are fewer."""
+        return f"{self.count} of 1 seed" if self.repeats_of_one_seed else str(self.count)
+
+    @property
+    def saving_is_told_apart(self) -> bool:
+        """Whether the saving is larger than what the machine does to equal epochs anyway."""
+        return self.scatter is None or self.saving is None or abs(self.saving.mean) > self.scatter.mean
 
 
+OF_ACCURACY = ("top1", "top5", "change1", "change5")
 MEASURES = tuple(field.name for field in fields(Measures))
 # (heading, field, decimals); the unit is in the heading
 COLUMNS = (
@@ -91,12 +131,20 @@ COLUMNS = (
     ("GPU hours", "hours", 2),
     ("saving (%)", "saving", 1),
 )
+CPU_COLUMNS = (("CPU hours", "cpu_hours", 4), ("saving of CPU time (%)", "cpu_saving", 1))
+SCATTER_COLUMNS = (("dense epochs vary by (%)", "scatter", 1),)
 ALL_COLUMNS = (
     *COLUMNS[:4],
     ("top-5 against dense (points)", "change5", 2),
     ("GFLOPs", "gflops", 2),
     *COLUMNS[4:],
 )
+
+
+def columns_of(rows: Sequence["Row"]) -> tuple[tuple[str, str, int], ...]:
+    """The columns of a table of ours: the usual ones, and those that some of the rows have."""
+    some = [column for column in (*SCATTER_COLUMNS, *CPU_COLUMNS) if any(getattr(row, column[1]) for row in rows)]
+    return (*COLUMNS, *some)
 
 
 def outcomes(groups: list[Group]) -> list[tuple[Group, list[Outcome]]]:
@@ -120,6 +168,9 @@ def row_of(group: Group, measured: list[Outcome]) -> Row:
     that of a difference of two means; none where only one of the two has repetitions.
     """
     spreads = {key: spread(outcome.values[key] for outcome in measured) for key in MEASURES}
+    repeats_of_one_seed = len(measured) > 1 and len(set(group.seeds)) == 1
+    for key in OF_ACCURACY if repeats_of_one_seed else ():  # they differ by how sums round, if at all
+        spreads[key] = spreads[key] and Spread(spreads[key].mean)
     for key in ("change1", "change5", "saving"):
         spreads[key] = _with_dense_scatter(spreads[key], key, measured)
     return Row(
@@ -130,7 +181,11 @@ def row_of(group: Group, measured: list[Outcome]) -> Row:
         setting=setting(group.one),
         count=len(group.runs),
         seeds=", ".join(map(str, group.seeds)),
+        repeats_of_one_seed=repeats_of_one_seed,
         on_cpu=group.one.done["device"] == "cpu",
+        cpu_hours=spread(outcome.cpu_hours for outcome in measured),
+        cpu_saving=spread(outcome.cpu_saving for outcome in measured),
+        scatter=_without_deviation(measured[0].scatter),
         **spreads,
     )
 
@@ -194,14 +249,26 @@ def notes(groups: list[Group]) -> list[str]:
 def markdown(rows: list[Row]) -> str:
     """The table for people. Hours of a CPU run are marked as such."""
     keys = telling(rows, "network")
-    headings = ("run", *keys, "method", "runs", *(heading for heading, _, _ in COLUMNS))
+    columns = columns_of(rows)
+    headings = ("run", *keys, "method", "runs", *(heading for heading, _, _ in columns))
     texts = 2 + len(keys)
     lines = [f"| {' | '.join(headings)} |", f"|{'---|' * texts}{'---:|' * (len(headings) - texts)}"]
     for row in rows:
-        cells = [row.name, *(getattr(row, key) for key in keys), method_of(row), "" if row.source else str(row.count)]
+        cells = [row.name, *(getattr(row, key) for key in keys), method_of(row), "" if row.source else row.runs]
         cells = [cell.replace("|", "\\|") for cell in cells]  # a folder may be called so
-        lines.append(f"| {' | '.join([*cells, *cells_of(row).values()])} |")
+        lines.append(f"| {' | '.join([*cells, *cells_of(row, columns).values()])} |")
     return "\n".join(lines) + "\n"
+
+
+def _scatter_of_epochs(run: Run) -> float | None:
+    """Percent; None of fewer than three epochs of the last image size."""
+    size = run.epochs[-1].get("image_size")
+    seconds = [1 / line["images_per_s"] for line in run.epochs if line.get("image_size") == size]
+    return 100 * statistics.stdev(seconds) / statistics.mean(seconds) if len(seconds) > 2 else None
+
+
+def _without_deviation(value: float | None) -> Spread | None:
+    return None if value is None else Spread(value)
 
 
 def _how_deep(prune: dict[str, Any], last_epoch: int) -> list[str]:
@@ -269,6 +336,9 @@ def means_csv(rows: list[Row]) -> str:
                 "runs": row.count,
                 "seeds": row.seeds,
                 **measures,
+                "cpu_hours": row.cpu_hours and row.cpu_hours.mean,
+                "cpu_saving_percent": row.cpu_saving and row.cpu_saving.mean,
+                "dense_epochs_vary_percent": row.scatter and row.scatter.mean,
                 "device": "" if row.source else "cpu" if row.on_cpu else "cuda",
             }
         )
@@ -291,6 +361,7 @@ def runs_csv(groups: list[Group]) -> str:
                 **{_CSV_NAMES[key]: value for key, value in outcome.values.items()},
                 "best_top1_percent": outcome.run.done.get("best_top1"),
                 **{key: outcome.run.done.get(key) for key in ("macs", "params")},
+                "cpu_s": outcome.run.done.get("cpu_seconds"),
                 "wall_s": outcome.run.done.get("time_s"),
                 **{f"{kind}_s": outcome.run.done.get("seconds", {}).get(kind) for kind in kinds},
                 "ranks": outcome.run.first["world_size"],

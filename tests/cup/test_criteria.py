@@ -12,6 +12,7 @@ from torch import nn
 import cup
 from cup.criteria import Random
 from cup.criteria.cop import correlations
+from cup.criteria.features import GroupFeatures
 from cup.criteria.ward import clusters_of, removal_order, ward_tree
 from cup.tracing.groups import keep_masks
 
@@ -57,6 +58,23 @@ def test_cup_s_heights_are_those_of_ward_s_merges():
     (cut, *_) = cup.cut_groups(model, cup.channel_groups(model, images), lambda group, ranking: 5)
     assert np.array_equal(cut.ranking.heights, cut.ranking.tree[:, 2])
     assert cut.kept == cut.ranking.kept(5)
+
+
+@pytest.mark.parametrize("name", ["lenet", "many_layers", "dense_like"])
+def test_features_whose_connections_come_and_go_have_the_products_of_the_rows_that_are_left(name):
+    model, images = make_network(name)
+    groups = cup.channel_groups(model, images)
+    random = np.random.default_rng(0)
+    for group in cup.prunable_groups(groups, "all"):
+        features = GroupFeatures(cup.View(model, groups).weights, group)
+        for share in (1.0, 0.05, 0.9, 0.8, 0.8, 0.1, 1.0):
+            kept = [(other, np.flatnonzero(random.random(other.width) < share)) for other in groups if other != group]
+            masks = keep_masks(kept)
+            gram, rows_CF = features.gram(masks), features.rows(masks)
+            assert features.gram(masks) is gram
+            assert np.allclose(gram.squares_C, (rows_CF**2).sum(1), rtol=1e-10)
+            rows_CF = rows_CF - rows_CF.mean(0)
+            assert np.allclose(gram.products_CC, np.triu(rows_CF @ rows_CF.T), rtol=1e-10, atol=1e-10)
 
 
 # --- criteria by the size of weights, against loops ---

@@ -207,7 +207,7 @@ class Parts(nn.Module):
 
 class Custom(nn.Module):
     def forward(self, x):
-        return x.flip(1)
+        return x.roll(1, 1)
 
 
 class OwnConv(nn.Conv2d):
@@ -263,12 +263,12 @@ def wide(x):
 
 
 FROZEN = {
-    "custom module": (lambda s, x: s.head(s.b(s.custom(s.a(x)))), "a", "flip"),
+    "custom module": (lambda s, x: s.head(s.b(s.custom(s.a(x)))), "a", "roll"),
     "einsum": (lambda s, x: s.head(torch.einsum("nchw,cd->ndhw", s.a(x), s.fc.weight.new_ones(8, 8))), "a", "einsum"),
     "integer channel index": (lambda s, x: s.fc(s.a(x)[:, 3].flatten(1)[:, :8]), "a", "getitem"),
     "channel range": (lambda s, x: s.head(s.narrow(s.a(x)[:, :4])), "a", ""),
     "last channels": (lambda s, x: s.head(s.narrow(s.a(x)[:, -4:])), "a", ""),
-    "chunk": (lambda s, x: s.head(s.narrow(s.a(x).chunk(2, 1)[1])), "a", ""),
+    "uneven chunks": (lambda s, x: s.head(s.down(s.a(x).repeat(1, 2, 1, 1).chunk(3, 1)[1])), "a", ""),
     "split": (lambda s, x: s.head(s.narrow(torch.split(s.a(x), 4, dim=1)[0])), "a", ""),
     "unbind": (lambda s, x: s.fc(s.a(x).unbind(3)[0].mean(2)), "a", ""),
     "attention": (lambda s, x: s.fc(s.attention(*[s.embed(x.mean(1))] * 3)[0].mean(1)), "embed", ""),

@@ -1,15 +1,17 @@
 """Which loader is chosen, with how many threads, and what it says when it cannot be had."""
 
+import dataclasses
 import warnings
 
+import numpy as np
 import pytest
 import torch
-from made_images import build, synthetic, taken, write_split
+from made_images import CPU, build, disk_loaders, equal, synthetic, taken, write_split
 
-from data import dali
-from data.batch import DataError
+from data import build_loaders, build_search_loaders, dali
+from data.batch import DataConfig, DataError
 from data.build import default_threads
-from data.images import list_split, list_splits
+from data.images import hold_out, list_split, list_splits
 from data.prepare import prepare_shards
 
 
@@ -123,3 +125,60 @@ def test_a_class_whose_images_are_all_excluded_is_named(image_folder):
     (image_folder / "exclude.txt").write_text("".join(lines))
     with pytest.raises(DataError, match=r"val: the exclude list leaves out every image of class 'bee': keep one, or"):
         list_splits(image_folder)
+
+
+@disk_loaders
+def test_held_out_images_are_left_out_of_training_and_given_to_a_search_alone(photos, loader):
+    config = DataConfig(path=str(photos), loader=loader, batch_size=4, image_size=32, resize_size=40, threads=2)
+    held = dataclasses.replace(config, held_out=3)
+    everything, _ = list_splits(photos)
+    trained, judged = hold_out(everything, 3)
+    assert np.bincount(judged.labels).tolist() == [3, 3]
+    assert sorted([*trained.names, *judged.names]) == sorted(everything.names)
+    train, val = build_loaders(held, rank=0, world_size=1, device=CPU, seed=3)
+    assert (train.num_images, val.num_images) == (8, 10)
+    recalibration, judging = search_loaders(held, 9)
+    assert (recalibration.num_images, judging.num_images) == (8, 6)
+    by_image = {tuple(image.flatten()[:500].tolist()) for images, *_ in taken(judging) for image in images}
+    others = {tuple(image.flatten()[:500].tolist()) for images, *_ in taken(recalibration) for image in images}
+    assert len(others) == 8 and len(by_image) == 6 and not by_image & others
+    for some in (train, val, recalibration, judging):
+        some.close()
+
+
+@disk_loaders
+def test_a_search_sees_the_same_batches_at_every_pass_mixed_and_not_augmented(photos, loader):
+    config = DataConfig(
+        path=str(photos), loader=loader, batch_size=4, image_size=32, resize_size=40, threads=2, held_out=1
+    )
+    recalibration, judging = search_loaders(config, 2)
+    passes = [[taken(loader) for _ in range(2)] for loader in (recalibration, judging)]
+    assert all(equal(first, second) for first, second in passes)
+    labels = torch.cat([batch[1] for batch in passes[0][0]])
+    assert len(labels) == 8 and labels.tolist() != sorted(labels.tolist())
+    for some in (recalibration, judging):
+        some.close()
+
+
+def test_made_images_stay_what_they_are_when_some_are_held_out():
+    whole, _ = synthetic(synthetic_images=64)
+    held, _ = synthetic(synthetic_images=64, held_out=3)
+    pixels = {tuple(image.flatten()[:9].tolist()) for images, *_ in taken(whole) for image in images}
+    assert held.num_images == 34
+    assert {tuple(image.flatten()[:9].tolist()) for images, *_ in taken(held) for image in images} < pixels
+    config = DataConfig(
+        loader="synthetic", batch_size=5, image_size=16, resize_size=16, synthetic_images=64, held_out=3
+    )
+    for loader in search_loaders(config, 2, seed=0):
+        assert {tuple(image.flatten()[:9].tolist()) for images, *_ in taken(loader) for image in images} < pixels
+
+
+def test_a_class_must_keep_images_to_train_on(photos):
+    with pytest.raises(DataError, match=r"held_out: found 7, but class 'ant' has 7 training images; allowed: up to 6"):
+        build(photos, "folder", held_out=7)
+    with pytest.raises(DataError, match="held_out: found 0"):
+        search_loaders(DataConfig(path=str(photos), loader="folder"), 1)
+
+
+def search_loaders(config: DataConfig, batches: int, seed: int = 3):
+    return build_search_loaders(config, recalibration_batches=batches, device=CPU, seed=seed)

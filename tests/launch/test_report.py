@@ -639,3 +639,62 @@ def test_the_way_of_shrinking_in_words(tmp_path: Path):
     assert words(ramp, target_reduction=2.0, last_epoch=6, round_to=8, every=2, scope="all") == (
         "FR 2 in a straight line by epoch 6, every 2 epochs, widths rounded to 8, residual streams too"
     )
+
+
+# Honest figures
+
+
+def with_log(directory: Path, speeds: Sequence[float] = (), cpu_seconds: float | None = None) -> Path:
+    """Give a written run epochs of these images a second, and processor time."""
+    log = directory / "log.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    if speeds:
+        [first, *_] = [line for line in lines if line["event"] == "epoch"]
+        lines = [line for line in lines if line["event"] != "epoch"]
+        lines[1:1] = [
+            first | {"epoch": number, "images_per_s": speed, "image_size": 32}
+            for number, speed in enumerate(speeds, start=1)
+        ]
+    lines[-1] |= {} if cpu_seconds is None else {"cpu_seconds": cpu_seconds, "device": "cpu"}
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return directory
+
+
+def test_repetitions_of_one_seed_give_accuracy_no_deviation(tmp_path: Path):
+    runs = []
+    for number, hours in enumerate([40.0, 42.0, 44.0]):
+        directory = tmp_path / f"cup-{number}"
+        settings = with_settings(directory, seed=7)
+        runs.append(write_run(directory, shrinks=True, hours=hours, top1=70 + 1e-6 * number, **settings))
+    [row] = rows_of(*runs)
+    assert (row.count, row.runs) == (3, "3 of 1 seed")
+    assert row.top1.deviation is None and row.top5.deviation is None
+    assert row.hours.deviation == 2.0
+    assert "| 3 of 1 seed |" in markdown([row])
+
+
+@pytest.mark.parametrize(("speeds", "is_told_apart"), [((990, 1000, 1010), True), ((700, 1000, 1300), False)])
+def test_a_saving_below_the_scatter_of_the_dense_epochs_is_a_sentence(
+    tmp_path: Path, speeds: tuple, is_told_apart: bool
+):
+    """Seconds an epoch: 1/700, 1/1000, 1/1300; standard deviation over mean: 31%, which is above a saving of 10%."""
+    dense = with_log(write_run(tmp_path / "dense", hours=60.0), speeds)
+    cup = write_run(tmp_path / "cup", shrinks=True, hours=54.0, reduction=2.0)
+    groups = group_runs([read_run(dense), read_run(cup)])
+    row = next(row for row in our_rows(groups) if row.name == "cup")
+    seconds = [1 / speed for speed in speeds]
+    assert row.scatter.mean == pytest.approx(100 * statistics.stdev(seconds) / statistics.mean(seconds))
+    text = html.unescape(page(groups, [], []))
+    assert ("GPU hours saved" in text) == is_told_apart
+    assert ("this machine does not tell them apart" in text) != is_told_apart
+    assert "dense epochs vary by (%)" in text
+
+
+def test_runs_on_a_cpu_are_compared_by_processor_time_too(tmp_path: Path):
+    dense = with_log(write_run(tmp_path / "dense", hours=2.0), cpu_seconds=7200.0)
+    cup = with_log(write_run(tmp_path / "cup", shrinks=True, hours=3.0, reduction=2.0), cpu_seconds=5400.0)
+    rows = {row.name: row for row in rows_of(dense, cup)}
+    assert rows["cup"].saving.mean == pytest.approx(-50.0)  # of hours, in which others used the machine
+    assert rows["cup"].cpu_saving.mean == pytest.approx(25.0)
+    assert (rows["dense"].cpu_hours.mean, rows["cup"].cpu_hours.mean) == (2.0, 1.5)
+    assert "saving of CPU time (%)" in markdown(list(rows.values()))

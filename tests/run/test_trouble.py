@@ -15,7 +15,8 @@ from train.checkpoint import saver
 from train.checkpoint.file import CheckpointError, load_checkpoint
 from train.errors import TrainError
 from train.log.rundir import RunDir, read_log
-from train.log.sinks import JsonLines, Sinks, TensorBoard
+from train.log.sinks import JsonLines, Sinks
+from train.log.trackers import TensorBoard
 from train.loop import engine
 from train.loop.evaluation import Evaluation
 
@@ -216,13 +217,13 @@ def test_a_log_that_stays_unwritten_makes_the_end_an_error(tmp_path: Path, monke
 
 
 def test_curves_that_cannot_be_written_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def fail(self: TensorBoard, event: dict) -> None:
+    def fail(self: TensorBoard, values: dict, event: dict) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(TensorBoard, "_write_epoch", fail)
+    monkeypatch.setattr(TensorBoard, "_add", fail)
     log = train(tmp_path)
     notes = [event["message"] for event in events(log, "note")]
-    assert len(notes) == 1 and notes[0].startswith("tensorboard/ can no longer be written and is left out")
+    assert len(notes) == 1 and notes[0].startswith("tensorboard can no longer be written and is left out")
     assert log[-1]["event"] == "done"
 
 
@@ -232,5 +233,5 @@ def test_curves_that_cannot_be_opened_are_left_out(tmp_path: Path):
     shutil.rmtree(tmp_path / "tiny/tensorboard")
     (tmp_path / "tiny/tensorboard").write_text("a file where the folder should be")
     log = train(tmp_path, train__epochs=1, prune__last_epoch=1)
-    assert any("tensorboard cannot be written and is left out" in event["message"] for event in events(log, "note"))
+    assert any("tensorboard is left out" in event["message"] for event in events(log, "note"))
     assert log[-1]["event"] == "done"

@@ -12,6 +12,8 @@ from train.config import RunConfig, config_from_dict, differing_keys, parse_conf
 from train.errors import ConfigError
 from train.renamed import with_new_names
 
+META = ("--prune.method", "meta_pruning", "--data.held_out", "1")
+
 
 def parse(*arguments: str) -> RunConfig:
     return parse_config(list(arguments), "train.py", str(TINY))
@@ -49,6 +51,14 @@ def test_a_recipe_replaces_the_default_one(tmp_path: Path):
         (["--model.width", "1.5"], ["model.width", "1.5", "above 0, up to 1"]),
         (["--model.width", "0.5", "--model.widths", "x"], ["model.widths", "'x' beside width", "one of them"]),
         (["--model.checkpoint", "x", "--model.width", "0.5"], ["model.width", "0.5 beside checkpoint", "one of them"]),
+        ([*META, "--data.held_out", "0"], ["data.held_out", "0", "a whole number from 1 (prune.method: meta_pruning"]),
+        ([*META, "--model.width", "0.5"], ["model.width", "0.5", "allowed: 1 (prune.method: meta_pruning"]),
+        ([*META, "--model.checkpoint", "x.pt"], ["model.checkpoint", "'x.pt'", "null (prune.method: meta_pruning"]),
+        ([*META, "--model.widths", "x.json"], ["model.widths", "'x.json'", "null (prune.method: meta_pruning"]),
+        ([*META, "--prune.round_to", "measured"], ["prune.round_to", "'measured'", "a whole number (prune.method"]),
+        ([*META, "--prune.meta_pruning.scales", "1"], ["prune.meta_pruning.scales", "1", "a whole number from 2"]),
+        ([*META, "--prune.meta_pruning.narrowest", "1"], ["prune.meta_pruning.narrowest", "1", "below 1"]),
+        (["--data.held_out", "-1"], ["data.held_out", "-1", "a whole number from 0"]),
         (["--model.checkpont", "cut.pt"], ["model.checkpont", "unknown key", "did you mean model.checkpoint?"]),
         (["--cup.slop", "1"], ["cup.slop", "unknown key", "did you mean prune.hard_ramp.slope?"]),
         (["--prune.method", "magic"], ["prune.method", "'magic'", "none, hard_ramp, soft_rate, prune_train, early"]),

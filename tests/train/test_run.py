@@ -157,7 +157,7 @@ class Noisy(nn.Module):
 def test_an_interrupted_run_goes_on_with_the_random_numbers_and_the_scale_that_it_had(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ):
-    monkeypatch.setattr("train.build.build_model", lambda name, num_classes: Noisy())
+    monkeypatch.setattr("train.build.build_model", lambda *_: Noisy())
     monkeypatch.setattr("torch.amp.GradScaler", partial(torch.amp.GradScaler, growth_interval=3))
     changes = {"train__precision": precision, "train__epochs": 4, "prune__target_reduction": 1.5}
     undisturbed = train(tmp_path / "a", **changes)
@@ -222,3 +222,20 @@ def test_tensorboard_shows_the_numbers_with_their_units(tmp_path: Path):
     assert {"cup/flops_reduction(x)", "cup/threshold", "time/gpu_hours(h)", "time/data_wait(s)", "val/top1(%)"} <= tags
     shown = [point.value for point in board.Scalars("cup/flops_reduction(x)")]
     assert shown == pytest.approx([event["flops_reduction"] for event in events(log, "epoch")])
+
+
+def test_with_a_moving_average_the_accuracy_of_the_weights_is_logged_too(tmp_path: Path):
+    """An average changes nothing in training, so a run without one has these weights."""
+    averaged = events(train(tmp_path / "a", train__ema_decay=0.9), "epoch")
+    plain = events(train(tmp_path / "b"), "epoch")
+    assert [line["raw_top1"] for line in averaged] == [line["top1"] for line in plain]
+    assert [line["raw_top5"] for line in averaged] == [line["top5"] for line in plain]
+    assert [line["top1"] for line in averaged] != [line["top1"] for line in plain]
+    assert {line["raw_top1"] for line in plain} == {None}
+
+
+def test_epochs_say_the_size_of_their_images(tmp_path: Path):
+    grown = {"data__start_size": 16, "data__grow_epochs": 3, "data__size_step": 4}
+    settings = {"model__name": "resnet20_cifar", "data__channels": 3, "prune__method": "none"}
+    sizes = [line["image_size"] for line in events(train(tmp_path, **grown, **settings), "epoch")]
+    assert sizes == [16, 20, 24]

@@ -4,16 +4,17 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from torch import nn
 
 import cup
 from cup import ChannelGroup, Complexity, CupError, PrunePlan
+from data import Preprocessing
 from data.batch import MAX_PIXELS
 from train.checkpoint.archive import CheckpointError
 from train.checkpoint.file import load_checkpoint, save_checkpoint
-from train.checkpoint.weights import Weights, load_weights
+from train.checkpoint.weights import Weights, load_weights, without_prefix
 from train.network.models import Architecture, build_model
 from train.schema import first_misfit
 
@@ -30,6 +31,7 @@ class StoredNetwork:
     config: the configuration of the run that trained it, as plain data; None for weights from elsewhere.
     gpu_hours: spent on these weights, runs before a cut included; None where unknown.
     classes: their names, in the order of the logits; None where unknown.
+    preprocessing: the images that the weights want; None where unknown.
     """
 
     architecture: Architecture
@@ -40,6 +42,7 @@ class StoredNetwork:
     config: dict[str, Any] | None
     gpu_hours: float | None
     classes: Sequence[str] | None = None
+    preprocessing: Preprocessing | None = None
 
 
 def save_network(path: Path, network: StoredNetwork, widths: dict[str, int]) -> None:
@@ -48,6 +51,7 @@ def save_network(path: Path, network: StoredNetwork, widths: dict[str, int]) -> 
         "architecture": asdict(network.architecture),
         "config": network.config,
         "classes": network.classes and list(network.classes),
+        "preprocessing": network.preprocessing and asdict(network.preprocessing),
         "plans": plans_to_store(network.plans),
         "widths": widths,
         "gpu_hours": network.gpu_hours,
@@ -61,10 +65,12 @@ def load_network(path: Path) -> StoredNetwork:
     """Build the network of a checkpoint at its stored widths. Raises CheckpointError if the file's parts do not fit."""
     content = load_checkpoint(path)
     try:
+        refuse_pruning_net(content)
         architecture = stored_architecture(content)
-        model = build_model(architecture.name, architecture.num_classes)
+        model = build_model(architecture.name, architecture.num_classes, architecture.input_shape[-1])
         dense = cup.complexity(model, architecture.example_input())
         plans = stored_plans(content)
+        preprocessing = stored_preprocessing(content)
         # Only a network that was cut has to be one that can be traced.
         groups = cup.channel_groups(model, architecture.example_input()) if plans else []
         for plan in plans:
@@ -81,6 +87,7 @@ def load_network(path: Path) -> StoredNetwork:
         config=content["config"],
         gpu_hours=content["gpu_hours"],
         classes=content["classes"],
+        preprocessing=preprocessing,
     )
 
 
@@ -102,6 +109,18 @@ def stored_architecture(content: dict[str, Any]) -> Architecture:
     return Architecture(name=stored["name"], num_classes=classes, input_shape=tuple(stored["input_shape"]))
 
 
+def stored_preprocessing(content: dict[str, Any]) -> Preprocessing | None:
+    """The images that the weights want; None where the file does not say. CheckpointError for what no run writes."""
+    stored = content["preprocessing"]
+    if stored is None:
+        return None
+    kinds = get_type_hints(Preprocessing) | dict.fromkeys(("image_size", "resize_size"), range(1, MAX_PIXELS + 1))
+    wrong = stored.keys() != kinds.keys() or first_misfit(stored, kinds) is not None
+    if wrong or len(stored["mean"]) != len(stored["std"]) or not all(value > 0 for value in stored["std"]):
+        raise CheckpointError(f"the stored preprocessing is not as any run writes it: found {str(stored)[:200]}")
+    return Preprocessing(**stored | {name: tuple(stored[name]) for name in ("mean", "std")})
+
+
 def stored_plans(content: dict[str, Any]) -> list[PrunePlan]:
     """The plans that led to the stored widths, in order."""
     try:
@@ -114,9 +133,20 @@ def plans_to_store(plans: Sequence[PrunePlan]) -> str:
     return json.dumps([plan.to_json() for plan in plans])
 
 
+def holds_pruning_net(content: dict[str, Any]) -> bool:
+    """Whether a run of MetaPruning's first stage wrote it, so that its weights are those of a PruningNet."""
+    method = content.get("method")
+    return isinstance(method, dict) and method.get("name") == "meta_pruning"
+
+
+def refuse_pruning_net(content: dict[str, Any]) -> None:
+    """CheckpointError for a PruningNet, which is no network of its own."""
+    if holds_pruning_net(content):
+        raise CheckpointError("it holds a PruningNet, in which launch/search.py finds widths for model.widths")
+
+
 def stored_weights(content: dict[str, Any]) -> Weights:
     """The weights that were evaluated: the moving average's where there is one."""
     if content["ema"] is None:
         return content["model"]
-    prefix = "module."
-    return {key.removeprefix(prefix): value for key, value in content["ema"].items() if key.startswith(prefix)}
+    return without_prefix(content["ema"], "module.")

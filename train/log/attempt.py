@@ -19,10 +19,12 @@ from typing import Any
 
 import yaml
 
+from train.errors import ConfigError
 from train.files import read_bounded
 from train.log.cpu import process_stat
 from train.log.heartbeat import LONGEST_S, MAX_BYTES, MAX_RANKS, Beat
 from train.log.rundir import NAME
+from train.recipes import with_recipe_first
 from train.schema import fits
 
 DEFAULTS = {"root": "runs", "name": "run"}
@@ -77,9 +79,9 @@ def _cpu_s_of_children(pid: int) -> float:
 class Attempt:
     """Word of this process until `end`. Where the root is not there yet, or it cannot be written, there is none."""
 
-    def __init__(self, argv: Sequence[str], default_recipe: Path) -> None:
+    def __init__(self, argv: Sequence[str]) -> None:
         """argv: our own arguments, of which no parser has had a look yet."""
-        root, name = _place(argv, default_recipe)
+        root, name = _place(argv)
         self._path = Path(root) / f".{name}.starting-{secrets.token_hex(4)}"
         self._began = job_began()
         self._file, self._beat = None, None
@@ -154,9 +156,11 @@ def _dead(file: Path) -> dict[str, Any] | None:
     return word if 0 <= word["alive"] - word["began"] <= LONGEST_S and word["alive"] <= time.time() + 1 else None
 
 
-def _place(argv: Sequence[str], default_recipe: Path) -> tuple[str, str]:
+def _place(argv: Sequence[str]) -> tuple[str, str]:
     """The run's root and name on a command line, as far as a look without the parser tells."""
-    place, recipe = dict(DEFAULTS), default_recipe
+    place, recipe = dict(DEFAULTS), None
+    with suppress(ConfigError):  # the run ends with it in a moment
+        argv = with_recipe_first(argv)
     given: dict[str, str] = {}
     words = iter(argv)
     for word in words:
@@ -167,7 +171,7 @@ def _place(argv: Sequence[str], default_recipe: Path) -> tuple[str, str]:
                 recipe = Path(value)
             else:
                 given[option.removeprefix("--run.")] = value
-    with suppress(OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError):
+    with suppress(OSError, ValueError, AttributeError, TypeError, RecursionError, yaml.YAMLError):
         run = yaml.safe_load(read_bounded(recipe, 1 << 20)).get("run") or {}
         place |= {key: str(run[key]) for key in place if key in run}
     place |= given

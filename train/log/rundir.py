@@ -60,8 +60,11 @@ EVENTS = {
         "train_loss": float,
         "top1": float,
         "top5": float,
+        "raw_top1": float | None,
+        "raw_top5": float | None,
         "lr": float,
         "images_per_s": float,
+        "image_size": int,
         "skipped_steps": int,
         "compiled": bool,
         "seconds": SECONDS,
@@ -118,10 +121,6 @@ class RunDir:
     @property
     def log(self) -> Path:
         return self.path / "log.jsonl"
-
-    @property
-    def tensorboard(self) -> Path:
-        return self.path / "tensorboard"
 
     @property
     def last(self) -> Path:

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: JSON lines (the truth), TensorBoard (a view), and the console.
+"""Where a run's numbers go: JSON lines (the truth), the console, and trackers (views; train/log/trackers.py).
 
 Only rank 0 has sinks; the other ranks hold an empty list of them, so no call site has to ask for the rank.
 """
@@ -8,15 +8,13 @@ import fcntl
 import json
 import os
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-import yaml
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
 from train.errors import TrainError
@@ -62,7 +60,7 @@ class Sinks:
         for sink in list(self._sinks):
             try:
                 sink.write(event)
-            except Exception as error:  # TensorBoard raises whatever its writing thread met
+            except Exception as error:  # a tracker raises whatever it met
                 if sink is self._log and not isinstance(error, OSError):
                     raise
                 self._failed(sink, error, event)
@@ -171,82 +169,6 @@ class JsonLines:
         self.sync()
 
 
-class TensorBoard:
-    """The epoch and resize events as curves, with the unit in each tag; the x axis is the epoch."""
-
-    name = "tensorboard/"
-
-    # (tag, key of the epoch event, factor)
-    SCALARS = (
-        ("cup/flops_reduction(x)", "flops_reduction", 1),
-        ("cup/macs_reduction(x)", "macs_reduction", 1),
-        ("cup/threshold", "threshold", 1),
-        ("cup/flops(GFLOPs)", "flops", 1e-9),
-        ("cup/params(M)", "params", 1e-6),
-        ("train/loss", "train_loss", 1),
-        ("train/lr", "lr", 1),
-        ("train/throughput(images_per_s)", "images_per_s", 1),
-        ("val/top1(%)", "top1", 1),
-        ("val/top5(%)", "top5", 1),
-        ("time/gpu_hours(h)", "gpu_hours", 1),
-    )
-
-    def __init__(self, directory: Path, began: float, events: Sequence[Event] = ()) -> None:
-        """began: wall-clock time at which the events' `time_s` is 0; pauses between processes do not show.
-
-        events: what the log holds already. The curves are written anew from them: what killed runs wrote may hold
-        points that a resume has taken back, and lack others that were never flushed.
-        """
-        from torch.utils.tensorboard import SummaryWriter  # its import takes seconds, and rank 0 alone needs it
-
-        for old in directory.glob("events.out.tfevents.*"):
-            old.unlink()
-        self._began = began
-        self._writer = SummaryWriter(str(directory), purge_step=0)  # for viewers that have read the old files
-        for event in events:
-            self.write(event)
-        self._print_failure, threading.excepthook = threading.excepthook, self._thread_failed
-
-    def write(self, event: Event) -> None:
-        if event["event"] == "run" and "config" in event:  # a log of the oldest version lacks it
-            self._writer.add_text("config", f"```\n{yaml.safe_dump(event['config'], sort_keys=False)}```")
-        elif event["event"] == "epoch":
-            self._write_epoch(event)
-        elif event["event"] == "resize":
-            self._add("cup/removed(channels)", sum(event["removed"].values()), event)
-            self._add("cup/resize(s)", event["seconds"], event)
-        elif event["event"] == "zero":
-            self._add("cup/zeroed(channels)", sum(event["removed"].values()), event)
-
-    def _write_epoch(self, event: Event) -> None:
-        for tag, key, factor in self.SCALARS:
-            if event[key] is not None:
-                self._add(tag, event[key] * factor, event)
-        for kind, seconds in event["seconds"].items():
-            self._add(f"time/{kind}(s)", seconds, event)
-        for group, width in event["widths"].items():
-            self._add(f"widths/{group}(channels)", width, event)
-        self._writer.flush()
-
-    def _add(self, tag: str, value: float, event: Event) -> None:
-        self._writer.add_scalar(tag, value, event["epoch"], walltime=self._began + event["time_s"])
-
-    def progress(self, what: str, step: int, steps: int) -> None:
-        pass
-
-    def close(self) -> None:
-        try:
-            self._writer.close()
-        finally:
-            threading.excepthook = self._print_failure
-
-    def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
-        """No traceback of the thread that writes, if the disk is to blame: the next `write` raises the same error."""
-        is_writer = type(failure.thread).__module__.startswith("tensorboard.")
-        if not (is_writer and isinstance(failure.exc_value, OSError)):
-            self._print_failure(failure)
-
-
 class ConsoleSink:
     """Live progress on a terminal, one line an epoch and a resize everywhere, and the closing table."""
 
@@ -258,9 +180,8 @@ class ConsoleSink:
         self._epochs = 0
         self._bar = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=20),
             MofNCompleteColumn(),
-            TimeRemainingColumn(),
             console=self._console,
             transient=True,
             disable=not self._console.is_terminal,
@@ -324,10 +245,12 @@ class ConsoleSink:
 
     def _write_epoch(self, event: Event) -> None:
         seconds = event["seconds"]
+        raw = "" if event["raw_top1"] is None else f" (average; weights {event['raw_top1']:.2f}%)"
         self._print(
-            f"epoch {event['epoch']:>3}/{self._epochs}  loss {event['train_loss']:.4f}  top-1 {event['top1']:6.2f}%  "
-            f"top-5 {event['top5']:6.2f}%  FR {event['flops_reduction']:.2f}  {event['images_per_s']:,.0f} images/s  "
-            f"step {seconds['step']:.1f} s  wait {seconds['data_wait']:.1f} s  eval {seconds['eval']:.1f} s"
+            f"epoch {event['epoch']:>3}/{self._epochs}  loss {event['train_loss']:.4f}  "
+            f"top-1 {event['top1']:6.2f}%{raw}  top-5 {event['top5']:6.2f}%  FR {event['flops_reduction']:.2f}  "
+            f"{event['images_per_s']:,.0f} images/s  {event['image_size']} px  step {seconds['step']:.1f} s  "
+            f"wait {seconds['data_wait']:.1f} s  eval {seconds['eval']:.1f} s"
         )
 
     def _write_done(self, event: Event) -> None:

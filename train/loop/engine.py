@@ -26,6 +26,7 @@ from train.errors import TrainError
 from train.log.ledger import Kind
 from train.loop.evaluation import Evaluation, evaluate
 from train.loop.nonfinite import AFTER_NONFINITE, AFTER_SKIPPING
+from train.loop.pace import Moment, Pace
 from train.loop.progress import EpochSoFar, Progress
 from train.loop.step import training_step, warm_up_buckets
 from train.loop.trainer import Trainer, TrainLoop
@@ -55,8 +56,9 @@ def fit(trainer: Trainer) -> dict[str, Any]:
         loss, images_per_s, all_reduce_s = _train(trainer, epoch)
         with trainer.ledger.charge("eval"):
             _finish_training(trainer, epoch)
-            result = _evaluate(trainer, epoch)
-        line = _epoch_event(trainer, epoch, trainer.so_far, loss, images_per_s, all_reduce_s, result)
+            result = _evaluate(trainer, epoch, trainer.state.eval_model)
+            raw = None if trainer.state.ema is None else _evaluate(trainer, epoch, trainer.state.model)
+        line = _epoch_event(trainer, epoch, trainer.so_far, loss, images_per_s, all_reduce_s, result, raw)
         trainer.so_far = None
         is_best = _advance(trainer.progress, line)
         trainer.sinks.write(line)
@@ -82,6 +84,8 @@ def train_epoch(
     """
     state, steps = loop.state, len(loop.loader)
     state.parallel.train()
+    for name in loop.config.frozen:
+        state.model.get_submodule(name).eval()
     loop.loader.go_to(epoch - 1, so_far.step)
     if loop.guard is not None:
         loop.guard.begin(state)
@@ -95,6 +99,7 @@ def train_epoch(
         with loop.ledger.charge(kind), compile_errors() if kind == "compile" else nullcontext():
             lr = learning_rate(loop.optim, epoch - 1 + step / steps, loop.config.epochs)
             set_learning_rate(state.optimizer, lr)
+            loop.method.before_step(state.model, epoch, step)
             if step == first_step:
                 before_first_step(batch)
             images, labels = loop.mix(batch.images, batch.labels)
@@ -125,7 +130,9 @@ def _train(trainer: Trainer, epoch: int) -> tuple[float, float, float | None]:
         progress.compiled, compiles = trainer.compiler.at_epoch_start(epoch, steps, just_resized, progress.compiled)
     # The first step after a resize builds DDP's buckets and picks kernels for the new shapes.
     first_kind: Kind = "compile" if compiles else "resize_warmup" if just_resized else "step"
-    what = f"epoch {epoch}/{trainer.config.epochs}, FR {trainer.resizer.reduction:.2f}"
+    last_eval_s = progress.last_line.get("seconds", {}).get("eval", 0.0)
+    pace = Pace(trainer.config.epochs, steps, trainer.batch_size, so_far.step, last_eval_s)
+    live = f"epoch {epoch}/{trainer.config.epochs}"
 
     def before_first_step(batch: Any) -> None:
         if trainer.is_resumed and trainer.world.size > 1 and progress.step != progress.wrapped_at:
@@ -133,9 +140,13 @@ def _train(trainer: Trainer, epoch: int) -> tuple[float, float, float | None]:
         trainer.is_resumed = False
 
     def after_step() -> None:
+        nonlocal live
         progress.step += 1
-        trainer.sinks.progress(what, so_far.step, steps)
-        _poll(trainer, epoch)
+        if _poll(trainer, epoch) and trainer.world.is_main:  # the loss was waited for just now
+            loss = so_far.loss_sum.item() / so_far.step
+            reduction = trainer.resizer.reduction
+            live = pace.text(Moment(epoch, so_far.step, reduction, trainer.image_size(epoch), loss))
+        trainer.sinks.progress(live, so_far.step, steps)
 
     trainer.watch.restart()
     train_epoch(trainer.loop, epoch, so_far, first_kind, before_first_step, after_step)
@@ -167,8 +178,11 @@ def _mean_loss(trainer: Trainer, epoch: int) -> float:
     raise TrainError(f"the loss is {loss} in epoch {epoch}: {AFTER_NONFINITE}")
 
 
-def _poll(trainer: Trainer, epoch: int) -> None:
-    """After a step: save, stop or give up, if the ranks have agreed to. Raises Stopped or TrainError on all of them."""
+def _poll(trainer: Trainer, epoch: int) -> bool:
+    """After a step: save, stop or give up, if the ranks have agreed to; whether it was time for a look.
+
+    Raises Stopped or TrainError on all ranks.
+    """
     guard = trainer.loop.guard
 
     def is_broken() -> bool:
@@ -178,7 +192,7 @@ def _poll(trainer: Trainer, epoch: int) -> None:
 
     decision = trainer.watch.step(is_broken)
     if decision is None:
-        return
+        return False
     where = f"in epoch {epoch}, at or before step {trainer.so_far.step}"
     if decision.broken and guard is not None:
         raise TrainError(
@@ -192,6 +206,7 @@ def _poll(trainer: Trainer, epoch: int) -> None:
             trainer.save(trainer, False)
     if decision.stop:
         raise Stopped
+    return True
 
 
 def _finish_training(trainer: Trainer, epoch: int) -> None:
@@ -207,12 +222,11 @@ def _finish_training(trainer: Trainer, epoch: int) -> None:
     trainer.so_far.is_trained = True
 
 
-def _evaluate(trainer: Trainer, epoch: int) -> Evaluation:
-    state = trainer.state
+def _evaluate(trainer: Trainer, epoch: int, model: torch.nn.Module) -> Evaluation:
     trainer.watch.restart()
     with trainer.compiler.paused():
         return evaluate(
-            state.eval_model, trainer.val_loader, state.precision, trainer.world, lambda: _poll(trainer, epoch)
+            model, trainer.val_loader, trainer.state.precision, trainer.world, lambda: _poll(trainer, epoch)
         )
 
 
@@ -266,9 +280,11 @@ def _epoch_event(
     images_per_s: float,
     all_reduce_s: float | None,
     result: Evaluation,
+    raw: Evaluation | None,
 ) -> dict[str, Any]:
     """The epoch event. All ranks call it: it gathers their seconds since the event before.
 
+    raw: of the weights themselves where `result` is their moving average's.
     seconds: means over the ranks. time_s: of rank 0 at the moment of its own seconds, `seconds_by_rank[0]`, which
     add up to it over the events.
     all_reduce_s: the part of the steps' seconds in which a rank waits for the all-reduce of gradients, mean over ranks.
@@ -292,8 +308,11 @@ def _epoch_event(
         "train_loss": loss,
         "top1": result.top1,
         "top5": result.top5,
+        "raw_top1": None if raw is None else raw.top1,
+        "raw_top5": None if raw is None else raw.top5,
         "lr": trainer.state.optimizer.param_groups[0]["lr"],
         "images_per_s": images_per_s,
+        "image_size": trainer.image_size(epoch),
         "skipped_steps": int(so_far.skipped),
         "compiled": trainer.progress.compiled,
         "seconds": {kind: sum(report[kind] for report in reports) / len(reports) for kind in reports[0]},

@@ -50,6 +50,10 @@ class Trainer:
     """From a resume until this process's first training step."""
     sinks: Sinks
     watch: Watch
+    batch_size: int
+    """Images a step, all ranks together."""
+    image_size: Callable[[int], int]
+    """Epoch (1, 2, ...) -> side of its training images, pixels."""
     save: Callable[["Trainer", bool], None]
     """Writes a checkpoint of this trainer; the flag says whether it is the best so far. All ranks call it."""
 

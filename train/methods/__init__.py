@@ -3,6 +3,7 @@
 from train.methods.config import METHODS, PruneConfig, build_method
 from train.methods.early import Early, EarlyConfig
 from train.methods.hard_ramp import HardRamp, HardRampConfig
+from train.methods.meta_pruning import MetaPruning, MetaPruningConfig
 from train.methods.method import Action, Dense, Method
 from train.methods.prune_train import PruneTrain, PruneTrainConfig
 from train.methods.soft_rate import SoftRate, SoftRateConfig
@@ -15,6 +16,8 @@ __all__ = [
     "EarlyConfig",
     "HardRamp",
     "HardRampConfig",
+    "MetaPruning",
+    "MetaPruningConfig",
     "Method",
     "PruneConfig",
     "PruneTrain",

@@ -53,6 +53,12 @@ class Method:
     def after_action(self, action: Action, view: View) -> None:
         """An action has removed or zeroed channels; `view` shows the network after it. Called on all ranks."""
 
+    def before_step(self, model: nn.Module, epoch: int, step: int) -> None:
+        """A step is about to begin, the one after so many (0, 1, ...) of this epoch. Called on all ranks.
+
+        model: the network itself, not its DDP wrapper.
+        """
+
     def penalty(self, model: nn.Module) -> Tensor | None:
         """A scalar that is added to the loss of each step, or None. Called on all ranks; the logged loss is without it.
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +9,7 @@ import torchvision
 from torch import nn
 
 from train.errors import ConfigError
+from train.network.published import published, timm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,27 +28,32 @@ class Architecture:
         return torch.zeros(1, *self.input_shape)
 
 
-def build_model(name: str, num_classes: int) -> nn.Module:
+def build_model(name: str, num_classes: int, image_size: int | None = None) -> nn.Module:
     """A freshly initialised classifier for `num_classes`.
 
     name: a classification model of torchvision (`resnet50`), `timm:NAME`, or one of `lenet`, `mlp` (28 x 28 grey),
         `vgg16_cifar`, `resnet20_cifar`, `resnet32_cifar`, `resnet44_cifar`, `resnet56_cifar` (32 x 32).
+    image_size: side of its images, pixels, which only torchvision's ViT has to know; 224 if not given.
     Raises ConfigError for an unknown name.
     """
     check_model_name(name)
     if name in OWN_MODELS:
         return OWN_MODELS[name](num_classes)
     if name.startswith("timm:"):
-        return _timm().create_model(name.removeprefix("timm:"), num_classes=num_classes)
+        return timm().create_model(name.removeprefix("timm:"), num_classes=num_classes)
+    options: dict[str, object] = {}
     # Their auxiliary heads return several logits, which this trainer has no loss for.
-    options = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    if name in ("googlenet", "inception_v3"):
+        options |= {"aux_logits": False, "init_weights": True}
+    if name.startswith("vit_") and image_size is not None:
+        options["image_size"] = image_size
     return torchvision.models.get_model(name, num_classes=num_classes, **options)
 
 
 def check_model_name(name: str) -> None:
     """Raise ConfigError for a name that `build_model` does not know; builds nothing."""
     if name.startswith("timm:"):
-        if not _timm().is_model(name.removeprefix("timm:")):
+        if not timm().is_model(name.removeprefix("timm:")):
             raise ConfigError(f"model.name: found {name!r}, which timm does not know; timm.list_models() names them")
     elif name not in OWN_MODELS and name not in torchvision.models.list_models(module=torchvision.models):
         raise ConfigError(
@@ -58,15 +63,16 @@ def check_model_name(name: str) -> None:
 
 
 def native_input_shape(name: str) -> tuple[int, int, int]:
-    """The images that the network called `name` was made for: (channels, height, width)."""
+    """The images that the network called `name` was made for, as published: (channels, height, width)."""
     check_model_name(name)
     if name in ("lenet", "mlp"):
         return 1, 28, 28
     if name in OWN_MODELS:
         return 3, 32, 32
     if name.startswith("timm:"):
-        return tuple(_timm().get_pretrained_cfg(name.removeprefix("timm:")).input_size)
-    return (3, 299, 299) if name == "inception_v3" else (3, 224, 224)
+        return tuple(timm().get_pretrained_cfg(name.removeprefix("timm:")).input_size)
+    side = 224 if name.startswith("vit_") else published(name).preprocessing.image_size  # a ViT is built for its side
+    return 3, side, side
 
 
 class CifarResNet(nn.Module):
@@ -188,11 +194,3 @@ OWN_MODELS: dict[str, Callable[[int], nn.Module]] = {
     "resnet56_cifar": lambda num_classes: CifarResNet(9, num_classes),
 }
 """Name -> what builds the network for a number of classes. A new network is a file and a line here."""
-
-
-def _timm() -> ModuleType:
-    try:
-        import timm
-    except ImportError as error:
-        raise ConfigError("model.name: timm:NAME needs timm, which is not installed: pip install timm") from error
-    return timm

@@ -12,6 +12,7 @@ class Precision:
     """Weights stay fp32; the forward pass runs in `name`. Only fp16 needs its loss scaled."""
 
     def __init__(self, name: PrecisionName, device: torch.device) -> None:
+        self.name = name
         self._device_type = device.type
         self._dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
