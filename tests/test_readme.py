@@ -13,7 +13,7 @@ from launching import ROOT, train
 from pages import anchors, broken_links, code_blocks, commands
 
 import cup
-from launch import bench, evaluate, export, prepare, prune, report, search
+from launch import bench, compare, evaluate, export, prepare, prune, report, search
 from train.checkpoint.file import load_checkpoint
 from train.config import parse_config
 from train.errors import ConfigError
@@ -27,6 +27,7 @@ TEXT = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page i
 LIBRARY = TEXT["cup/README.md"]
 SCRIPTS = {
     "bench": bench,
+    "compare": compare,
     "evaluate": evaluate,
     "export": export,
     "prepare": prepare,

@@ -17,6 +17,8 @@ from launch.grids.runner import ENDED_BADLY, State, Status
 
 LINE_EVERY_S = 60.0
 LOOK_EVERY_S = 1.0
+AROUND_ROWS = 5
+"""Lines of a table that are no rows, and one to spare."""
 STYLES = {
     State.DONE: "green",
     State.RUNNING: "bold cyan",
@@ -115,7 +117,7 @@ class Lines:
 
 
 class LiveTable:
-    """A row a method and setting, a column a seed; below it what runs, and what went wrong."""
+    """How much is done and left, what went wrong, and a table: a row a method and setting, a column a seed."""
 
     def __init__(self, console: Console, watch: Progresses, at_a_time: int) -> None:
         self._watch, self._at_a_time = watch, at_a_time
@@ -138,18 +140,23 @@ class LiveTable:
     def _drawn(self, statuses: Mapping[str, Status]) -> Group:
         jobs = self._watch.jobs
         seeds = list(dict.fromkeys(job.seed for job in jobs.values()))
-        table = Table(expand=False, pad_edge=False)
+        table = Table()
         table.add_column("method or control")
         for seed in seeds:
             table.add_column(f"seed {seed}", justify="right", no_wrap=True)
-        rows = dict.fromkeys((job.entry.name, job.setting) for job in jobs.values())
-        names = {(job.entry.name, job.setting, job.seed): name for name, job in jobs.items()}
-        for entry, setting in rows:
-            cells = [self._cell(names[entry, setting, seed], statuses) for seed in seeds]
-            table.add_row(" ".join(filter(None, [entry, setting])), *cells)
+        rows: dict[str, dict[int, str]] = {}
+        for name, job in jobs.items():
+            rows.setdefault(" ".join(filter(None, [job.entry.name, job.setting])), {})[job.seed] = name
         bad = [f"{name}: {one.state.value}, {one.why}" for name, one in statuses.items() if one.state in ENDED_BADLY]
         left = left_in_words(self._watch.seconds_left(statuses, self._at_a_time))
-        return Group(table, Text(f"{_count(statuses)} {left}"), *(Text(line, style="red") for line in bad))
+        above = [Text(f"{_count(statuses)} {left}"), *(Text(line, style="red") for line in bad)]
+        console = self._live.console
+        room = console.height - AROUND_ROWS - sum(len(line.wrap(console, console.width)) for line in above)
+        runs = [any(statuses[one].state is State.RUNNING for one in names.values()) for names in rows.values()]
+        shown = _window(runs, room)
+        for label, names in list(rows.items())[shown]:
+            table.add_row(label, *(self._cell(names[seed], statuses) for seed in seeds))
+        return Group(*above, table)
 
     def _cell(self, name: str, statuses: Mapping[str, Status]) -> Text:
         status, progress = statuses[name], self._watch.of(name)
@@ -162,6 +169,13 @@ class LiveTable:
                 words += f", {in_words(progress.left * progress.an_epoch_s)}"
             return Text(words if status.state in (State.RUNNING, State.WAITING) else status.state.value, style=style)
         return Text(status.state.value, style=style)
+
+
+def _window(runs: list[bool], room: int) -> slice:
+    """Which rows to show where there is room for so many; runs: whether something runs in each."""
+    first = runs.index(True) if True in runs else len(runs)
+    start = max(0, min(first - 1, len(runs) - room))
+    return slice(start, start + max(1, room))
 
 
 def in_words(seconds: float) -> str:

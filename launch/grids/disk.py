@@ -11,7 +11,7 @@ OUT/lock                  held while a compare.py works on the grid
 
 import fcntl
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,14 +81,15 @@ class Disk:
         run_dir = self.run_dir(job.name)
         if not run_dir.config.exists():
             return None
-        changed = changed_settings(run_dir, config)
-        path = read_config(run_dir).settings["data"]["path"]
+        stored = read_config(run_dir).settings
+        changed = changed_settings(run_dir, _as_placed(config, stored["model"]))
+        path = stored["data"]["path"]
         if path != config.data.path:  # with which a run may go on, for images move; a comparison is of one data set
             changed.append(f"data.path ({path!r} there, {config.data.path!r} now)")
         if changed:
             return f"the grid has changed since {run_dir.path} was begun: {', '.join(changed)}"
-        stored, now = read_json(self.origin(job.name)), self.origin_now(job)
-        if stored is not None and (changed := differing_keys(now, stored)):
+        origin = read_json(self.origin(job.name))
+        if origin is not None and (changed := differing_keys(self.origin_now(job), origin)):
             return f"what {run_dir.path} was made from has changed since: {', '.join(changed)}"
         return None
 
@@ -109,6 +110,20 @@ class Disk:
         command = read_json(self.command(job)) or {"wall_s": 0.0, "cpu_s": 0.0}
         own = Cost(done["gpu_hours"], None if cpu is None else cpu / 3600)
         return own + Cost(command["wall_s"] / 3600, command["cpu_s"] / 3600)
+
+
+def _as_placed(config: RunConfig, stored: dict[str, Any]) -> RunConfig:
+    """The configuration with the places of our own files as they were, for the folder may have been moved since.
+
+    stored: the settings of `model`. What the files hold, `origin_now` tells.
+    """
+    paths = {name: (stored[name], getattr(config.model, name)) for name in ("checkpoint", "widths")}
+    moved = {
+        name: there
+        for name, (there, now) in paths.items()
+        if None not in (there, now) and Path(there).parts[-2:] == Path(now).parts[-2:]
+    }
+    return replace(config, model=replace(config.model, **moved))
 
 
 def hold(path: Path) -> Any:

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from launching import ROOT, TINY, launch
 
 from launch import compare
 from launch.grids import runner
-from launch.grids.board import Progresses, in_words
+from launch.grids.board import Progresses, _window, in_words
 from launch.grids.disk import Disk
 from launch.grids.grid import read_grid
 from launch.grids.jobs import plan_jobs
@@ -301,7 +302,8 @@ def test_killed_and_started_again_a_comparison_goes_on_where_it_was(tmp_path: Pa
     assert "and saved; to go on" in (tmp_path / "out/output/dense_s0.txt").read_text()
 
     process = started()
-    os.kill(pid_of_training(process.pid), signal.SIGKILL)
+    training = pid_of_training(process.pid)
+    os.kill(training, signal.SIGKILL)
     wait_for(lambda: pid_of_training(process.pid) not in (0, training))  # the next run of the grid
     process.terminate()
     out, err = process.communicate(timeout=120)
@@ -345,6 +347,25 @@ def test_how_long_still_is_told_from_the_pace_so_far(tmp_path: Path):
     statuses["thin_fr2_s0"] = Status(State.FAILED)
     assert progresses.seconds_left(statuses, 2) == (30 + 6 * 2 * 30) / 2
     assert [in_words(seconds) for seconds in (45, 600, 11_100)] == ["45 s", "10 min", "3 h 05 min"]
+
+
+def test_on_a_low_terminal_the_rows_that_run_are_shown():
+    waiting, running = [False], [True]
+    assert _window(waiting * 3, room=10) == slice(0, 10)
+    assert _window(waiting * 9 + running + waiting * 10, room=5) == slice(8, 13)
+    assert _window(waiting * 19 + running, room=5) == slice(15, 20)
+    assert _window(waiting * 20, room=-3).stop > _window(waiting * 20, room=-3).start
+
+
+def test_a_folder_that_was_moved_holds_the_same_runs(finished: tuple[Path, list[str]], tmp_path: Path):
+    folder, order = finished
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(folder / "out", moved)
+    grid = read_grid(folder / "tiny.yaml", out=moved)
+    found = runner.Runner(plan_jobs(grid), Disk(grid.out), at_a_time=1, ranks=1)
+    found.look()
+    assert {name: status.why for name, status in found.statuses.items()} == dict.fromkeys(order, "")
+    assert {status.state for status in found.statuses.values()} == {State.DONE}
 
 
 @pytest.mark.parametrize(
