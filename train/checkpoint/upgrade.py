@@ -1,14 +1,15 @@
 """Checkpoints that earlier versions wrote, brought to today's format.
 
 Format 2 was written at the ends of epochs only, format 3 in the middle of them, too. Format 4 names the pruning method
-and holds its state. Format 5 holds the run's id and log, and the names of the classes.
+and holds its state. Format 5 holds the run's id and log, and the names of the classes. Format 6 holds the device whose
+seconds the run plans with.
 """
 
 from typing import Any, get_args
 
 from train.log.ledger import Kind
 
-FORMAT = 5
+FORMAT = 6
 WITHOUT_CHECKSUM = (2,)
 """Formats that had none yet."""
 
@@ -18,7 +19,7 @@ def upgrade(content: dict[str, Any]) -> dict[str, Any]:
 
     Raises ValueError for an unknown format, KeyError or TypeError for content that is not as its format says.
     """
-    steps = {2: _from_2, 3: _from_3, 4: _from_4}
+    steps = {2: _from_2, 3: _from_3, 4: _from_4, 5: _from_5}
     while (found := content["format"]) != FORMAT:
         if found not in steps:
             raise ValueError(f"found format {found!r}, allowed: {', '.join(map(str, steps))} and {FORMAT}")
@@ -60,3 +61,7 @@ def _from_3(content: dict[str, Any]) -> dict[str, Any]:
 def _from_4(content: dict[str, Any]) -> dict[str, Any]:
     content = content | {"classes": None}
     return content if "ranks" not in content else content | {"run_id": None, "log": None}
+
+
+def _from_5(content: dict[str, Any]) -> dict[str, Any]:
+    return content if "ranks" not in content else content | {"step_device": None}
