@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import torch
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
-from cup import CupError
+from cup import DEVICES, CupError
 from data import DataConfig
 from data.batch import DECODING_ON_GPU, ON_DISK, require_sizes
 from train.errors import ConfigError
@@ -34,6 +34,7 @@ from train.renamed import NEW_NAMES, options_with_new_names, with_new_names
 
 T = TypeVar("T")
 
+RAMPS_TO_A_TARGET = ("reduction", "speedup")
 OF_CRITERIA = ("prune.criterion", "prune.features", "prune.use_bias")
 OF_CUTS = tuple(f"prune.{name}" for name in WITHOUT_EFFECT)
 RAMP_IN_T = ("prune.hard_ramp.slope", "prune.hard_ramp.offset")
@@ -159,6 +160,13 @@ class RunConfig:
         last = self.prune.last_epoch
         if self.prune.shrinks and last is not None and last > self.train.epochs:
             raise ValueError(f"prune.last_epoch: found {last}, allowed: up to train.epochs ({self.train.epochs})")
+        if self.prune.shrinks and self.prune.target_speedup and self.prune.device != "measured":
+            known = DEVICES[self.prune.device].matrix
+            if self.train.precision not in known:
+                raise ValueError(
+                    f"prune.device: found {self.prune.device}, which has no rates in train.precision "
+                    f"{self.train.precision}; it has: {', '.join(known)}"
+                )
         first = self.prune.early.first_epoch
         if self.prune.method == "early" and first > self.train.epochs:
             raise ValueError(
@@ -208,7 +216,8 @@ class RunConfig:
             (prune.trains_pruning_net, OF_CUTS, "prune.method: meta_pruning, which cuts nothing"),
             (prune.trains_pruning_net, ["train.compile", "train.compile_steps"], "widths that change at every step"),
             (prune.criterion != "cup", ["prune.features", "prune.use_bias"], f"prune.criterion: {prune.criterion}"),
-            (prune.hard_ramp.kind == "reduction", RAMP_IN_T, "prune.hard_ramp.kind: reduction"),
+            (prune.hard_ramp.kind in RAMPS_TO_A_TARGET, RAMP_IN_T, f"prune.hard_ramp.kind: {prune.hard_ramp.kind}"),
+            (prune.target_speedup is None, ["prune.device"], "prune.target_speedup: null"),
             (self.optim.schedule == "cosine", ["optim.milestones", "optim.gamma"], "optim.schedule: cosine"),
             (self.optim.name == "apex_lamb", ["optim.momentum", "optim.nesterov"], "optim.name: apex_lamb"),
             (self.train.compile == "none", ["train.compile_steps"], "train.compile: none"),

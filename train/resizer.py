@@ -14,7 +14,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 import cup
-from cup import ChannelGroup, PrunePlan, View
+from cup import ChannelGroup, Cost, PrunePlan, View
 from train.errors import TrainError
 from train.methods import Action
 from train.network.optim import reset_state
@@ -62,10 +62,12 @@ class Resizer:
         self.groups = _groups(model, example_input, scope)
         self.dense = self.now = cup.complexity(model, example_input)
         self.plans: list[PrunePlan] = []
+        self.cost: Cost | None = None
+        """What a step costs, for methods that aim at a speed-up; the same on all ranks."""
 
     def view(self, model: torch.nn.Module) -> View:
         """What methods may see."""
-        return View(model, self.groups, self.dense, self.now)
+        return View(model, self.groups, self.dense, self.now, self.cost)
 
     @property
     def widths(self) -> dict[str, int]:
@@ -76,6 +78,10 @@ class Resizer:
     def reduction(self) -> float:
         """FR: FLOPs at full width over FLOPs now, in the paper's counting."""
         return self.dense.flops / self.now.flops
+
+    def speedup(self, model: torch.nn.Module) -> float | None:
+        """A step at full width over a step now, as modelled; None without a cost model."""
+        return None if self.cost is None else self.view(model).speedup
 
     def replay(self, state: TrainState, plans: list[PrunePlan]) -> None:
         """Bring a full-width state to stored widths. Every rank calls it with the same plans, before DDP."""

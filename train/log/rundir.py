@@ -56,6 +56,7 @@ EVENTS = {
         **COST,
         "epoch": EPOCH,
         "threshold": float | None,
+        "step_speedup": float | None,
         "widths": dict[str, int],
         "train_loss": float,
         "top1": float,

@@ -287,6 +287,7 @@ def _epoch_event(
     raw: of the weights themselves where `result` is their moving average's.
     seconds: means over the ranks. time_s: of rank 0 at the moment of its own seconds, `seconds_by_rank[0]`, which
     add up to it over the events.
+    step_speedup: of a training step over the full network's, as modelled; None where no cost model is asked for.
     all_reduce_s: the part of the steps' seconds in which a rank waits for the all-reduce of gradients, mean over ranks.
     peak_memory: bytes, of the rank that needs most. compiled: whether blocks ran compiled.
     """
@@ -301,6 +302,7 @@ def _epoch_event(
         "threshold": so_far.threshold,
         "flops_reduction": dense.flops / cost.flops,
         "macs_reduction": dense.macs / cost.macs,
+        "step_speedup": trainer.resizer.speedup(trainer.state.model),
         "flops": cost.flops,
         "macs": cost.macs,
         "params": cost.params,
