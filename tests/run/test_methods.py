@@ -18,6 +18,7 @@ METHODS = {
     },
     "early": {"method": "early", "early__patience": 1, "early__similarity": 0.5},
     "random": {"criterion": "random"},
+    "folded": {"fold": "true"},
 }  # fmt: skip
 
 
