@@ -1,4 +1,4 @@
-"""What surrounds a cut: the loss before and after it, batch-norm statistics that are measured anew."""
+"""What surrounds a cut: the loss before and after it, batch norm measured anew, the learning rate."""
 
 import copy
 from pathlib import Path
@@ -141,3 +141,26 @@ def test_a_recalibrated_cut_costs_less_and_takes_batches_that_training_sees_all_
     assert other["loss_before"] == one["loss_before"] and other["digest"] == one["digest"]
     assert other["loss_after"] < one["loss_after"]
     assert numbers(recalibrated)[1][1] == numbers(plain)[1][1], "training itself sees no running statistics"
+
+
+def test_the_learning_rate_warms_up_anew_after_each_cut_across_a_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Epochs of 4 steps, cuts before steps 4 and 8 (from 0), a warm-up of 5 steps, of which the second cut ends one."""
+    rates: list[float] = []
+    honest = engine.training_step
+    monkeypatch.setattr("train.loop.watch.MAX_STEPS", 1)
+
+    def step(state, *arguments):
+        rates.append(state.optimizer.param_groups[0]["lr"])
+        return honest(state, *arguments)
+
+    monkeypatch.setattr(engine, "training_step", step)
+    settings = {"run__save_every_minutes": 1e-9, "optim__rewarm_steps": 5, "optim__schedule": "step"}
+    undisturbed = train(tmp_path / "a", **settings)
+    sixths = [6, 6, 6, 6, 1, 2, 3, 4, 1, 2, 3, 4]
+    assert rates == pytest.approx([0.05 * share / 6 for share in sixths])
+    del rates[:]
+    again = interrupted(tmp_path / "b", monkeypatch, 7, **settings)
+    assert rates == pytest.approx([0.05 * share / 6 for share in sixths])
+    assert same_end(tmp_path, undisturbed, again)
