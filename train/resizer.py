@@ -89,15 +89,29 @@ class Resizer:
             self._cut(state, plan)
 
     def act(self, decide: Decide, state: TrainState, world: World) -> Outcome | None:
-        """Ask for an action on rank 0 and carry it out on all ranks. All ranks call it.
+        """`ask`, then `carry_out`; None where no action was asked for. All ranks call it."""
+        action = self.ask(decide, state, world)
+        return None if action is None else self.carry_out(action, state, world)
 
-        state: changed in place; its `parallel` is wrapped anew after a cut. Returns None where no action was asked for,
-        an outcome that removed nothing where its plan keeps all channels.
+    def ask(self, decide: Decide, state: TrainState, world: World) -> Action | None:
+        """What rank 0 decides, on all ranks. All ranks call it."""
+
+        def decided() -> dict[str, Any] | None:
+            # The other ranks of this machine wait for the plan: NumPy's matrix products may have their cores, torch's
+            # operations in between not: two thread pools that wait for each other made planning three times slower.
+            with threadpool_limits(available_cores(), user_api="blas"):
+                action = decide(self.view(state.model))
+            return None if action is None else {"plan": action.plan.to_json(), "soft": action.soft}
+
+        received = world.on_rank_zero(decided)
+        return received and Action(PrunePlan.from_json(received["plan"]), received["soft"])
+
+    def carry_out(self, action: Action, state: TrainState, world: World) -> Outcome:
+        """Do it. All ranks call this with equal actions; a plan that keeps all channels does nothing.
+
+        state: changed in place; its `parallel` is wrapped anew after a cut.
         Raises ResizeError on every rank if the ranks do not end with equal bits.
         """
-        action = self._broadcast(decide, state, world)
-        if action is None:
-            return None
         before = self.reduction
         if not action.plan.removed:
             return Outcome(action, {}, before, before, [])
@@ -110,17 +124,6 @@ class Resizer:
         if not action.soft:
             state.parallel = world.wrap(state.model)
         return Outcome(action, action.plan.removed, before, self.reduction, digests)
-
-    def _broadcast(self, decide: Decide, state: TrainState, world: World) -> Action | None:
-        def decided() -> dict[str, Any] | None:
-            # The other ranks of this machine wait for the plan: NumPy's matrix products may have their cores, torch's
-            # operations in between not: two thread pools that wait for each other made planning three times slower.
-            with threadpool_limits(available_cores(), user_api="blas"):
-                action = decide(self.view(state.model))
-            return None if action is None else {"plan": action.plan.to_json(), "soft": action.soft}
-
-        received = world.on_rank_zero(decided)
-        return received and Action(PrunePlan.from_json(received["plan"]), received["soft"])
 
     def _apply(self, action: Action, state: TrainState) -> str:
         """On one rank; returns the digest of the state that comes of it."""

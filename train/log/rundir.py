@@ -84,6 +84,8 @@ EVENTS = {
         "flops_reduction_before": float,
         "flops_reduction_after": float,
         "removed": dict[str, int],
+        "loss_before": float | None,
+        "loss_after": float | None,
         "seconds": float,
         "digest": str,
         "digests": list[str],

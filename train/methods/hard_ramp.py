@@ -58,7 +58,9 @@ class HardRamp(Method):
         self._target, self._every = shared.target, shared.every
         self._last_epoch = min(shared.last_epoch or epochs, epochs)
         name = "CUP-SS" if shared.criterion == "cup" else f"{shared.criterion}, hard ramp"
-        self.label = name + (" (momentum reset)" if shared.momentum == "reset" else "")
+        changes = [("momentum reset", shared.momentum == "reset"), ("folded", shared.fold)]
+        settings = ", ".join(change for change, is_made in changes if is_made)
+        self.label = f"{name} ({settings})" if settings else name
 
     def may_resize(self, epoch: int, view: View) -> bool:
         return cup.is_cut_epoch(epoch, self._every, self._last_epoch) and not has_landed(view, self._target)
