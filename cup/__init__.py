@@ -1,6 +1,7 @@
 """CUP as a library: find filters that do the same work, keep one of each, resize the network under training.
 
-Tensors and plain data in, plain data out: nothing here knows of ranks, files, logging or the clock.
+Tensors and plain data in, plain data out: nothing here knows of ranks, logging or the clock, and only `load`, `save`
+and `read_saved` touch files.
 """
 
 from cup.carry import carry_ema, carry_optimizer, check_optimizer
@@ -25,6 +26,7 @@ from cup.planning import (
     uniform_widths,
     uniform_widths_at,
 )
+from cup.saved import SavedNetwork, load, read_saved, save
 from cup.surgery import (
     Resized,
     apply_plan,
@@ -54,6 +56,7 @@ __all__ = [
     "PrunePlan",
     "Ranking",
     "Resized",
+    "SavedNetwork",
     "View",
     "apply_plan",
     "carry_ema",
@@ -68,13 +71,16 @@ __all__ = [
     "flops_after",
     "has_reached",
     "is_cut_epoch",
+    "load",
     "mask_gradients",
     "plan_by_counts",
     "plan_by_reduction",
     "plan_by_threshold",
     "plan_first_channels",
     "prunable_groups",
+    "read_saved",
     "reduction_at",
+    "save",
     "shrink_to",
     "threshold_at",
     "uniform_widths",
