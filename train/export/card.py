@@ -47,8 +47,8 @@ def _images(saved: SavedNetwork) -> str:
     return (
         f"Images: {height} x {width} pixels, {channels} channel(s) in 0 to 1, less the mean {list(saved.mean)}, "
         f"divided by the deviation {list(saved.std)}; for evaluation the centre of an image resized to "
-        f"{saved.resize_size} pixels ({saved.crop_mode}, {saved.interpolation}). `{CONFIG_FILE}` holds the same, the widths of all layers "
-        "that shrank, and the names of the classes in the order of the logits."
+        f"{saved.resize_size} pixels ({saved.crop_mode}, {saved.interpolation}). `{CONFIG_FILE}` holds the same, the "
+        "widths of all layers that shrank, and the names of the classes in the order of the logits."
     )
 
 
