@@ -24,8 +24,8 @@ from train.export.calibration import calibration_batches
 from train.export.folder import FILES, export_folder
 from train.export.hub import push_folder, require_hub
 from train.export.int8 import quantise
-from train.export.program import BATCH_SIZES, OPSET, SUFFIXES, Exported, Format, export_network
-from train.source import open_source
+from train.export.program import BATCH_SIZES, OPSET, SUFFIXES, Exported, export_network
+from train.source import source_of
 
 ENDINGS = {**SUFFIXES, "onnx-int8": ".int8.onnx", "timm": ""}
 """Format -> what the checkpoint's name ends in instead; for a folder nothing."""
@@ -53,7 +53,7 @@ def _export(argv: list[str]) -> None:
     elif options.format == "onnx-int8":
         _export_int8(options, network, saved, out)
     else:
-        exported = _export_program(network, saved, options.format, out)
+        exported = export_network(network.model, saved.input_size, options.format, out, _metadata(network, saved))
         _say_input(saved, f", ONNX opset {OPSET}" if options.format == "onnx" else "")
         _say_exported(exported)
 
@@ -112,25 +112,24 @@ def _free_out(options: Namespace) -> Path:
     return out
 
 
-def _export_program(network: StoredNetwork, saved: SavedNetwork, form: Format, out: Path) -> Exported:
-    cost = cup.complexity(network.model, saved.example_input())
-    return export_network(network.model, saved.input_size, form, out, to_metadata(saved, cost))
+def _metadata(network: StoredNetwork, saved: SavedNetwork) -> dict[str, str]:
+    return to_metadata(saved, cup.complexity(network.model, saved.example_input()))
 
 
 def _export_int8(options: Namespace, network: StoredNetwork, saved: SavedNetwork, out: Path) -> None:
     changes = DataChanges(path=options.data, image_size=options.image_size)
     count = options.calibration_images or CALIBRATION_IMAGES
-    batches = calibration_batches(open_source(options.checkpoint), changes, count)
+    batches = calibration_batches(source_of(options.checkpoint, network), changes, count)
+    metadata = _metadata(network, saved)
     with tempfile.TemporaryDirectory() as folder:
-        exact = _export_program(network, saved, "onnx", Path(folder) / "float.onnx")
-        cost = cup.complexity(network.model, saved.example_input())
-        quantised = quantise(exact.path, out, batches, to_metadata(saved, cost))
+        exact = export_network(network.model, saved.input_size, "onnx", Path(folder) / "float.onnx", metadata)
+        quantised = quantise(exact.path, out, batches, metadata)
     _say_input(saved, f", ONNX opset {OPSET}, int8")
     print(
         f"first guess as of the float network: {quantised.agreement:.2f}% of {quantised.images} calibration images; "
         f"for the accuracy: launch/evaluate.py {out} --data FOLDER"
     )
-    print(f"written: {out}, {quantised.size_bytes / 1e6:.2f} MB (float: {exact.size_bytes / 1e6:.2f} MB)")
+    print(f"written: {quantised.path}, {quantised.size_bytes / 1e6:.2f} MB (float: {exact.size_bytes / 1e6:.2f} MB)")
 
 
 def _export_folder(options: Namespace, network: StoredNetwork, saved: SavedNetwork, out: Path) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 import cup
 from cup import SavedNetwork
 from data.batch import NORMALISATION
-from train.checkpoint.network import load_network
+from train.checkpoint.network import StoredNetwork, load_network
 from train.errors import ConfigError, TrainError
 from train.export.about import from_metadata
 from train.export.onnx_network import OnnxNetwork
@@ -55,11 +55,13 @@ def open_source(path: Path, image_size: int | None = None) -> Source:
         return _of_onnx(path, image_size)
     if path.is_dir() and not (path / "log.jsonl").exists():  # a run's folder: load_network says what to give
         return _of_folder(path)
-    stored = load_network(path)
-    architecture = stored.architecture
-    return Source(
-        path, stored.model, architecture.input_shape, architecture.num_classes, stored.classes, config=stored.config
-    )
+    return source_of(path, load_network(path))
+
+
+def source_of(path: Path, stored: StoredNetwork) -> Source:
+    """The network of the checkpoint at `path`."""
+    shape, num_classes = stored.architecture.input_shape, stored.architecture.num_classes
+    return Source(path, stored.model, shape, num_classes, stored.classes, config=stored.config)
 
 
 def _of_folder(path: Path) -> Source:

@@ -108,7 +108,9 @@ def test_another_image_size_and_loader(trained: Path, capsys: pytest.CaptureFixt
 
 @needs_onnx
 def test_an_onnx_file_of_others_is_evaluated_with_the_classes_of_the_data(tmp_path: Path, capsys, recwarn):
-    """No metadata, a batch of its own size, height and width that are left open."""
+    """Other metadata, a batch of its own size, height and width that are left open."""
+    import onnx
+
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 3, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
     network[0].weight.data.zero_()
     side = torch.export.Dim("side", min=9)
@@ -116,6 +118,9 @@ def test_an_onnx_file_of_others_is_evaluated_with_the_classes_of_the_data(tmp_pa
         network, (torch.zeros(4, 3, 28, 28),), tmp_path / "net.onnx", dynamo=True, verbose=False,
         dynamic_shapes=({2: side, 3: side},), external_data=False,
     )  # fmt: skip
+    said = onnx.load(tmp_path / "net.onnx")
+    onnx.helper.set_model_props(said, {"name": "somebody's", "mean": "0.5 0.5 0.5"})  # not ours
+    onnx.save(said, tmp_path / "net.onnx")
     images = write_image_folder(tmp_path / "images")
     arguments = [str(tmp_path / "net.onnx"), "--data", str(images), "--loader", "folder", "--batch-size"]
     assert evaluate.main([*arguments, "4"]) == 2

@@ -36,16 +36,16 @@ def to_metadata(saved: SavedNetwork, cost: Complexity) -> dict[str, str]:
 
 
 def from_metadata(metadata: Mapping[str, str]) -> tuple[SavedNetwork | None, dict[str, int]]:
-    """What `to_metadata` wrote: the network, None where a file of others says nothing of it, and its cost.
+    """What `to_metadata` wrote: the network, and its cost; (None, {}) for a file of others.
 
-    Raises TrainError for metadata that only looks like ours.
+    Raises TrainError for metadata that is like ours, and is not.
     """
     fields = [field.name for field in dataclasses.fields(SavedNetwork)]
+    if not {"name", "num_classes", "input_size", "widths", *COSTS} <= metadata.keys():
+        return None, {}
     try:
         values = {name: json.loads(metadata[name]) for name in (*fields, *COSTS) if name in metadata}
-        cost = {name: int(values.pop(name)) for name in COSTS if name in values}
-        if not values:
-            return None, cost
+        cost = {name: int(values.pop(name)) for name in COSTS}
         tuples = {name: tuple(values[name]) for name in ("input_size", "mean", "std")}
         return SavedNetwork(**values | tuples), cost
     except (CupError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
