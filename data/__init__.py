@@ -8,8 +8,8 @@
 before it is asked for.
 """
 
-from data.batch import Batch, DataConfig, DataError, Loader, train_size
+from data.batch import Batch, DataConfig, DataError, Loader, Preprocessing, train_size
 from data.build import build_loaders
 from data.prepare import prepare_data
 
-__all__ = ["Batch", "DataConfig", "DataError", "Loader", "build_loaders", "prepare_data", "train_size"]
+__all__ = ["Batch", "DataConfig", "DataError", "Loader", "Preprocessing", "build_loaders", "prepare_data", "train_size"]

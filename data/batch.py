@@ -1,5 +1,6 @@
 """What every loader hands to training: the batch, the contract, and the options that describe the data."""
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,6 +9,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 
 Split = Literal["train", "val"]
+Interpolation = Literal["bilinear", "bicubic"]
+ResizedSide = Literal["shorter", "both", "longer"]
 
 # ImageNet's channel statistics, as everybody uses them (torchvision, DALI examples), for pixels in 0..1.
 MEAN_RGB = (0.485, 0.456, 0.406)
@@ -46,6 +49,38 @@ class Batch(NamedTuple):
     images: torch.Tensor
     labels: torch.Tensor
     valid: torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """What makes a network's input of an image; of training images all but the resize and the centre crop.
+
+    image_size: side of the square input, pixels. resize_size: what `resized_side` is resized to before the crop of the
+        centre, pixels.
+    resized_side: shorter; both, which changes the proportions (timm's squash); or longer, with a border of the mean
+        colour around the image (timm's border).
+    mean, std: of each channel, for pixels in 0..1.
+    """
+
+    image_size: int = 224
+    resize_size: int = 256
+    resized_side: ResizedSide = "shorter"
+    interpolation: Interpolation = "bilinear"
+    mean: tuple[float, ...] = MEAN_RGB
+    std: tuple[float, ...] = STD_RGB
+
+    def at_size(self, image_size: int) -> "Preprocessing":
+        """For inputs of another side, with the same share of the image."""
+        resize_size = max(1, self.resize_size * image_size // self.image_size)
+        return dataclasses.replace(self, image_size=image_size, resize_size=resize_size)
+
+    def __str__(self) -> str:
+        mean, std = (" ".join(f"{value:.4g}" for value in values) for values in (self.mean, self.std))
+        sides = {"shorter": "the shorter side", "both": "both sides", "longer": "the longer side"}[self.resized_side]
+        return (
+            f"{sides} resized to {self.resize_size} pixels ({self.interpolation}), the centre {self.image_size}, "
+            f"mean {mean}, deviation {std}"
+        )
 
 
 class Loader(Protocol):
@@ -108,10 +143,21 @@ class DataConfig:
     """auto = DALI where it imports, else folder with a warning; folder = torchvision; synthetic = made, no disk."""
     batch_size: int = 256
     """Global batch size: images a step, all ranks together; a multiple of the number of ranks."""
-    image_size: int = 224
-    """Side of the square network input, pixels."""
-    resize_size: int = 256
-    """Validation: the shorter side is resized to this before the centre crop, pixels; at least image_size."""
+    image_size: int | None = None
+    """Side of the square network input, pixels; null = as model.checkpoint or model.weights say, 224 without."""
+    resize_size: int | None = None
+    """Validation: resized_side is resized to this before the centre crop, pixels; at least image_size where it is the
+    shorter one. null = as model.checkpoint or model.weights say, 256 without."""
+    resized_side: ResizedSide | None = None
+    """Validation: shorter; both, which changes the proportions; longer, with a border of the mean colour. null = as
+    model.checkpoint or model.weights say, shorter without."""
+    interpolation: Interpolation | None = None
+    """Of resized images. null = as model.checkpoint or model.weights say, bilinear without."""
+    mean: tuple[float, ...] | None = None
+    """Mean of each channel, for pixels in 0 to 1. null = as model.checkpoint or model.weights say, ImageNet's
+    without."""
+    std: tuple[float, ...] | None = None
+    """Standard deviation of each channel. null = as model.checkpoint or model.weights say, ImageNet's without."""
     channels: Literal[1, 3] = 3
     """3 = RGB, 1 = grey (LeNet and MLP on MNIST)."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
@@ -162,12 +208,10 @@ class DataConfig:
         checks = [
             ("path", self.path != "", "a folder"),
             ("batch_size", self.batch_size >= 1, "a whole number from 1"),
-            ("image_size", 8 <= self.image_size <= MAX_PIXELS, f"8 to {MAX_PIXELS}"),
-            (
-                "resize_size",
-                self.image_size <= self.resize_size <= MAX_PIXELS,
-                f"image_size ({self.image_size}) to {MAX_PIXELS}",
-            ),
+            ("image_size", self.image_size is None or 8 <= self.image_size <= MAX_PIXELS, f"8 to {MAX_PIXELS}"),
+            ("resize_size", self.resize_size is None or 1 <= self.resize_size <= MAX_PIXELS, f"1 to {MAX_PIXELS}"),
+            ("mean", self._are_of_channels(self.mean), f"{self.channels} finite numbers"),
+            ("std", self._are_of_channels(self.std) and min(self.std or (1,)) > 0, f"{self.channels} above 0"),
             ("crop_scale", 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1, "0 < lowest <= highest <= 1"),
             ("crop_ratio", 0 < self.crop_ratio[0] <= self.crop_ratio[1] < math.inf, "0 < lowest <= highest, finite"),
             ("flip", 0 <= self.flip <= 1, "0 to 1"),
@@ -178,8 +222,8 @@ class DataConfig:
             ("randaugment_magnitude", 0 <= self.randaugment_magnitude <= 30, "a whole number from 0 to 30"),
             (
                 "start_size",
-                self.start_size == 0 or 8 <= self.start_size <= self.image_size,
-                f"0, or 8 to {self.image_size}",
+                self.start_size == 0 or 8 <= self.start_size <= (self.image_size or MAX_PIXELS),
+                f"0, or 8 to {self.image_size or MAX_PIXELS}",
             ),
             ("grow_epochs", self.grow_epochs >= (1 if self.start_size else 0), "a whole number from 1 with start_size"),
             ("size_step", self.size_step >= 1, "a whole number from 1"),
@@ -193,9 +237,47 @@ class DataConfig:
             if not ok:
                 raise ValueError(f"{name}: found {getattr(self, name)!r}, allowed: {allowed}")
 
+    def _are_of_channels(self, values: tuple[float, ...] | None) -> bool:
+        return values is None or (len(values) == self.channels and all(map(math.isfinite, values)))
+
+
+def preprocessing_of(config: DataConfig, own: Preprocessing | None = None) -> Preprocessing:
+    """What `config` says, and where it says nothing what the network's weights want, else what is usual for ImageNet.
+
+    own: of the weights. An image size without a resize size keeps the weights' share of the image.
+    """
+    mean, std = NORMALISATION[config.channels]
+    usual = Preprocessing(resize_size=max(256, config.image_size or 0), mean=mean, std=std)
+    if own is None:
+        base = usual
+    else:
+        base = own if len(own.mean) == config.channels else dataclasses.replace(own, mean=mean, std=std)
+        base = base.at_size(config.image_size or own.image_size)
+    names = [field.name for field in dataclasses.fields(Preprocessing)]
+    given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    return dataclasses.replace(base, **given)
+
+
+def require_sizes(config: DataConfig, own: Preprocessing | None = None) -> None:
+    """Raises ValueError where sizes do not go together, once it is known what weights want."""
+    used = preprocessing_of(config, own)
+    if config.resize_size is not None and used.resized_side == "shorter" and used.resize_size < used.image_size:
+        allowed = f"image_size ({used.image_size}) to {MAX_PIXELS}"
+        raise ValueError(f"resize_size: found {used.resize_size}, allowed: {allowed}")
+    if config.start_size > used.image_size:
+        raise ValueError(f"start_size: found {config.start_size}, allowed: 0, or 8 to {used.image_size}")
+
+
+def with_preprocessing(config: DataConfig, own: Preprocessing | None = None) -> DataConfig:
+    """The options with `preprocessing_of` them, so that none of it is left open."""
+    return dataclasses.replace(config, **vars(preprocessing_of(config, own)))
+
 
 def train_size(config: DataConfig, epoch: int) -> int:
-    """Side of the training images of an epoch (0, 1, ...), pixels: a pure function, so that a resume needs no state."""
+    """Side of the training images of an epoch (0, 1, ...), pixels: a pure function, so that a resume needs no state.
+
+    config: with its image_size (`with_preprocessing`).
+    """
     if not config.start_size or epoch >= config.grow_epochs:
         return config.image_size
     grown = (config.image_size - config.start_size) * epoch // config.grow_epochs

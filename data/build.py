@@ -8,7 +8,16 @@ from collections.abc import Sequence
 import torch
 
 from data import dali
-from data.batch import DECODING_ON_GPU, ON_DISK, DataConfig, DataError, Loader, Split
+from data.batch import (
+    DECODING_ON_GPU,
+    ON_DISK,
+    DataConfig,
+    DataError,
+    Loader,
+    Split,
+    preprocessing_of,
+    with_preprocessing,
+)
 from data.folder import FolderSource
 from data.images import (
     DALI_SCHEMES,
@@ -28,6 +37,8 @@ from data.synthetic import SyntheticSource, synthetic_splits
 MAX_THREADS = 8
 # Options that do not decide which pixels come at which step: a run may be resumed with others.
 WITHOUT_PIXELS = {*ON_DISK, *DECODING_ON_GPU, "synthetic_images", "synthetic_classes"}
+# Options that earlier versions did not have: left out of a loader's identity where they say what was always done.
+AS_EVER = ("resized_side", "interpolation", "mean", "std")
 INSTALL_DALI = "pip install nvidia-dali-cuda130 (with CUDA 12: nvidia-dali-cuda120)"
 
 
@@ -51,6 +62,7 @@ def build_loaders(
     of the data set. Threads and worker processes
     start with the first iteration.
     """
+    config = with_preprocessing(config)
     kind = _choose(config, warn=rank == 0)
     if kind == "synthetic":
         listed = dict(zip(SPLITS, synthetic_splits(config), strict=True))
@@ -139,6 +151,8 @@ def _identity(
 ) -> dict[str, int | float | str]:
     """Everything that decides which pixels come at which step: a stored state goes on only where all of it is equal."""
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    usual = vars(preprocessing_of(DataConfig(channels=config.channels)))
+    values = {name: value for name, value in values.items() if name not in AS_EVER or value != usual[name]}
     return {
         # As text: a tuple comes back as a list from some formats.
         **{k: str(v) if isinstance(v, tuple) else v for k, v in values.items() if k not in WITHOUT_PIXELS},

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from data.batch import FILL, NORMALISATION, DataConfig, DataError, Split, train_size
+from data.batch import FILL, DataConfig, DataError, Split, train_size
 from data.defects import decode_failure, find_defects, last_words, unreadable
 from data.images import ImageList
 from data.remote import require_answer
@@ -309,13 +309,13 @@ def _train_graph(config: DataConfig, step_inputs: _StepInputs, decoder: str):
         random_aspect_ratio=list(config.crop_ratio),
         **_decoder_options(config, decoder, hints=True),
     )
-    images = fn.resize(_in_channels(images, config), size=size_hw, antialias=True)
+    images = fn.resize(_in_channels(images, config), size=size_hw, antialias=True, interp_type=_interpolation(config))
     images = _colour_jittered(_auto_augmented(images, config), config)
     return _normalised(images, config, mirror=fn.random.coin_flip(probability=config.flip))
 
 
 def _val_graph(config: DataConfig, step_inputs: _StepInputs, decoder: str):
-    """Resize of the shorter side, centre crop, normalise: the same sizes and pixels as torchvision's.
+    """Resize, centre crop, normalise: the same sizes and pixels as torchvision's, or timm's.
 
     The sizes are computed here, as DALI's own options round them the other way, which moves many images by a pixel.
     """
@@ -323,18 +323,46 @@ def _val_graph(config: DataConfig, step_inputs: _StepInputs, decoder: str):
 
     encoded = _read(config, step_inputs)
     shape_hw = fn.peek_image_shape(encoded, adjust_orientation=False)[:2]
-    resized_hw = shape_hw * config.resize_size // fn.reductions.min(shape_hw)
+    resized_hw = _resized_shape(shape_hw, config)
     margin_hw = resized_hw - config.image_size
-    half_hw = margin_hw // 2
+    half_hw = margin_hw // 2  # towards zero: where there is a border, the odd pixel is behind the image
     # Half a pixel goes to the even side: Python's round(), which torchvision uses.
-    start_hw = half_hw + (margin_hw & half_hw & 1)
+    start_hw = half_hw + (margin_hw & half_hw & 1) * (margin_hw > 0)
 
     # Fancy upsampling: the GPU's pixels are then the CPU's, and an accuracy does not depend on the machine.
     images = fn.decoders.image(encoded, jpeg_fancy_upsampling=True, **_decoder_options(config, decoder, hints=False))
     images = _in_channels(images, config)
-    images = fn.resize(images, size=fn.cast(resized_hw, dtype=types.FLOAT), antialias=True)
-    images = fn.slice(images, start=fn.cast(start_hw, dtype=types.INT32), shape=[config.image_size] * 2, axes=[0, 1])
+    size = fn.cast(resized_hw, dtype=types.FLOAT)
+    images = fn.resize(images, size=size, antialias=True, interp_type=_interpolation(config))
+    is_longer = config.resized_side == "longer"
+    images = fn.slice(
+        images,
+        start=fn.cast(start_hw, dtype=types.INT32),
+        shape=[config.image_size] * 2,
+        axes=[0, 1],
+        out_of_bounds_policy="pad",
+        fill_values=[round(255 * value) if is_longer else 0 for value in config.mean],
+    )
     return _normalised(images, config)
+
+
+def _resized_shape(shape_hw, config: DataConfig):
+    """Height and width before the centre crop, whole numbers."""
+    from nvidia.dali import fn
+
+    side = config.resize_size
+    if config.resized_side == "shorter":
+        return shape_hw * side // fn.reductions.min(shape_hw)
+    if config.resized_side == "both":
+        return shape_hw * 0 + side
+    longer = fn.reductions.max(shape_hw)
+    return (2 * shape_hw * side + longer) // (2 * longer)
+
+
+def _interpolation(config: DataConfig):
+    from nvidia.dali import types
+
+    return types.INTERP_CUBIC if config.interpolation == "bicubic" else types.INTERP_LINEAR
 
 
 def _read(config: DataConfig, step_inputs: _StepInputs):
@@ -406,12 +434,11 @@ def _colour_jittered(images, config: DataConfig):
 def _normalised(images, config: DataConfig, mirror=0):
     from nvidia.dali import fn, types
 
-    mean, std = NORMALISATION[config.channels]
     return fn.crop_mirror_normalize(
         images,
         dtype=types.FLOAT,
         output_layout="HWC",  # channels-last, as convolutions read it: `DaliSource` only renames the axes
-        mean=[255 * value for value in mean],
-        std=[255 * value for value in std],
+        mean=[255 * value for value in config.mean],
+        std=[255 * value for value in config.std],
         mirror=mirror,
     )

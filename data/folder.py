@@ -16,7 +16,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from data.batch import FILL, NORMALISATION, DataConfig, Split, train_size
+from data.batch import FILL, DataConfig, Split, train_size
 from data.defects import decode_failure
 from data.images import ImageList, open_image
 from data.sharding import Sharding
@@ -44,6 +44,7 @@ class FolderSource:
         self._sharding = sharding
         self._steps = _Steps(sharding)
         self._device = device
+        self._mean, self._std = config.mean, config.std
         self._loader: DataLoader | None = DataLoader(
             _Images(config, images, split, seed),
             batch_sampler=self._steps,
@@ -68,7 +69,7 @@ class FolderSource:
             indices_B, _ = self._sharding.indices(self._epoch, self._step)
             raise decode_failure(self._images, indices_B, error) from error
         self._step += 1
-        return _normalised(images.to(self._device, non_blocking=True))
+        return _normalised(images.to(self._device, non_blocking=True), self._mean, self._std)
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -84,13 +85,13 @@ class FolderSource:
         self._batches = self._loader = None
 
 
-def _normalised(images: torch.Tensor) -> torch.Tensor:
+def _normalised(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
     """uint8 (B, height, width, channels) -> float32 (B, channels, height, width), channels-last."""
-    height, width, channels = images.shape[1:]
+    _, height, width, channels = images.shape
     # A row of pixels at a time: broadcast over three channels, the same arithmetic takes several times as long.
     rows = v2.functional.to_dtype(images.view(-1, height, width * channels), torch.float32, scale=True)
-    mean, std = (torch.tensor(values, device=rows.device).repeat(width) for values in NORMALISATION[channels])
-    return rows.sub_(mean).div_(std).view(images.shape).permute(0, 3, 1, 2)
+    mean_of_row, std_of_row = (torch.tensor(values, device=rows.device).repeat(width) for values in (mean, std))
+    return rows.sub_(mean_of_row).div_(std_of_row).view(images.shape).permute(0, 3, 1, 2)
 
 
 def _worker_context() -> BaseContext:
@@ -116,7 +117,13 @@ def _ignore_signals(worker: int) -> None:
 def _train_transform(config: DataConfig, size: int) -> v2.Transform:
     """Pillow image -> Pillow image of that size, augmented."""
     steps = [
-        v2.RandomResizedCrop(size, scale=config.crop_scale, ratio=config.crop_ratio, antialias=True),
+        v2.RandomResizedCrop(
+            size,
+            scale=config.crop_scale,
+            ratio=config.crop_ratio,
+            interpolation=v2.InterpolationMode(config.interpolation),
+            antialias=True,
+        ),
         v2.RandomHorizontalFlip(config.flip),
     ]
     if config.auto_augment == "randaugment":
@@ -131,7 +138,38 @@ def _train_transform(config: DataConfig, size: int) -> v2.Transform:
 @cache
 def _val_transform(config: DataConfig) -> v2.Transform:
     """Pillow image -> its centre, a Pillow image of image_size."""
-    return v2.Compose([v2.Resize(config.resize_size, antialias=True), v2.CenterCrop(config.image_size)])
+    side, interpolation = config.resize_size, v2.InterpolationMode(config.interpolation)
+    if config.resized_side == "longer":
+        fill = [round(255 * value) for value in config.mean]
+        return v2.Compose([_ResizeLonger(side, interpolation), _CenterWithBorder(config.image_size, fill)])
+    size = [side, side] if config.resized_side == "both" else [side]
+    return v2.Compose([v2.Resize(size, interpolation, antialias=True), v2.CenterCrop(config.image_size)])
+
+
+class _ResizeLonger(v2.Transform):
+    """Pillow image -> Pillow image whose longer side is `side`, rounded as timm does."""
+
+    def __init__(self, side: int, interpolation: v2.InterpolationMode) -> None:
+        super().__init__()
+        self._side, self._interpolation = side, interpolation
+
+    def forward(self, image: Image.Image) -> Image.Image:
+        ratio = max(image.height / self._side, image.width / self._side)
+        size = [round(image.height / ratio), round(image.width / ratio)]
+        return v2.functional.resize(image, size, self._interpolation, antialias=True)
+
+
+class _CenterWithBorder(v2.Transform):
+    """Pillow image -> its centre, a Pillow image of `side`, with a border of colour `fill` where it is smaller."""
+
+    def __init__(self, side: int, fill: list[int]) -> None:
+        super().__init__()
+        self._side, self._fill = side, fill
+
+    def forward(self, image: Image.Image) -> Image.Image:
+        across, down = (max(0, self._side - size) for size in image.size)
+        border = [across // 2, down // 2, (across + 1) // 2, (down + 1) // 2]
+        return v2.functional.center_crop(v2.functional.pad(image, border, fill=self._fill), [self._side] * 2)
 
 
 class _Steps:

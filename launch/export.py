@@ -19,7 +19,7 @@ from train.checkpoint.network import StoredNetwork, load_network
 from train.cli import Parser, exit_code_of, positive_int
 from train.errors import ConfigError
 from train.evaluate import DataChanges
-from train.export.about import about, to_metadata
+from train.export.about import about, preprocessing_of_saved, to_metadata
 from train.export.calibration import calibration_batches
 from train.export.folder import FILES, export_folder
 from train.export.hub import push_folder, require_hub
@@ -146,7 +146,8 @@ def _export_folder(options: Namespace, network: StoredNetwork, saved: SavedNetwo
 
 def _say_input(saved: SavedNetwork, more: str) -> None:
     shape = ", ".join(map(str, saved.input_size))
-    print(f"input: images, float32 (batch, {shape}), normalised as in training; output: logits{more}")
+    print(f"input: images, float32 (batch, {shape}); output: logits{more}")
+    print(f"images: {preprocessing_of_saved(saved)}")
 
 
 def _say_exported(exported: Exported) -> None:

@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
 def _prune(argv: list[str]) -> None:
     options = _parse(argv)
     settings = _plan_options(options)
-    network = _open_source(options)
+    network, note = _open_source(options)
     groups = network.groups or cup.channel_groups(network.model, network.architecture.example_input())
     plan = _plan(options, network, groups, settings)
     if not plan.removed:
@@ -44,6 +44,8 @@ def _prune(argv: list[str]) -> None:
         draw_dendrograms(trees, plan.threshold, options.dendrogram)
     save_network(out, cut.network, cut.widths)
     print(_report(plan, cut))
+    if note:
+        print(note)
     print(f"written: {out}")
 
 
@@ -68,7 +70,7 @@ def _parse(argv: list[str]) -> Namespace:
     features = ("both", "incoming", "outgoing")
     parser.add_argument("--features", choices=features, default=defaults.features, help="cup: what describes a filter")
     parser.add_argument(
-        "--weights", type=Path, metavar="FILE", help="the named network's weights: .pth or .safetensors"
+        "--weights", metavar="FILE", help="the named network's: .pth, .safetensors, or as in model.weights"
     )
     parser.add_argument(
         "--num-classes", type=positive_int, metavar="N", help="of the named network; default: read from FILE"
@@ -83,14 +85,15 @@ def _parse(argv: list[str]) -> Namespace:
     return parser.parse_args(argv)
 
 
-def _open_source(options: Namespace) -> StoredNetwork:
+def _open_source(options: Namespace) -> tuple[StoredNetwork, str]:
+    """The network, and what of a file of weights was not taken, in words for the user."""
     if options.weights is not None:
         return network_from_weights(options.source, options.weights, options.num_classes, options.image_size)
     if options.num_classes is not None or options.image_size is not None:
         raise ConfigError("--num-classes and --image-size go with --weights: a checkpoint says its own")
     if not Path(options.source).exists():
         raise ConfigError(f"no checkpoint at {options.source}; a network by name needs its weights too: --weights FILE")
-    return load_network(Path(options.source))
+    return load_network(Path(options.source)), ""
 
 
 def _plan_options(options: Namespace) -> PlanOptions:

@@ -13,10 +13,10 @@ from torch import nn
 
 from cup import REDUCTION_TOLERANCE, complexity, has_reached, prunable_groups
 from data import Loader, build_loaders, prepare_data, train_size
-from data.batch import Split
+from data.batch import Split, preprocessing_of
 from data.images import SPLITS, exclude_file
 from train.checkpoint.file import load_checkpoint, put_aside
-from train.checkpoint.network import stored_architecture, stored_plans, stored_weights
+from train.checkpoint.network import stored_architecture, stored_plans, stored_preprocessing, stored_weights
 from train.checkpoint.restore import Restored, load_run, restore, restore_method, restore_running_statistics
 from train.checkpoint.saver import Saver, plain_state
 from train.checkpoint.weights import load_weights
@@ -42,8 +42,10 @@ from train.network.optim import build_optimizer
 from train.network.precision import Precision
 from train.network.state import MEMORY_FORMAT, TrainState, state_digest
 from train.network.widths import NOISE, AllowedWidths, measured_widths
+from train.preprocessing import images_note, own_preprocessing, settled
 from train.resizer import Resizer
 from train.start import Start
+from train.weights import GivenWeights, classifier_names, read_given, start_from_weights
 from train.world import World
 
 
@@ -79,12 +81,16 @@ def build_run(config: RunConfig, start: Start, world: World, ledger: Ledger, sto
     USER_ERRORS.
     """
     stored, source = _load(config, start, world)
+    given = None if stored else _given_weights(config, world)
     config = _with_model_name(config, stored or source, start.checkpoint or config.model.checkpoint)
+    if given is not None:
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, name=given.name))
     world.on_rank_zero(lambda: prepare_data(config.data))
     fitted, fitting_notes = _fitted(config, world, start.has_run)
+    fitted, image_notes = _with_preprocessing(fitted, stored, source, given)
     classes = (stored or source or {}).get("classes")
     parts = world.on_every_rank(lambda: _build_parts(fitted, world, classes))
-    begun = world.on_every_rank(lambda: _begin(fitted, stored, source, parts, ledger, world))
+    begun = world.on_every_rank(lambda: _begin(fitted, stored, source or given, parts, ledger, world))
     allowed_widths, width_notes = _allowed_widths(fitted, begun, parts, world)
     method = build_method(fitted.prune, fitted.train.epochs, allowed_widths)
     method.begin(parts.resizer.view(parts.state.model))
@@ -101,6 +107,7 @@ def build_run(config: RunConfig, start: Start, world: World, ledger: Ledger, sto
         start.run_dir,
         start.run_id,
         parts.architecture,
+        preprocessing_of(fitted.data),
         fitted.data.batch_size,
         allowed_widths,
         begun.progress,
@@ -131,7 +138,15 @@ def build_run(config: RunConfig, start: Start, world: World, ledger: Ledger, sto
         save=saver.save,
     )
     data_notes = _data_notes(fitted, parts)
-    notes = [*start.notes, *fitting_notes, *config.without_effect(), *data_notes, *begun.notes, *width_notes]
+    notes = [
+        *start.notes,
+        *fitting_notes,
+        *config.without_effect(),
+        *data_notes,
+        *begun.notes,
+        *image_notes,
+        *width_notes,
+    ]
     return Run(fitted, trainer, saver, notes + sink_notes)
 
 
@@ -163,6 +178,14 @@ def _load(config: RunConfig, start: Start, world: World) -> tuple[dict[str, Any]
     return None, None
 
 
+def _given_weights(config: RunConfig, world: World) -> GivenWeights | None:
+    """What `model.weights` asks for, read by every rank; rank 0 comes first, so that one rank fetches it."""
+    if config.model.weights is None:
+        return None
+    world.on_rank_zero(lambda: read_given(config.model.weights, config.model.name) and None)
+    return world.on_every_rank(lambda: read_given(config.model.weights, config.model.name))
+
+
 def _with_model_name(config: RunConfig, begun: dict[str, Any] | None, path: str | None) -> RunConfig:
     """The configuration with the name of the network that the checkpoint at `path` holds, where there is one."""
     if begun is None:
@@ -176,6 +199,21 @@ def _with_model_name(config: RunConfig, begun: dict[str, Any] | None, path: str 
     return dataclasses.replace(config, model=dataclasses.replace(config.model, name=name))
 
 
+def _with_preprocessing(
+    config: RunConfig, stored: dict[str, Any] | None, source: dict[str, Any] | None, given: GivenWeights | None
+) -> tuple[RunConfig, list[str]]:
+    """The configuration with the images that the weights want where it leaves that open; and notes for the user."""
+    if given is not None and given.published is not None:
+        own, whose = given.published.preprocessing, given.published.label
+        return dataclasses.replace(config, data=settled(config.data, own)), [images_note(config.data, own, whose)]
+    if (begun := stored or source) is None:
+        return dataclasses.replace(config, data=settled(config.data, None)), []
+    of_checkpoint = stored_architecture(begun), stored_preprocessing(begun), config.model.checkpoint
+    own, whose = own_preprocessing(*of_checkpoint)
+    notes = [] if source is None else [images_note(config.data, own, whose)]
+    return dataclasses.replace(config, data=settled(config.data, own)), notes
+
+
 def _build_parts(config: RunConfig, world: World, classes: Sequence[str] | None) -> _Parts:
     train_loader, val_loader = build_split_loaders(config, world, SPLITS, classes)
     torch.manual_seed(config.run.seed)  # the same initial weights on every rank
@@ -183,7 +221,7 @@ def _build_parts(config: RunConfig, world: World, classes: Sequence[str] | None)
     architecture = Architecture(
         name=config.model.name, num_classes=train_loader.num_classes, input_shape=(channels, side, side)
     )
-    model = build_model(architecture.name, architecture.num_classes)
+    model = build_model(architecture.name, architecture.num_classes, side)
     prune = config.prune
     changes_widths = prune.shrinks or config.model.narrowed is not None
     resizer = Resizer(model, architecture.example_input(), prune.scope if changes_widths else None, prune.momentum)
@@ -191,14 +229,29 @@ def _build_parts(config: RunConfig, world: World, classes: Sequence[str] | None)
         smallest = train_size(config.data, 0)
         example = dataclasses.replace(architecture, input_shape=(channels, smallest, smallest)).example_input()
         complexity(model, example)
+    freeze(model, config.train.frozen)
     require_trainable(model, config, world.size)
     model.to(world.device, memory_format=MEMORY_FORMAT)
     torch.manual_seed(config.run.seed + world.rank)  # dropout differs between ranks
     torch.backends.cudnn.benchmark = world.device.type == "cuda"
     ema = MovingAverage(model, config.train.ema_decay) if config.train.ema_decay > 0 else None
     precision = Precision(config.train.precision, world.device)
-    state = TrainState(model, model, build_optimizer(model, config.optim), precision, ema)
+    head_lr = config.model.head_lr
+    head = () if head_lr is None else classifier_names(architecture.name, architecture.num_classes)
+    state = TrainState(model, model, build_optimizer(model, config.optim, head, head_lr), precision, ema)
     return _Parts(architecture, train_loader, val_loader, resizer, state)
+
+
+def freeze(model: nn.Module, names: Sequence[str]) -> None:
+    """Let the modules of these names keep their weights, in place. ConfigError for others, and if nothing is left."""
+    known = dict(model.named_modules())
+    for name in names:
+        if name not in known:
+            children = ", ".join(child for child, _ in model.named_children())
+            raise ConfigError(f"train.freeze: found {name!r}, allowed: modules of the network such as {children}")
+        known[name].requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(f"train.freeze: found {', '.join(names)}, which leaves no weight to train")
 
 
 def require_trainable(model: nn.Module, config: RunConfig, ranks: int) -> None:
@@ -226,7 +279,7 @@ def require_trainable(model: nn.Module, config: RunConfig, ranks: int) -> None:
 def _begin(
     config: RunConfig,
     stored: dict[str, Any] | None,
-    source: dict[str, Any] | None,
+    source: dict[str, Any] | GivenWeights | None,
     parts: _Parts,
     ledger: Ledger,
     world: World,
@@ -235,7 +288,9 @@ def _begin(
     if stored is not None:
         return restore(stored, parts.state, parts.resizer, ledger, parts.train_loader, world, config.data.batch_size)
     progress, notes = Progress(), []
-    if source is not None:
+    if isinstance(source, GivenWeights):
+        notes = start_from_weights(parts.state.model, source, parts.architecture)
+    elif source is not None:
         notes = _start_from(source, config, parts)
         progress.gpu_hours_before = source["gpu_hours"]
     elif (plan := plan_narrowing(config.model, parts.resizer.groups, config.prune.scope)) is not None:

@@ -21,13 +21,14 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from cup import CupError
 from data import DataConfig
-from data.batch import DECODING_ON_GPU, ON_DISK
+from data.batch import DECODING_ON_GPU, ON_DISK, require_sizes
 from train.errors import ConfigError
 from train.log.rundir import NAME
 from train.loop.config import TrainConfig
 from train.methods import METHODS, PruneConfig
 from train.network.models import check_model_name
 from train.network.optim import OptimConfig
+from train.network.sources import network_of
 from train.renamed import NEW_NAMES, options_with_new_names, with_new_names
 
 T = TypeVar("T")
@@ -37,6 +38,7 @@ RAMP_IN_T = ("prune.hard_ramp.slope", "prune.hard_ramp.offset")
 # Settings of `data` that only some loaders, devices or other settings give an effect.
 RANDAUGMENT = ("randaugment_ops", "randaugment_magnitude")
 SYNTHETIC = ("synthetic_images", "synthetic_classes")
+OF_PIXELS = ("resized_side", "interpolation", "mean", "std")
 AUGMENTING = ("crop_scale", "crop_ratio", "flip", "color_jitter", "auto_augment", *RANDAUGMENT)
 
 
@@ -89,6 +91,12 @@ class ModelConfig:
     checkpoint: str | None = None
     """Checkpoint to start from, usually one that launch/prune.py wrote: its network at its widths, with its weights;
     everything else begins anew. null = the full network, freshly initialised."""
+    weights: str | None = None
+    """Weights to start from, of the full network: FILE (.pth, .safetensors), timm:NAME, hf-hub:ORG/NAME, or
+    torchvision:ResNet50_Weights.IMAGENET1K_V2; all but a file name the network, too. For another number of classes the
+    classifier begins anew. null = fresh ones."""
+    head_lr: float | None = None
+    """Learning rate of the classifier at its highest, in place of optim.lr; null = optim.lr."""
     width: float = 1.0
     """Begin with this share of the channels of each group in prune.scope, fresh weights: a uniformly thinner network.
     FLOPs reduction is measured against the full network."""
@@ -98,19 +106,24 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Raises ConfigError for an unknown name, ValueError for settings out of range or in conflict."""
-        for name in ("checkpoint", "widths"):
+        for name in ("checkpoint", "weights", "widths"):
             if getattr(self, name) == "":
                 raise ValueError(f"{name}: found '', allowed: a file, or null")
         if not 0 < self.width <= 1:
             raise ValueError(f"width: found {self.width!r}, allowed: above 0, up to 1")
         shapes = {
             "checkpoint": self.checkpoint,
+            "weights": self.weights,
             "width": None if self.width == 1 else self.width,
             "widths": self.widths,
         }
         if len(given := [name for name, value in shapes.items() if value is not None]) > 1:
             raise ValueError(f"{given[1]}: found {shapes[given[1]]!r} beside {given[0]}, allowed: one of them")
-        if self.name is None and self.checkpoint is None:
+        if self.head_lr is not None and not 0 < self.head_lr < math.inf:
+            raise ValueError(f"head_lr: found {self.head_lr!r}, allowed: a number above 0, or null")
+        if self.weights is not None:
+            object.__setattr__(self, "name", network_of(self.weights, self.name))
+        elif self.name is None and self.checkpoint is None:
             object.__setattr__(self, "name", "resnet50")
         if self.name is not None:
             check_model_name(self.name)
@@ -149,6 +162,11 @@ class RunConfig:
                 f"optim.warmup_epochs: found {self.optim.warmup_epochs}, allowed: up to train.epochs "
                 f"({self.train.epochs})"
             )
+        if self.model.checkpoint is None and self.model.weights is None:
+            try:
+                require_sizes(self.data)
+            except ValueError as error:
+                raise ValueError(f"data.{error}") from error
         if self.data.start_size and self.data.grow_epochs > self.train.epochs:
             raise ValueError(
                 f"data.grow_epochs: found {self.data.grow_epochs}, allowed: up to train.epochs ({self.train.epochs})"
@@ -170,7 +188,7 @@ class RunConfig:
             (self.optim.schedule == "cosine", ["optim.milestones", "optim.gamma"], "optim.schedule: cosine"),
             (self.optim.name == "apex_lamb", ["optim.momentum", "optim.nesterov"], "optim.name: apex_lamb"),
             (self.train.compile == "none", ["train.compile_steps"], "train.compile: none"),
-            (data.loader == "synthetic", _of_data(*ON_DISK, *AUGMENTING), "data.loader: synthetic"),
+            (data.loader == "synthetic", _of_data(*ON_DISK, *AUGMENTING, *OF_PIXELS), "data.loader: synthetic"),
             (data.loader == "folder", _of_data("mmap"), "data.loader: folder"),
             (data.loader == "folder" or not on_gpu, _of_data(*DECODING_ON_GPU), "no decoding on a GPU"),
             (data.loader in ("folder", "dali"), _of_data(*SYNTHETIC), "images from a disk"),

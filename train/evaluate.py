@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data import DataConfig
-from data.batch import NORMALISATION
+from data.batch import preprocessing_of
 from train.build import build_split_loaders, passed_over_notes, unmatched_note
 from train.config import RunConfig, config_from_dict
 from train.errors import ConfigError, TrainError
-from train.export.about import usual_resize_size
 from train.loop.evaluation import Evaluation, evaluate
 from train.network.precision import Precision
 from train.network.state import MEMORY_FORMAT
+from train.preprocessing import images_note, settled, usual_preprocessing
 from train.source import Source, open_source
 from train.world import World
 
@@ -42,11 +42,11 @@ class Outcome:
 def evaluate_stored(path: Path, world: World, changes: DataChanges = DataChanges()) -> Outcome:
     """Exact accuracy of the network at `path`. All ranks call it. Raises train/world.py's USER_ERRORS."""
     source = world.on_every_rank(lambda: open_source(path, changes.image_size))
-    config = evaluation_config(source, changes)
+    config, images_line = evaluation_config(source, changes)
     [val_loader] = world.on_every_rank(lambda: build_split_loaders(config, world, ("val",), source.classes))
     if source.num_classes not in (None, val_loader.num_classes):
         raise TrainError(f"{config.data.path} has {val_loader.num_classes} classes, the network {source.num_classes}")
-    notes = [*unmatched_note(config, val_loader), *passed_over_notes(config, {"validation": val_loader})]
+    notes = [images_line, *unmatched_note(config, val_loader), *passed_over_notes(config, {"validation": val_loader})]
     if val_loader.num_excluded:
         notes.append(f"{config.data.path}: {val_loader.num_excluded} validation images are excluded and not counted")
     if source.classes is None and val_loader.classes is not None:
@@ -63,32 +63,27 @@ def evaluate_stored(path: Path, world: World, changes: DataChanges = DataChanges
     return Outcome(result, val_loader.classes, source.cost(config.data.image_size))
 
 
-def evaluation_config(source: Source, changes: DataChanges) -> RunConfig:
-    """What decides an evaluation: the run's own settings, or what the file says where it does not hold them."""
+def evaluation_config(source: Source, changes: DataChanges) -> tuple[RunConfig, str]:
+    """What decides an evaluation, and a line about the images.
+
+    The run's own settings, or what the file says where it does not hold them.
+    """
+    channels = source.input_shape[0]
     if source.config is not None:
         config = config_from_dict(source.config)
     elif changes.path is not None:
-        config = RunConfig(data=_images_of(source))
+        config = RunConfig(data=DataConfig(channels=channels))
     else:
         raise ConfigError(f"{source.path} does not say on which images it is to be evaluated: give --data FOLDER")
+    own, whose = source.preprocessing
+    if own is None:
+        own, whose = usual_preprocessing(source.input_shape), "the size of its images"
     given = {key: value for key, value in dataclasses.asdict(changes).items() if value is not None}
     if changes.image_size is not None:
-        resize_size = round(config.data.resize_size * changes.image_size / config.data.image_size)
-        given |= {"resize_size": resize_size, "start_size": 0}
+        own, whose = preprocessing_of(config.data, own).at_size(changes.image_size), "--image-size"
+        given |= {**vars(own), "start_size": 0}
     try:
-        return dataclasses.replace(config, data=dataclasses.replace(config.data, **given))
+        data = dataclasses.replace(config.data, **given)
     except ValueError as error:
         raise ConfigError(f"data.{error}") from error
-
-
-def _images_of(source: Source) -> DataConfig:
-    """The settings that make the images which the network wants."""
-    channels, side, _ = source.input_shape
-    saved = source.saved
-    if saved is None:
-        return DataConfig(channels=channels, image_size=side, resize_size=usual_resize_size(side))
-    wanted = (saved.mean, saved.std, saved.crop_mode, saved.interpolation)
-    if wanted != (*NORMALISATION[channels], "center", "bilinear"):
-        raise TrainError(f"{source.path} wants images that no loader here makes: {', '.join(map(str, wanted))}")
-    resize_size = round(saved.resize_size * side / saved.input_size[-1])
-    return DataConfig(channels=channels, image_size=side, resize_size=resize_size)
+    return dataclasses.replace(config, data=settled(data, own)), images_note(data, own, whose)

@@ -6,16 +6,17 @@ What is written is read by training again (`model.checkpoint`), by evaluation, b
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 import yaml
 
 import cup
 from cup import ChannelGroup, Complexity, PrunePlan
 from train.checkpoint.network import StoredNetwork
-from train.checkpoint.weights import Weights, load_weights, read_weights_file
+from train.checkpoint.weights import load_weights
 from train.errors import ConfigError
 from train.files import read_bounded
-from train.network.models import Architecture, build_model, native_input_shape
+from train.network.models import Architecture, build_model, check_model_name, native_input_shape
+from train.network.sources import network_of
+from train.weights import read_given
 
 MAX_COUNTS_BYTES = 1 << 24
 
@@ -39,22 +40,30 @@ class Cut:
         return self.network.dense.flops / self.after.flops
 
 
-def network_from_weights(name: str, path: Path, num_classes: int | None, image_size: int | None) -> StoredNetwork:
-    """A full network by name with published weights.
+def network_from_weights(
+    name: str, source: str, num_classes: int | None, image_size: int | None
+) -> tuple[StoredNetwork, str]:
+    """A full network by name with published weights, and what of a file was not taken, in words for the user.
 
-    num_classes, image_size: read from the weights, and what the network was made for, where not given.
-    Raises ConfigError for an unknown name, CheckpointError for weights that are another network's, CupError for a
-    size that the network does not take.
+    source: a file, or as in `model.weights`. num_classes, image_size: read from the weights, and what they want, where
+    not given. Raises ConfigError for an unknown name or source, CheckpointError for weights that are another network's,
+    TrainError for weights that cannot be had, CupError for a size that the network does not take.
     """
-    weights = read_weights_file(path)
-    classes = num_classes or _classes_in(weights, name)
-    channels, height, width = native_input_shape(name)
-    shape = (channels, image_size or height, image_size or width)
-    architecture = Architecture(name=name, num_classes=classes, input_shape=shape)
-    model = build_model(name, classes)
-    load_weights(model, weights)
+    check_model_name(name)
+    given = read_given(source, network_of(source, name))
+    own = given.published and given.published.preprocessing
+    channels, side, _ = native_input_shape(name)
+    side = image_size or (own.image_size if own else side)
+    classes = num_classes or given.num_classes
+    architecture = Architecture(name=name, num_classes=classes, input_shape=(channels, side, side))
+    model = build_model(name, classes, side)
+    load_weights(model, given.weights)
     dense = cup.complexity(model, architecture.example_input())
-    return StoredNetwork(architecture, dense, model, plans=(), groups=(), config=None, gpu_hours=None)
+    preprocessing = own and own.at_size(side)
+    network = StoredNetwork(
+        architecture, dense, model, plans=(), groups=(), config=None, gpu_hours=None, preprocessing=preprocessing
+    )
+    return network, given.note
 
 
 def read_counts(path: Path) -> dict[str, int]:
@@ -82,20 +91,3 @@ def cut_network(network: StoredNetwork, plan: PrunePlan, groups: list[ChannelGro
         after=cup.complexity(network.model, example_input),
         widths={group.name: group.width for group in resized.groups if not group.frozen},
     )
-
-
-def _classes_in(weights: Weights, name: str) -> int:
-    """The number of classes that the weights tell apart: the one size in which they differ from a probing network's."""
-    probe = 7
-    differing = {
-        len(weights[key])
-        for key, tensor in build_model(name, probe).state_dict().items()
-        if key in weights and _differ_in_rows(weights[key], tensor) and len(tensor) == probe
-    }
-    if len(differing) > 1:
-        raise ConfigError(f"the weights do not say how many classes they tell apart ({differing}): give --num-classes")
-    return differing.pop() if differing else probe
-
-
-def _differ_in_rows(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.dim() == other.dim() > 0 and one.shape[1:] == other.shape[1:] and len(one) != len(other)

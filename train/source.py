@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 import cup
-from cup import SavedNetwork
+from data import Preprocessing
 from data.batch import NORMALISATION
 from train.checkpoint.network import StoredNetwork, load_network
 from train.errors import ConfigError, TrainError
-from train.export.about import from_metadata
+from train.export.about import from_metadata, preprocessing_of_saved
 from train.export.onnx_network import OnnxNetwork
+from train.preprocessing import own_preprocessing
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +25,7 @@ class Source:
     model: images to logits, on the CPU. input_shape: one image, (channels, height, width).
     classes: their names, in the order of the logits; None where unknown.
     config: of the run that trained it, as plain data; None where no run did, or where the file does not say.
-    saved: what a folder or an ONNX file says of the images; None for a checkpoint, and for a file of others.
+    preprocessing: the images that it wants, and who says so.
     known_cost: flops, macs and params of one image where the file says them; empty for a network that can be counted.
     """
 
@@ -33,8 +34,8 @@ class Source:
     input_shape: tuple[int, int, int]
     num_classes: int | None
     classes: Sequence[str] | None
+    preprocessing: tuple[Preprocessing | None, str]
     config: dict[str, Any] | None = None
-    saved: SavedNetwork | None = None
     known_cost: dict[str, int] | None = None
 
     def cost(self, image_size: int) -> dict[str, int]:
@@ -61,12 +62,14 @@ def open_source(path: Path, image_size: int | None = None) -> Source:
 def source_of(path: Path, stored: StoredNetwork) -> Source:
     """The network of the checkpoint at `path`."""
     shape, num_classes = stored.architecture.input_shape, stored.architecture.num_classes
-    return Source(path, stored.model, shape, num_classes, stored.classes, config=stored.config)
+    own = own_preprocessing(stored.architecture, stored.preprocessing, path)
+    return Source(path, stored.model, shape, num_classes, stored.classes, own, config=stored.config)
 
 
 def _of_folder(path: Path) -> Source:
     saved = cup.read_saved(path)
-    return Source(path, cup.load(path), saved.input_size, saved.num_classes, saved.classes, saved=saved)
+    own = preprocessing_of_saved(saved), str(path)
+    return Source(path, cup.load(path), saved.input_size, saved.num_classes, saved.classes, own)
 
 
 def _of_onnx(path: Path, image_size: int | None) -> Source:
@@ -86,4 +89,5 @@ def _of_onnx(path: Path, image_size: int | None) -> Source:
     if side is None:
         raise ConfigError(f"{path} takes images of any size, and does not say of which it should: give --image-size")
     classes = saved and saved.classes
-    return Source(path, model, (channels, side, side), model.num_classes, classes, saved=saved, known_cost=cost)
+    own = (preprocessing_of_saved(saved).at_size(side), str(path)) if saved else (None, "nobody")
+    return Source(path, model, (channels, side, side), model.num_classes, classes, own, known_cost=cost)

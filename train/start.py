@@ -2,11 +2,12 @@
 
 import math
 import secrets
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from data.batch import DECODING_ON_GPU
+from data import DataConfig, Preprocessing
+from data.batch import DECODING_ON_GPU, preprocessing_of
 from train.checkpoint.archive import CheckpointError, UnreadableError
 from train.checkpoint.file import newest_checkpoint
 from train.config import RunConfig, differing_keys
@@ -15,6 +16,7 @@ from train.errors import ConfigError, TrainError
 from train.log.attempt import Unheard, unheard_seconds
 from train.log.heartbeat import read_alive
 from train.log.rundir import RunDir
+from train.network.sources import names_network
 from train.schema import fits
 
 # Settings that may differ when a run goes on: where it lies (NAME-2 may be asked for by its own name), how it is saved
@@ -24,6 +26,7 @@ MAY_DIFFER = {
     "data": ("path", "threads", "mmap", *DECODING_ON_GPU),
     "train": ("nonfinite", "nonfinite_limit"),
 }
+PREPROCESSING = tuple(entry.name for entry in fields(Preprocessing))
 AWAY = "move it away, or start from it with --model.checkpoint and another --run.name"
 
 
@@ -259,17 +262,34 @@ def _differences(run_dir: RunDir, config: RunConfig) -> list[str]:
 
 
 def _differing(stored: dict[str, Any], settings: dict[str, Any]) -> list[str]:
-    return differing_keys(_computed(settings), _computed(stored))
+    theirs, ours = _computed(stored), _computed(settings)
+    # What is left open is as the run's own checkpoint says, so as it began.
+    open_ones = {key: theirs["data"][key] for key in PREPROCESSING if ours["data"][key] is None}
+    return differing_keys(ours | {"data": ours["data"] | open_ones}, theirs)
 
 
 def _computed(config: dict[str, Any]) -> dict[str, Any]:
     """The settings that decide what a run computes, without those with which it may go on otherwise than it began.
 
-    The name of a network that comes from a checkpoint says nothing more; it may be given or left out.
+    The name of a network that comes from a checkpoint, or with its weights, says nothing more; it may be given or left
+    out. Without those, open settings of the images have their usual values, as earlier versions stored them.
     """
     kept = {
         section: {k: v for k, v in values.items() if k not in MAY_DIFFER[section]} if section in MAY_DIFFER else values
         for section, values in config.items()
     }
-    model = config.get("model", {})
-    return kept | {"model": {**model, "name": None} if model.get("checkpoint") else model}
+    model = config["model"]
+    if model["checkpoint"] or model["weights"]:
+        says_itself = model["checkpoint"] or names_network(model["weights"])
+        return kept | {"model": {**model, "name": None if says_itself else model["name"]}}
+    given = {key: _tuple(config["data"][key]) for key in (*PREPROCESSING, "channels")}
+    usual = asdict(preprocessing_of(DataConfig(**given)))
+    return kept | {"data": kept["data"] | {key: _list(value) for key, value in usual.items()}}
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _list(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -6,8 +6,9 @@ project's loaders.
 
 import argparse
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -15,7 +16,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from data import Batch, DataConfig, DataError, Loader, build_loaders
-from data.batch import NORMALISATION
+from data.batch import preprocessing_of
 from launch.benches.measure import data_config, machine, require_image_folder, write_result
 from train.checkpoint.network import StoredNetwork, load_network
 from train.cli import positive_int
@@ -55,7 +56,7 @@ def measure(options: argparse.Namespace) -> None:
     rows = []
     print(f"{reference.num_images} validation images of {config.image_size} pixels, {world.device.type}")
     for name, loader in loaders.items():
-        mean, worst = pixel_difference(loader, reference, config.channels)
+        mean, worst = pixel_difference(loader, reference, config.std)
         row = {"name": name, "mean_difference": mean, "worst_image": worst}
         line = f"  {name:<20} pixels {mean:.3f} of 255 from torchvision's, in the worst image {worst:.3f}"
         if stored is not None:
@@ -77,18 +78,19 @@ def measure(options: argparse.Namespace) -> None:
         write_result(options.out, content)
 
 
-def pixel_difference(loader: Loader, reference: Loader, channels: int) -> tuple[float, float]:
+def pixel_difference(loader: Loader, reference: Loader, std: Sequence[float]) -> tuple[float, float]:
     """Mean absolute difference of the validation pixels, of 255, and that of the image that differs most.
 
-    Raises DataError where the two do not have the same images in the same order.
+    std: what the pixels were divided by, of each channel. Raises DataError where the two do not have the same images in
+    the same order.
     """
-    std = torch.tensor(NORMALISATION[channels][1]).view(-1, 1, 1)
+    std_C11 = torch.tensor(std).view(-1, 1, 1)
     differences = []
     for ours, theirs in zip(loader, reference, strict=True):
         labels = ours.labels[ours.valid]
         if not torch.equal(labels, theirs.labels[theirs.valid]):
             raise DataError("the two loaders' labels differ: is there an exclude list, or a folder within a class?")
-        distance = (ours.images[ours.valid] - theirs.images[theirs.valid]).abs().cpu() * std * 255
+        distance = (ours.images[ours.valid] - theirs.images[theirs.valid]).abs().cpu() * std_C11 * 255
         differences.append(distance.mean(dim=(1, 2, 3)))
     of_image_N = torch.cat(differences)
     return of_image_N.mean().item(), of_image_N.max().item()
@@ -97,12 +99,12 @@ def pixel_difference(loader: Loader, reference: Loader, channels: int) -> tuple[
 def _config(options: argparse.Namespace, stored: StoredNetwork | None) -> DataConfig:
     """Sizes are those of the run that trained the network; ImageNet's usual ones without a network."""
     if stored is None:
-        sizes: dict[str, int] = {}
+        sizes: dict[str, Any] = {}
     elif stored.config is None:
         raise TrainError(f"{options.checkpoint}: no run trained it, so nobody knows its image sizes: give a run's own")
     else:
         data = config_from_dict(stored.config).data
-        sizes = {"image_size": data.image_size, "resize_size": data.resize_size, "channels": data.channels}
+        sizes = {"channels": data.channels, **vars(preprocessing_of(data, stored.preprocessing))}
     if options.resize_size is not None:
         sizes["resize_size"] = options.resize_size
     return data_config(path=str(options.data), batch_size=options.batch_size, **sizes)
@@ -121,12 +123,12 @@ class _TorchvisionLoader:
         to_mode = [v2.Grayscale()] if config.channels == 1 else []
         transform = v2.Compose(
             [
-                v2.Resize(config.resize_size, antialias=True),
+                v2.Resize(config.resize_size, v2.InterpolationMode(config.interpolation), antialias=True),
                 v2.CenterCrop(config.image_size),
                 *to_mode,
                 v2.PILToTensor(),
                 v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(*NORMALISATION[config.channels]),
+                v2.Normalize(config.mean, config.std),
             ]
         )
         images = ImageFolder(Path(config.path) / "val", transform)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from data import DataConfig, DataError
+from data.batch import require_sizes, with_preprocessing
 from data.images import list_splits
 from train.errors import TrainError
 from train.world import World, available_cores
@@ -36,9 +37,11 @@ def rounds_in_turn(contenders: Mapping[str, Callable[[], float]], rounds: int) -
 def data_config(**settings: Any) -> DataConfig:
     """The options of a loader; DataError, one line for the user, where one is not allowed."""
     try:
-        return DataConfig(**settings)
+        config = DataConfig(**settings)
+        require_sizes(config)
     except ValueError as error:
         raise DataError(str(error)) from error
+    return with_preprocessing(config)
 
 
 def require_image_folder(path: Path) -> None:

@@ -18,7 +18,7 @@ NAMING = "run."
 COMPARABLE = ("model", "epochs", "batch_size", "train_images", "precision", "loader", "world_size", "devices")
 # ... and the settings that begin so. What the optimizer is told costs no time, yet decides accuracy.
 HOURS_SETTINGS = ("data.", "train.", "optim.name")
-ACCURACY_SETTINGS = ("data.", "train.", "optim.")
+ACCURACY_SETTINGS = ("data.", "train.", "optim.", "model.weights", "model.head_lr")
 
 # What the report reads of every line of a kind, in logs of all versions.
 NEEDED = {

@@ -8,7 +8,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from data import dali, folder
-from data.batch import NORMALISATION, DataConfig, train_size
+from data.batch import NORMALISATION, DataConfig, train_size, with_preprocessing
 from data.prepare import prepare_shards
 
 STILL = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "flip": 0.0}
@@ -22,7 +22,7 @@ def test_the_side_grows_in_steps_from_its_start_to_the_image_size():
     config = DataConfig(start_size=128, grow_epochs=10, image_size=224, size_step=32)
     sizes = [train_size(config, epoch) for epoch in range(14)]
     assert sizes == [128] * 4 + [160] * 3 + [192] * 3 + [224] * 4
-    assert {train_size(DataConfig(), epoch) for epoch in range(5)} == {224}
+    assert {train_size(with_preprocessing(DataConfig()), epoch) for epoch in range(5)} == {224}
 
 
 @disk_loaders

@@ -421,7 +421,7 @@ class Blurred(nn.Module):
 def test_buffers_that_no_state_dict_holds_are_no_part_of_a_checkpoint_in_mid_epoch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("train.build.build_model", lambda name, num_classes: Blurred())
+    monkeypatch.setattr("train.build.build_model", lambda *_: Blurred())
     monkeypatch.setattr("train.loop.watch.MAX_STEPS", 1)
     settings = {**EVERY_STEP, "prune__method": "none", "train__ema_decay": 0.9}
     undisturbed = train(tmp_path / "a", **settings)

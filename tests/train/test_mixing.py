@@ -44,7 +44,7 @@ def test_with_both_either_is_drawn_and_with_none_nothing_changes():
 
 def test_a_run_with_mixing_repeats_and_goes_on_after_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Growing images, mixup and cutmix together; the network takes any side."""
-    monkeypatch.setattr("train.build.build_model", lambda name, num_classes: AnySide())
+    monkeypatch.setattr("train.build.build_model", lambda *_: AnySide())
     changes = {
         **{"train__mixup": 0.2, "train__cutmix": 1.0, "prune__method": "none"},
         **{"data__start_size": 20, "data__grow_epochs": 2, "data__size_step": 4},

@@ -32,7 +32,7 @@ class Normed(nn.Module):
 
 @pytest.fixture(autouse=True)
 def normed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.build.build_model", lambda name, num_classes: Normed())
+    monkeypatch.setattr("train.build.build_model", lambda *_: Normed())
     monkeypatch.setattr("train.loop.watch.MAX_STEPS", 1)  # look after every step
 
 

@@ -157,7 +157,7 @@ class Noisy(nn.Module):
 def test_an_interrupted_run_goes_on_with_the_random_numbers_and_the_scale_that_it_had(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ):
-    monkeypatch.setattr("train.build.build_model", lambda name, num_classes: Noisy())
+    monkeypatch.setattr("train.build.build_model", lambda *_: Noisy())
     monkeypatch.setattr("torch.amp.GradScaler", partial(torch.amp.GradScaler, growth_interval=3))
     changes = {"train__precision": precision, "train__epochs": 4, "prune__target_reduction": 1.5}
     undisturbed = train(tmp_path / "a", **changes)

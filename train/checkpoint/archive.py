@@ -12,7 +12,8 @@ import os
 import re
 import resource
 import zipfile
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -59,6 +60,50 @@ def load_archive(path: Path, otherwise: str) -> tuple[Any, bool]:
     otherwise: what is said of a file that is none. Raises UnreadableError where the system refuses, CheckpointError for
     any other file that cannot be read.
     """
+    return _load(path, otherwise, lambda file: torch.load(file, map_location="cpu", weights_only=True))
+
+
+def load_foreign_archive(path: Path) -> tuple[Any, list[str]]:
+    """What others' archive holds, and the names of the classes and functions in it that this program does not know.
+
+    Of these nothing is imported or run: a `_Nothing` stands where they made something. Raises as `load_archive` does.
+    """
+    strange: list[str] = []
+
+    def read(file: BinaryIO) -> Any:
+        if zipfile.is_zipfile(file):
+            file.seek(0)
+            strange.extend(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file)))
+        file.seek(0)
+        stand_ins = [(_NoDict if name.lower().endswith("dict") else _Nothing, name) for name in strange]
+        with torch.serialization.safe_globals(stand_ins):
+            return torch.load(file, map_location="cpu", weights_only=True)
+
+    content, _ = _load(path, "is no file of weights", read)
+    return content, strange
+
+
+class _Nothing:
+    """Stands for an object of a class that is not known here; takes what it is made of, and keeps nothing."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "_Nothing":
+        return object.__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class _NoDict:
+    """Stands for a class of dictionaries, which are filled after they are made."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> OrderedDict:
+        return OrderedDict()
+
+
+def _load(path: Path, otherwise: str, read: Callable[[BinaryIO], Any]) -> tuple[Any, bool]:
     try:
         with open_regular(path) as file:
             vouched = _verify(file, path)
@@ -66,7 +111,7 @@ def load_archive(path: Path, otherwise: str) -> tuple[Any, bool]:
             _refuse_bomb(file, size, path)
             file.seek(0)
             with _bounded_memory(3 * size + MEMORY_BESIDE):
-                return torch.load(file, map_location="cpu", weights_only=True), vouched
+                return read(file), vouched
     except CheckpointError:
         raise
     except FileNotFoundError as error:

@@ -27,6 +27,7 @@ NETWORK_PARTS = {
     "plans": str,
     "gpu_hours": float | None,
     "classes": list[str] | None,
+    "preprocessing": dict | None,
     "model": dict,
     "ema": dict | None,
 }

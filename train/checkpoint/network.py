@@ -4,16 +4,17 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from torch import nn
 
 import cup
 from cup import ChannelGroup, Complexity, CupError, PrunePlan
+from data import Preprocessing
 from data.batch import MAX_PIXELS
 from train.checkpoint.archive import CheckpointError
 from train.checkpoint.file import load_checkpoint, save_checkpoint
-from train.checkpoint.weights import Weights, load_weights
+from train.checkpoint.weights import Weights, load_weights, without_prefix
 from train.network.models import Architecture, build_model
 from train.schema import first_misfit, fits
 
@@ -31,6 +32,7 @@ class StoredNetwork:
     gpu_hours: spent on these weights, runs before a cut included; None where unknown.
     classes: their names, in the order of the logits; None where unknown.
     top1: exact accuracy of these weights in the run that wrote them, percent; None where they were not evaluated in it.
+    preprocessing: the images that the weights want; None where unknown.
     """
 
     architecture: Architecture
@@ -42,6 +44,7 @@ class StoredNetwork:
     gpu_hours: float | None
     classes: Sequence[str] | None = None
     top1: float | None = None
+    preprocessing: Preprocessing | None = None
 
 
 def save_network(path: Path, network: StoredNetwork, widths: dict[str, int]) -> None:
@@ -50,6 +53,7 @@ def save_network(path: Path, network: StoredNetwork, widths: dict[str, int]) -> 
         "architecture": asdict(network.architecture),
         "config": network.config,
         "classes": network.classes and list(network.classes),
+        "preprocessing": network.preprocessing and asdict(network.preprocessing),
         "plans": plans_to_store(network.plans),
         "widths": widths,
         "gpu_hours": network.gpu_hours,
@@ -64,9 +68,10 @@ def load_network(path: Path) -> StoredNetwork:
     content = load_checkpoint(path)
     try:
         architecture = stored_architecture(content)
-        model = build_model(architecture.name, architecture.num_classes)
+        model = build_model(architecture.name, architecture.num_classes, architecture.input_shape[-1])
         dense = cup.complexity(model, architecture.example_input())
         plans = stored_plans(content)
+        preprocessing = stored_preprocessing(content)
         # Only a network that was cut has to be one that can be traced.
         groups = cup.channel_groups(model, architecture.example_input()) if plans else []
         for plan in plans:
@@ -84,6 +89,7 @@ def load_network(path: Path) -> StoredNetwork:
         gpu_hours=content["gpu_hours"],
         classes=content["classes"],
         top1=_stored_top1(content),
+        preprocessing=preprocessing,
     )
 
 
@@ -105,6 +111,18 @@ def stored_architecture(content: dict[str, Any]) -> Architecture:
     return Architecture(name=stored["name"], num_classes=classes, input_shape=tuple(stored["input_shape"]))
 
 
+def stored_preprocessing(content: dict[str, Any]) -> Preprocessing | None:
+    """The images that the weights want; None where the file does not say. CheckpointError for what no run writes."""
+    stored = content["preprocessing"]
+    if stored is None:
+        return None
+    kinds = get_type_hints(Preprocessing) | dict.fromkeys(("image_size", "resize_size"), range(1, MAX_PIXELS + 1))
+    wrong = stored.keys() != kinds.keys() or first_misfit(stored, kinds) is not None
+    if wrong or len(stored["mean"]) != len(stored["std"]) or not all(value > 0 for value in stored["std"]):
+        raise CheckpointError(f"the stored preprocessing is not as any run writes it: found {str(stored)[:200]}")
+    return Preprocessing(**stored | {name: tuple(stored[name]) for name in ("mean", "std")})
+
+
 def stored_plans(content: dict[str, Any]) -> list[PrunePlan]:
     """The plans that led to the stored widths, in order."""
     try:
@@ -121,8 +139,7 @@ def stored_weights(content: dict[str, Any]) -> Weights:
     """The weights that were evaluated: the moving average's where there is one."""
     if content["ema"] is None:
         return content["model"]
-    prefix = "module."
-    return {key.removeprefix(prefix): value for key, value in content["ema"].items() if key.startswith(prefix)}
+    return without_prefix(content["ema"], "module.")
 
 
 def _stored_top1(content: dict[str, Any]) -> float | None:

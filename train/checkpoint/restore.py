@@ -12,6 +12,7 @@ from train.checkpoint.archive import CheckpointError
 from train.checkpoint.file import load_checkpoint
 from train.checkpoint.network import stored_plans
 from train.checkpoint.saver import running_statistics
+from train.checkpoint.weights import with_versions
 from train.log.ledger import Ledger
 from train.log.rundir import EVENTS, first_bad_line
 from train.loop.progress import EpochSoFar, Progress
@@ -87,9 +88,9 @@ def restore(
     """
     try:
         resizer.replay(state, stored_plans(stored))
-        state.model.load_state_dict(stored["model"])
+        state.model.load_state_dict(with_versions(state.model, stored["model"]))
         if state.ema is not None:
-            state.ema.load_state_dict(stored["ema"])
+            state.ema.load_state_dict(with_versions(state.ema, stored["ema"]))
         state.optimizer.load_state_dict(stored["optimizer"])
         _require_equal_kinds(state.optimizer)
         state.precision.scaler.load_state_dict(stored["scaler"])

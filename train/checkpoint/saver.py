@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from data import Preprocessing
 from train.checkpoint.file import save_checkpoint
 from train.checkpoint.network import plans_to_store
 from train.config import RunConfig
@@ -34,15 +35,19 @@ class Saver:
         run_dir: RunDir,
         run_id: str | None,
         architecture: Architecture,
+        preprocessing: Preprocessing,
         global_batch_size: int,
         allowed_widths: AllowedWidths | None,
         progress: Progress,
     ) -> None:
-        """global_batch_size: as it is; `config` may ask for more (train/build.py). progress: where the run goes on.
+        """preprocessing: what became of the settings that `config` leaves open. progress: where the run goes on.
+
+        global_batch_size: as it is; `config` may ask for more (train/build.py).
 
         allowed_widths: as measured for `round_to: measured`, for a resumed run must plan with the same ones.
         """
         self._config = config
+        self._preprocessing = preprocessing
         self._global_batch_size = global_batch_size
         self._allowed_widths = allowed_widths
         self._run_dir, self._run_id = run_dir, run_id
@@ -104,6 +109,7 @@ class Saver:
             "run_id": self._run_id,
             "config": self._config.to_dict(),
             "classes": trainer.loop.loader.classes and list(trainer.loop.loader.classes),
+            "preprocessing": dataclasses.asdict(self._preprocessing),
             "plans": plans_to_store(trainer.resizer.plans),
             "widths": trainer.resizer.widths,
             "allowed_widths": self._allowed_widths,
@@ -154,7 +160,9 @@ def running_statistics(module: nn.Module | None) -> dict[str, torch.Tensor]:
 
 def _with_means(weights: dict[str, torch.Tensor], buffers: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """The weights with the mean of the ranks' running statistics, which is what an evaluation takes."""
-    return weights | {name: sum(own[name] for own in buffers) / len(buffers) for name in buffers[0]}
+    means = {name: sum(own[name] for own in buffers) / len(buffers) for name in buffers[0]}
+    weights.update(means)  # in place: it also holds the versions of the modules
+    return weights
 
 
 def plain_state(method: Method) -> dict[str, Any]:

@@ -1,14 +1,16 @@
 """Checkpoints that earlier versions wrote, brought to today's format.
 
 Format 2 was written at the ends of epochs only, format 3 in the middle of them, too. Format 4 names the pruning method
-and holds its state. Format 5 holds the run's id and log, and the names of the classes.
+and holds its state. Format 5 holds the run's id and log, and the names of the classes. Format 6 holds the images that
+the weights want.
 """
 
 from typing import Any, get_args
 
+from data.batch import NORMALISATION
 from train.log.ledger import Kind
 
-FORMAT = 5
+FORMAT = 6
 WITHOUT_CHECKSUM = (2,)
 """Formats that had none yet."""
 
@@ -18,7 +20,7 @@ def upgrade(content: dict[str, Any]) -> dict[str, Any]:
 
     Raises ValueError for an unknown format, KeyError or TypeError for content that is not as its format says.
     """
-    steps = {2: _from_2, 3: _from_3, 4: _from_4}
+    steps = {2: _from_2, 3: _from_3, 4: _from_4, 5: _from_5}
     while (found := content["format"]) != FORMAT:
         if found not in steps:
             raise ValueError(f"found format {found!r}, allowed: {', '.join(map(str, steps))} and {FORMAT}")
@@ -60,3 +62,13 @@ def _from_3(content: dict[str, Any]) -> dict[str, Any]:
 def _from_4(content: dict[str, Any]) -> dict[str, Any]:
     content = content | {"classes": None}
     return content if "ranks" not in content else content | {"run_id": None, "log": None}
+
+
+def _from_5(content: dict[str, Any]) -> dict[str, Any]:
+    if content["config"] is None:  # weights from elsewhere, and nothing was said of their images
+        return content | {"preprocessing": None}
+    data = content["config"]["data"]
+    mean, std = NORMALISATION[data["channels"]]
+    sizes = {name: data[name] for name in ("image_size", "resize_size")}
+    rest = {"resized_side": "shorter", "interpolation": "bilinear", "mean": list(mean), "std": list(std)}
+    return content | {"preprocessing": sizes | rest}

@@ -6,9 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from cup import Complexity, CupError, SavedNetwork
-from data.batch import NORMALISATION
+from data import Preprocessing
 from train.checkpoint.network import StoredNetwork
 from train.errors import TrainError
+from train.preprocessing import own_preprocessing, usual_preprocessing
+
+CROP_MODES = {"shorter": "center", "both": "squash", "longer": "border"}
+"""`Preprocessing.resized_side` in timm's words."""
 
 COSTS = ("flops", "macs", "params")
 """What a file's metadata holds of `Complexity`."""
@@ -52,17 +56,27 @@ def from_metadata(metadata: Mapping[str, str]) -> tuple[SavedNetwork | None, dic
         raise TrainError(f"its metadata is not as launch/export.py writes it: {error}") from error
 
 
+def preprocessing_of_saved(saved: SavedNetwork) -> Preprocessing:
+    """The images that a saved network wants, in our words."""
+    [resized_side] = [side for side, mode in CROP_MODES.items() if mode == saved.crop_mode]
+    return Preprocessing(
+        image_size=saved.input_size[-1],
+        resize_size=saved.resize_size,
+        resized_side=resized_side,
+        interpolation=saved.interpolation,
+        mean=saved.mean,
+        std=saved.std,
+    )
+
+
 def _preprocessing(network: StoredNetwork, image_size: int) -> dict[str, Any]:
     """What the weights want of an image, as SavedNetwork's fields. The one place that knows it."""
-    mean, std = NORMALISATION[network.architecture.input_shape[0]]
-    if network.config is not None:
-        data = network.config["data"]
-        resize_size = round(data["resize_size"] * image_size / data["image_size"])
-    else:
-        resize_size = usual_resize_size(image_size)
-    return {"resize_size": resize_size, "mean": mean, "std": std}
-
-
-def usual_resize_size(image_size: int) -> int:
-    """ImageNet's custom, the centre 224 of 256 pixels; small images have no margin to spare."""
-    return image_size + (image_size // 7 if image_size >= 224 else 0)
+    own, _ = own_preprocessing(network.architecture, network.preprocessing, "the checkpoint")
+    own = (own or usual_preprocessing(network.architecture.input_shape)).at_size(image_size)
+    return {
+        "resize_size": own.resize_size,
+        "crop_mode": CROP_MODES[own.resized_side],
+        "interpolation": own.interpolation,
+        "mean": own.mean,
+        "std": own.std,
+    }

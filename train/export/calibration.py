@@ -28,7 +28,7 @@ def calibration_batches(source: Source, changes: DataChanges, images: int) -> li
     Validation images are left alone, so that an accuracy on them stays one on images that the network never saw.
     changes: as of an evaluation. Raises DataError, TrainError or CupError where the images cannot be had.
     """
-    config = evaluation_config(source, changes)
+    config, _ = evaluation_config(source, changes)
     data = dataclasses.replace(config.data, batch_size=min(BATCH_SIZE, images), **UNAUGMENTED)
     config = dataclasses.replace(config, data=data)
     [loader] = build_split_loaders(config, open_world("cpu"), ("train",), source.classes)

@@ -25,6 +25,9 @@ class TrainConfig:
     step: the same step in less memory, but for batch norm, which sees a piece at a time."""
     clip_norm: float = 0.0
     """Gradients are scaled down to this L2 norm over the whole network where theirs is larger; 0 = never."""
+    freeze: str = ""
+    """Modules that keep their weights and running statistics, with all that is in them: names as in the network, with
+    commas between them (layer1,layer2). Cuts may still make them narrower."""
     compile: Literal["none", "blocks"] = "none"
     """blocks = torch.compile on the network's repeated blocks, where enough steps at the same widths and image size lie
     ahead."""
@@ -55,3 +58,8 @@ class TrainConfig:
         for name, ok, allowed in checks:
             if not ok:
                 raise ValueError(f"{name}: found {getattr(self, name)!r}, allowed: {allowed}")
+
+    @property
+    def frozen(self) -> list[str]:
+        """Names of the modules in `freeze`."""
+        return [name.strip() for name in self.freeze.split(",") if name.strip()]

@@ -82,6 +82,8 @@ def train_epoch(
     """
     state, steps = loop.state, len(loop.loader)
     state.parallel.train()
+    for name in loop.config.frozen:
+        state.model.get_submodule(name).eval()
     loop.loader.go_to(epoch - 1, so_far.step)
     if loop.guard is not None:
         loop.guard.begin(state)

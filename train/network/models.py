@@ -8,6 +8,7 @@ from torch import nn
 from cup import CupError
 from cup.networks import OWN_MODELS, build_network, check_network_name
 from train.errors import ConfigError
+from train.network.published import published, timm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,14 +42,13 @@ def check_model_name(name: str) -> None:
 
 
 def native_input_shape(name: str) -> tuple[int, int, int]:
-    """The images that the network called `name` was made for: (channels, height, width)."""
+    """The images that the network called `name` was made for, as published: (channels, height, width)."""
     check_model_name(name)
     if name in ("lenet", "mlp"):
         return 1, 28, 28
     if name in OWN_MODELS:
         return 3, 32, 32
     if name.startswith("timm:"):
-        import timm
-
-        return tuple(timm.get_pretrained_cfg(name.removeprefix("timm:")).input_size)
-    return (3, 299, 299) if name == "inception_v3" else (3, 224, 224)
+        return tuple(timm().get_pretrained_cfg(name.removeprefix("timm:")).input_size)
+    side = 224 if name.startswith("vit_") else published(name).preprocessing.image_size  # a ViT is built for its side
+    return 3, side, side

@@ -1,6 +1,7 @@
 """The optimizer and its learning rate, a pure function of progress."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -55,10 +56,14 @@ class OptimConfig:
                 raise ValueError(f"{name}: found {getattr(self, name)!r}, allowed: {allowed}")
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module, config: OptimConfig, head: Collection[str] = (), head_lr: float | None = None
+) -> torch.optim.Optimizer:
     """The optimizer over the model's trainable parameters; two parameter groups where norms and biases are not decayed.
 
-    Raises ConfigError where apex is asked for and missing, or the parameters are on no GPU.
+    head: names of parameters whose learning rate is `head_lr` where the others' is `config.lr`, and follows its
+    schedule; they have groups of their own. Raises ConfigError where apex is asked for and missing, or the parameters
+    are on no GPU.
     """
     decayed = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}]
@@ -66,6 +71,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
         spared = _norms_and_biases(model)
         groups[0]["params"] = [p for p in decayed if id(p) not in spared]
         groups.append({"params": [p for p in decayed if id(p) in spared], "weight_decay": 0.0})
+    if head_lr is not None:
+        groups = _with_own_rate(groups, [dict(model.named_parameters())[name] for name in head], head_lr / config.lr)
     settings: dict[str, Any] = {"lr": config.lr}
     if config.name != "apex_lamb":
         settings |= {"momentum": config.momentum, "nesterov": config.nesterov}
@@ -107,8 +114,19 @@ def learning_rate(config: OptimConfig, progress: float, epochs: int) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set it in every group, in place; a group with a factor of its own has that many times as much."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_factor", 1.0)
+
+
+def _with_own_rate(
+    groups: list[dict[str, Any]], parameters: list[nn.Parameter], lr_factor: float
+) -> list[dict[str, Any]]:
+    """The groups without these parameters, and behind them groups of these alone."""
+    own = {id(parameter) for parameter in parameters}
+    others = [group | {"params": [p for p in group["params"] if id(p) not in own]} for group in groups]
+    theirs = [group | {"params": [p for p in group["params"] if id(p) in own]} for group in groups]
+    return [*others, *(group | {"lr_factor": lr_factor} for group in theirs if group["params"])]
 
 
 def _is_on_gpu(parameter: nn.Parameter) -> bool:
