@@ -28,6 +28,7 @@ def _evaluate(argv: list[str]) -> None:
         help="checkpoint (of a run or of launch/prune.py), folder of launch/export.py, or .onnx file",
     )
     parser.add_argument("--data", metavar="FOLDER", help="data set in place of the run's own; its val/ is enough")
+    parser.add_argument("--model", metavar="NAME", help="package.module:factory, if the network is one of your own")
     parser.add_argument("--batch-size", type=positive_int, metavar="N", help="images a step in place of the run's own")
     parser.add_argument(
         "--image-size", type=positive_int, metavar="PIXELS", help="side of the images; default: as the network's"
@@ -41,7 +42,7 @@ def _evaluate(argv: list[str]) -> None:
         path=options.data, loader=options.loader, batch_size=options.batch_size, image_size=options.image_size
     )
     world = open_world(options.device)
-    outcome = evaluate_stored(options.network, world, changes)
+    outcome = evaluate_stored(options.network, world, changes, options.model)
     if world.is_main:
         print(_summary(outcome))
         if options.per_class:

@@ -46,7 +46,7 @@ def _export(argv: list[str]) -> None:
     out = _free_out(options)
     if options.push:
         require_hub()
-    network = load_network(options.checkpoint)
+    network = load_network(options.checkpoint, options.model)
     saved = about(network, options.image_size, options.license)
     if options.format == "timm":
         _export_folder(options, network, saved, out)
@@ -76,6 +76,7 @@ def _parse(argv: list[str]) -> Namespace:
     parser.add_argument(
         "--image-size", type=positive_int, metavar="PIXELS", help="side of the images; default: as trained"
     )
+    parser.add_argument("--model", metavar="NAME", help="package.module:factory, if the network is one of your own")
     parser.add_argument("--data", metavar="FOLDER", help="onnx-int8: training images in place of the run's own")
     parser.add_argument(
         "--calibration-images",
@@ -133,7 +134,7 @@ def _export_int8(options: Namespace, network: StoredNetwork, saved: SavedNetwork
 
 
 def _export_folder(options: Namespace, network: StoredNetwork, saved: SavedNetwork, out: Path) -> None:
-    dense = None if options.dense is None else load_network(options.dense)
+    dense = None if options.dense is None else load_network(options.dense, options.model)
     if dense is not None and (dense.architecture != network.architecture or dense.plans):
         raise ConfigError(f"--dense: {options.dense} is not the full network of {options.checkpoint}")
     exported = export_folder(network, saved, out, dense if saved.widths else network)

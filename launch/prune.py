@@ -78,6 +78,7 @@ def _parse(argv: list[str]) -> Namespace:
     parser.add_argument(
         "--image-size", type=positive_int, metavar="PIXELS", help="of the named network; default: its own"
     )
+    parser.add_argument("--model", metavar="NAME", help="package.module:factory, if the network is one of your own")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: SOURCE_frX.XX.pt, X.XX being the FR reached")
     parser.add_argument("--force", action="store_true", help="overwrite what is there")
     parser.add_argument("--dendrogram", type=Path, metavar="DIR", help="cup: draw each group's tree and cut")
@@ -93,7 +94,7 @@ def _open_source(options: Namespace) -> tuple[StoredNetwork, str]:
         raise ConfigError("--num-classes and --image-size go with --weights: a checkpoint says its own")
     if not Path(options.source).exists():
         raise ConfigError(f"no checkpoint at {options.source}; a network by name needs its weights too: --weights FILE")
-    return load_network(Path(options.source)), ""
+    return load_network(Path(options.source), options.model), ""
 
 
 def _plan_options(options: Namespace) -> PlanOptions:

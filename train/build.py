@@ -39,6 +39,7 @@ from train.network.compiling import BlockCompiler
 from train.network.ema import MovingAverage
 from train.network.models import Architecture, build_model
 from train.network.optim import build_optimizer
+from train.network.own import check_own, is_factory, shrinking_note
 from train.network.precision import Precision
 from train.network.state import MEMORY_FORMAT, TrainState, state_digest
 from train.network.widths import NOISE, AllowedWidths, measured_widths
@@ -191,6 +192,11 @@ def _with_model_name(config: RunConfig, begun: dict[str, Any] | None, path: str 
     if begun is None:
         return config
     name = stored_architecture(begun).name
+    if config.model.name is None and is_factory(name):
+        raise ConfigError(
+            f"model.name: found null, but {path} holds {name}, whose code is not in the file; give --model.name {name} "
+            "to have it imported"
+        )
     if config.model.name not in (None, name):
         raise ConfigError(
             f"model.name: found {config.model.name}, but {path} holds {name}; allowed: {name}, or null, which takes "
@@ -222,6 +228,8 @@ def _build_parts(config: RunConfig, world: World, classes: Sequence[str] | None)
         name=config.model.name, num_classes=train_loader.num_classes, input_shape=(channels, side, side)
     )
     model = build_model(architecture.name, architecture.num_classes, side)
+    if is_factory(architecture.name):
+        check_own(architecture.name, model, architecture.example_input(), architecture.num_classes)
     prune = config.prune
     changes_widths = prune.shrinks or config.model.narrowed is not None
     resizer = Resizer(model, architecture.example_input(), prune.scope if changes_widths else None, prune.momentum)
@@ -384,6 +392,8 @@ def _data_notes(config: RunConfig, parts: _Parts) -> list[str]:
     train, val = parts.train_loader.num_excluded, parts.val_loader.num_excluded
     listed = exclude_file(config.data.path, config.data.exclude)
     notes = [f"{listed} leaves out {train} training and {val} validation images"] if train or val else []
+    if is_factory(config.model.name) and parts.resizer.groups:
+        notes.append(shrinking_note(config.model.name, parts.resizer.groups))
     splits = {"training": parts.train_loader, "validation": parts.val_loader}
     return [*notes, *unmatched_note(config, parts.train_loader), *passed_over_notes(config, splits)]
 

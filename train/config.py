@@ -86,7 +86,8 @@ class ModelConfig:
     """The network."""
 
     name: str | None = None
-    """A classification model of torchvision, timm:NAME, lenet, mlp, vgg16_cifar, or resnet20_cifar (32, 44, 56).
+    """A classification model of torchvision, timm:NAME, lenet, mlp, vgg16_cifar, resnet20_cifar (32, 44, 56), or
+    package.module:factory, which is imported and called with num_classes.
     null = the network in model.checkpoint; resnet50 without."""
     checkpoint: str | None = None
     """Checkpoint to start from, usually one that launch/prune.py wrote: its network at its widths, with its weights;

@@ -39,9 +39,14 @@ class Outcome:
     cost: dict[str, int]
 
 
-def evaluate_stored(path: Path, world: World, changes: DataChanges = DataChanges()) -> Outcome:
-    """Exact accuracy of the network at `path`. All ranks call it. Raises train/world.py's USER_ERRORS."""
-    source = world.on_every_rank(lambda: open_source(path, changes.image_size))
+def evaluate_stored(
+    path: Path, world: World, changes: DataChanges = DataChanges(), factory: str | None = None
+) -> Outcome:
+    """Exact accuracy of the network at `path`. All ranks call it. Raises train/world.py's USER_ERRORS.
+
+    factory: of a network of the user's own.
+    """
+    source = world.on_every_rank(lambda: open_source(path, changes.image_size, factory))
     config, images_line = evaluation_config(source, changes)
     [val_loader] = world.on_every_rank(lambda: build_split_loaders(config, world, ("val",), source.classes))
     if source.num_classes not in (None, val_loader.num_classes):

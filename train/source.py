@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from train.checkpoint.network import StoredNetwork, load_network
 from train.errors import ConfigError, TrainError
 from train.export.about import from_metadata, preprocessing_of_saved
 from train.export.onnx_network import OnnxNetwork
+from train.network.models import build_model
 from train.preprocessing import own_preprocessing
 
 
@@ -47,16 +49,16 @@ class Source:
         return {"flops": counted.flops, "params": counted.params}
 
 
-def open_source(path: Path, image_size: int | None = None) -> Source:
-    """Read the network at `path`. image_size: of ONNX files that take any.
+def open_source(path: Path, image_size: int | None = None, factory: str | None = None) -> Source:
+    """Read the network at `path`. image_size: of ONNX files that take any. factory: of a network of the user's own.
 
     Raises CheckpointError, CupError or TrainError for what cannot be read or is none.
     """
     if path.suffix == ".onnx":
         return _of_onnx(path, image_size)
     if path.is_dir() and not (path / "log.jsonl").exists():  # a run's folder: load_network says what to give
-        return _of_folder(path)
-    return source_of(path, load_network(path))
+        return _of_folder(path, factory)
+    return source_of(path, load_network(path, factory))
 
 
 def source_of(path: Path, stored: StoredNetwork) -> Source:
@@ -66,10 +68,11 @@ def source_of(path: Path, stored: StoredNetwork) -> Source:
     return Source(path, stored.model, shape, num_classes, stored.classes, own, config=stored.config)
 
 
-def _of_folder(path: Path) -> Source:
+def _of_folder(path: Path, factory: str | None) -> Source:
     saved = cup.read_saved(path)
     own = preprocessing_of_saved(saved), str(path)
-    return Source(path, cup.load(path), saved.input_size, saved.num_classes, saved.classes, own)
+    build = None if factory is None else partial(build_model, factory)
+    return Source(path, cup.load(path, build), saved.input_size, saved.num_classes, saved.classes, own)
 
 
 def _of_onnx(path: Path, image_size: int | None) -> Source:

@@ -83,4 +83,8 @@ def _build_call(saved: SavedNetwork) -> tuple[str, str] | None:
     arguments = 'config["architecture"], num_classes=config["num_classes"]'
     if saved.name.startswith("timm:"):
         return "timm", f"timm.create_model({arguments})"
-    return None if saved.name in OWN_MODELS else ("torchvision", f"torchvision.models.get_model({arguments})")
+    return (
+        None
+        if saved.name in OWN_MODELS or ":" in saved.name
+        else ("torchvision", f"torchvision.models.get_model({arguments})")
+    )

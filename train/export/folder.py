@@ -2,6 +2,7 @@
 
 import dataclasses
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from train.export.card import Figures, model_card
 from train.export.program import Exported, ExportError, compared, samples_of
 from train.files import why_unwritten
 from train.network.models import build_model
+from train.network.own import is_factory
 
 CARD_FILE = "README.md"
 FILES = (WEIGHTS_FILE, CARD_FILE, CONFIG_FILE)
@@ -34,7 +36,7 @@ def export_folder(network: StoredNetwork, saved: SavedNetwork, folder: Path, den
             part = Path(temporary)
             cup.save(model, part, saved)
             (part / CARD_FILE).write_text(_card(network, saved, dense), encoding="utf-8")
-            loaded = cup.load(part)
+            loaded = cup.load(part, partial(build_model, saved.name) if is_factory(saved.name) else None)
             difference = max(compared(loaded, sample) for sample in samples)
             size_bytes = sum((part / name).stat().st_size for name in FILES)
             for name in FILES:

@@ -8,6 +8,7 @@ from torch import nn
 from cup import CupError
 from cup.networks import OWN_MODELS, build_network, check_network_name
 from train.errors import ConfigError
+from train.network.own import build_own, is_factory
 from train.network.published import published, timm
 
 
@@ -28,17 +29,24 @@ class Architecture:
 
 
 def build_model(name: str, num_classes: int, image_size: int | None = None) -> nn.Module:
-    """`cup.networks.build_network`. Raises ConfigError for an unknown name."""
+    """What `cup.networks.build_network` builds, or `package.module:factory`, a network of the user's own.
+
+    Raises ConfigError for an unknown name, and for a factory that gives no network.
+    """
     check_model_name(name)
+    if is_factory(name):
+        return build_own(name, num_classes)
     return build_network(name, num_classes, image_size)
 
 
 def check_model_name(name: str) -> None:
-    """Raise ConfigError for a name that `build_model` does not know; builds nothing."""
+    """Raise ConfigError for a name that `build_model` does not know; builds nothing, and imports no factory."""
+    if is_factory(name):
+        return
     try:
         check_network_name(name)
     except CupError as error:
-        raise ConfigError(f"model.name: {error}") from error
+        raise ConfigError(f"model.name: {error}; or package.module:factory, a network of your own") from error
 
 
 def native_input_shape(name: str) -> tuple[int, int, int]:
@@ -48,6 +56,8 @@ def native_input_shape(name: str) -> tuple[int, int, int]:
         return 1, 28, 28
     if name in OWN_MODELS:
         return 3, 32, 32
+    if is_factory(name):
+        return 3, 224, 224
     if name.startswith("timm:"):
         return tuple(timm().get_pretrained_cfg(name.removeprefix("timm:")).input_size)
     side = 224 if name.startswith("vit_") else published(name).preprocessing.image_size  # a ViT is built for its side
