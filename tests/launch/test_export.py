@@ -131,7 +131,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, capfd: pytest.C
     ("arguments", "words"),
     [
         (["--format", "tflite"], "'tflite'"),
-        (["--format", "torch", "--image-size", "40"], "does not take images of shape (1, 40, 40)"),
+        (["--format", "torch", "--image-size", "40"], "does not take inputs of shape (1, 40, 40)"),
         (["--format", "torch", "--image-size", "none"], "a whole number from 1"),
         (["--format", "torch", "--out", "/nowhere/net.pt2"], "/nowhere/net.pt2"),
         (["--format", "torch", "--push", "me/net"], "--push goes with --format timm, found torch"),
