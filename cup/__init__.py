@@ -1,6 +1,7 @@
 """CUP as a library: find filters that do the same work, keep one of each, resize the network under training.
 
-Tensors and plain data in, plain data out: nothing here knows of ranks, files, logging or the clock.
+Tensors and plain data in, plain data out: nothing here knows of ranks, logging or the clock, and only `load`, `save`
+and `read_saved` touch files.
 """
 
 from cup.carry import carry_ema, carry_optimizer, check_optimizer
@@ -44,6 +45,7 @@ from cup.planning import (
     uniform_widths,
     uniform_widths_at,
 )
+from cup.saved import SavedNetwork, load, read_saved, save
 from cup.surgery import (
     Resized,
     apply_plan,
@@ -85,6 +87,7 @@ __all__ = [
     "Ranking",
     "Rate",
     "Resized",
+    "SavedNetwork",
     "StepSeconds",
     "View",
     "WidthSpace",
@@ -103,6 +106,7 @@ __all__ = [
     "flops_after",
     "has_reached",
     "is_cut_epoch",
+    "load",
     "mask_gradients",
     "named_device",
     "plan_by_counts",
@@ -111,7 +115,9 @@ __all__ = [
     "plan_by_time",
     "plan_first_channels",
     "prunable_groups",
+    "read_saved",
     "reduction_at",
+    "save",
     "shrink_to",
     "threshold_at",
     "uniform_widths",

@@ -17,8 +17,9 @@ from pages import code_blocks
 
 import cup
 from cup.criteria import CRITERIA
+from cup.networks import OWN_MODELS
 from train.methods import METHODS
-from train.network.models import OWN_MODELS, build_model
+from train.network.models import build_model
 
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 

@@ -83,7 +83,7 @@ def test_the_settings_that_it_names_exist(name: str):
         known |= set(NEW_NAMES)
     sections = "|".join({setting.split(".")[0] for setting in known})
     named = re.findall(rf"`(?:--)?((?:{sections})\.\w[\w.]*\*?)(?: [^`]+|: [^`]+)?`", TEXT[name])
-    files = (".py", ".md", ".txt")
+    files = (".py", ".md", ".txt", ".safetensors")
     unknown = [
         setting
         for setting in named

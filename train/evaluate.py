@@ -1,87 +1,94 @@
-"""Exact accuracy of a checkpoint's network."""
+"""Exact accuracy of a network: a checkpoint's, a folder's or an ONNX file's."""
 
 import dataclasses
 import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from cup import Complexity, complexity
 from data import DataConfig
 from data.batch import preprocessing_of
 from train.build import build_split_loaders, passed_over_notes, unmatched_note
-from train.checkpoint.network import StoredNetwork, load_network
 from train.config import RunConfig, config_from_dict
 from train.errors import ConfigError, TrainError
 from train.loop.evaluation import Evaluation, evaluate
 from train.network.precision import Precision
 from train.network.state import MEMORY_FORMAT
-from train.preprocessing import images_note, own_preprocessing, settled
+from train.preprocessing import images_note, settled, usual_preprocessing
+from train.source import Source, open_source
 from train.world import World
 
 
-def evaluate_checkpoint(
-    path: Path,
-    world: World,
-    data_path: str | None = None,
-    batch_size: int | None = None,
-    image_size: int | None = None,
-    factory: str | None = None,
-) -> tuple[Evaluation, Complexity]:
-    """Exact accuracy of the stored network at its stored widths, and its cost. All ranks call it.
+@dataclass(frozen=True, kw_only=True)
+class DataChanges:
+    """What of the images is to be other than the network's file says; None = as it says."""
 
-    data_path, batch_size, image_size: in place of the run's own; another size takes the same share of the image.
+    path: str | None = None
+    loader: str | None = None
+    batch_size: int | None = None
+    image_size: int | None = None
+    """Side, pixels; the same share of an image as before."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of an evaluation. classes: names by label; None for made images. cost: flops and params, if known."""
+
+    evaluation: Evaluation
+    classes: Sequence[str] | None
+    cost: dict[str, int]
+
+
+def evaluate_stored(
+    path: Path, world: World, changes: DataChanges = DataChanges(), factory: str | None = None
+) -> Outcome:
+    """Exact accuracy of the network at `path`. All ranks call it. Raises train/world.py's USER_ERRORS.
+
     factory: of a network of the user's own.
-    Raises train/world.py's USER_ERRORS.
     """
-    stored = world.on_every_rank(lambda: load_network(path, factory))
-    architecture, model = stored.architecture, stored.model
-    config, images_line = _evaluation_config(path, stored, {"path": data_path, "batch_size": batch_size}, image_size)
-    [val_loader] = world.on_every_rank(lambda: build_split_loaders(config, world, ("val",), stored.classes))
-    if val_loader.num_classes != architecture.num_classes:
-        raise TrainError(
-            f"{config.data.path} has {val_loader.num_classes} classes, the network {architecture.num_classes}"
-        )
+    source = world.on_every_rank(lambda: open_source(path, changes.image_size, factory))
+    config, images_line = evaluation_config(source, changes)
+    [val_loader] = world.on_every_rank(lambda: build_split_loaders(config, world, ("val",), source.classes))
+    if source.num_classes not in (None, val_loader.num_classes):
+        raise TrainError(f"{config.data.path} has {val_loader.num_classes} classes, the network {source.num_classes}")
     notes = [images_line, *unmatched_note(config, val_loader), *passed_over_notes(config, {"validation": val_loader})]
     if val_loader.num_excluded:
         notes.append(f"{config.data.path}: {val_loader.num_excluded} validation images are excluded and not counted")
-    if stored.classes is None and val_loader.classes is not None:
+    if source.classes is None and val_loader.classes is not None:
         notes.append(
             f"{path} does not hold the names of its classes: taken to be those of {config.data.path}, in its order"
         )
     for note in notes if world.is_main else ():
         warnings.warn(note, stacklevel=2)
-    model.to(world.device, memory_format=MEMORY_FORMAT)
+    source.model.to(world.device, memory_format=MEMORY_FORMAT)
     try:
-        result = evaluate(model, val_loader, Precision(config.train.precision, world.device), world)
+        result = evaluate(source.model, val_loader, Precision(config.train.precision, world.device), world)
     finally:
         val_loader.close()
-    shape = (architecture.input_shape[0], config.data.image_size, config.data.image_size)
-    return result, complexity(model, dataclasses.replace(architecture, input_shape=shape).example_input())
+    return Outcome(result, val_loader.classes, source.cost(config.data.image_size))
 
 
-def _evaluation_config(
-    path: Path, stored: StoredNetwork, data_changes: dict[str, Any], image_size: int | None
-) -> tuple[RunConfig, str]:
+def evaluation_config(source: Source, changes: DataChanges) -> tuple[RunConfig, str]:
     """What decides an evaluation, and a line about the images.
 
-    The run's own settings, or the usual ones where no run trained the weights.
+    The run's own settings, or what the file says where it does not hold them.
     """
-    changes = {key: value for key, value in data_changes.items() if value is not None}
-    if stored.config is None and "path" not in changes:
-        raise ConfigError(
-            f"{path} was made from published weights, and no run says on which images: give --data FOLDER"
-        )
-    channels, side, _ = stored.architecture.input_shape
-    default = RunConfig(data=DataConfig(channels=channels))
-    config = default if stored.config is None else config_from_dict(stored.config)
-    own, whose = own_preprocessing(stored.architecture, stored.preprocessing, path)
+    channels = source.input_shape[0]
+    if source.config is not None:
+        config = config_from_dict(source.config)
+    elif changes.path is not None:
+        config = RunConfig(data=DataConfig(channels=channels))
+    else:
+        raise ConfigError(f"{source.path} does not say on which images it is to be evaluated: give --data FOLDER")
+    own, whose = source.preprocessing
     if own is None:
-        # ImageNet's custom: the centre 224 of 256 pixels; small images have no margin to spare.
-        data = DataConfig(channels=channels, image_size=side, resize_size=side + (side // 7 if side >= 224 else 0))
-        own, whose = preprocessing_of(data), "the size of its images"
-    if image_size is not None:
-        own = preprocessing_of(config.data, own).at_size(image_size)
-        changes |= vars(own)
-        whose = "--image-size"
-    data = dataclasses.replace(config.data, **changes)
+        own, whose = usual_preprocessing(source.input_shape), "the size of its images"
+    given = {key: value for key, value in dataclasses.asdict(changes).items() if value is not None}
+    if changes.image_size is not None:
+        own, whose = preprocessing_of(config.data, own).at_size(changes.image_size), "--image-size"
+        given |= {**vars(own), "start_size": 0}
+    try:
+        data = dataclasses.replace(config.data, **given)
+    except ValueError as error:
+        raise ConfigError(f"data.{error}") from error
     return dataclasses.replace(config, data=settled(data, own)), images_note(data, own, whose)

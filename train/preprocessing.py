@@ -45,3 +45,10 @@ def images_note(data: DataConfig, own: Preprocessing | None, whose: str) -> str:
     names = [field.name for field in dataclasses.fields(Preprocessing)]
     changed = [f"data.{name}" for name in names if getattr(used, name) != getattr(own, name)]
     return f"images: {used} (as {whose} says{', but for ' if changed else ''}{', '.join(changed)})"
+
+
+def usual_preprocessing(input_shape: tuple[int, int, int]) -> Preprocessing:
+    """Where nobody says: ImageNet's custom, the centre 224 of 256 pixels; small images have no margin to spare."""
+    channels, side, _ = input_shape
+    data = DataConfig(channels=channels, image_size=side, resize_size=side + (side // 7 if side >= 224 else 0))
+    return preprocessing_of(data)

@@ -1,13 +1,16 @@
 """Exported networks: written only if they compute what the checkpoint does."""
 
+import dataclasses
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from launching import write_network
 
-import train.export
+import cup
+import train.export.program
 from launch import export, prune
 from train.checkpoint.network import load_network, save_network
 
@@ -58,6 +61,26 @@ def test_onnx_is_one_file_that_takes_any_batch_and_computes_the_same(cut: Path):
     assert sorted(path.name for path in cut.parent.iterdir()) == ["cut.onnx", "cut.pt", "full.pt"]
 
 
+@needs_onnx
+def test_an_onnx_file_says_what_it_is(tmp_path: Path, capsys: pytest.CaptureFixture):
+    import onnx
+
+    network = write_network(tmp_path / "net.pt", "resnet20_cifar", num_classes=3)
+    save_network(tmp_path / "net.pt", dataclasses.replace(network, classes=["a", "b", "ü"]), widths={})
+    assert export.main([str(tmp_path / "net.pt"), "--format", "onnx", "--image-size", "40"]) == 0
+    assert "ONNX opset 18" in capsys.readouterr().out
+    model = onnx.load(tmp_path / "net.onnx")
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 18)]
+    [images], [logits] = model.graph.input, model.graph.output
+    assert [axis.dim_param or axis.dim_value for axis in images.type.tensor_type.shape.dim] == ["batch", 3, 40, 40]
+    assert [axis.dim_param or axis.dim_value for axis in logits.type.tensor_type.shape.dim] == ["batch", 3]
+    said = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
+    assert (said["name"], said["classes"]) == ("resnet20_cifar", ["a", "b", "ü"])
+    assert (said["input_size"], said["resize_size"]) == ([3, 40, 40], 40)
+    assert (said["mean"], said["std"]) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    assert said["macs"] == cup.complexity(network.model, torch.zeros(1, 3, 40, 40)).macs
+
+
 def test_another_image_size_where_the_network_takes_it(tmp_path: Path):
     write_network(tmp_path / "full.pt", "resnet20_cifar")
     out = tmp_path / "big.pt2"
@@ -69,13 +92,13 @@ def test_another_image_size_where_the_network_takes_it(tmp_path: Path):
 def test_what_computes_something_else_is_an_error_and_is_not_kept(
     cut: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture, change
 ):
-    honest = train.export._read_torch
+    honest = train.export.program._read_torch
 
     def corrupted(path: Path):
         run = honest(path)
         return lambda images: change(run(images))
 
-    monkeypatch.setattr(train.export, "_read_torch", corrupted)
+    monkeypatch.setattr(train.export.program, "_read_torch", corrupted)
     assert "exported, i" in error_of([str(cut), "--format", "torch"], capfd)
     assert sorted(path.name for path in cut.parent.iterdir()) == ["cut.pt", "full.pt"]
 
@@ -108,9 +131,13 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, capfd: pytest.C
     ("arguments", "words"),
     [
         (["--format", "tflite"], "'tflite'"),
-        (["--format", "torch", "--image-size", "40"], "does not take images of shape (1, 40, 40)"),
+        (["--format", "torch", "--image-size", "40"], "does not take inputs of shape (1, 40, 40)"),
         (["--format", "torch", "--image-size", "none"], "a whole number from 1"),
         (["--format", "torch", "--out", "/nowhere/net.pt2"], "/nowhere/net.pt2"),
+        (["--format", "torch", "--push", "me/net"], "--push goes with --format timm, found torch"),
+        (["--format", "onnx", "--calibration-images", "9"], "--calibration-images goes with --format onnx-int8"),
+        (["--format", "onnx-int8"], "give --data FOLDER"),
+        (["--format", "timm", "--dense", "full.pt"], "full.pt"),
         ([], "--format"),
     ],
 )

@@ -11,7 +11,7 @@ from launch import prune
 from train.checkpoint.file import CheckpointError, load_checkpoint, save_checkpoint
 from train.checkpoint.network import load_network
 from train.errors import ConfigError
-from train.evaluate import evaluate_checkpoint
+from train.evaluate import evaluate_stored
 
 NAMED_BY_THE_FILE = {"model__name": "null"}
 DENSE = {"prune__method": "none"}
@@ -102,9 +102,9 @@ def test_cup_ss_goes_on_cutting_and_reaches_its_target_of_the_full_network(tmp_p
     assert reached == pytest.approx(4, rel=0.01)
     assert events(log, "resize")[0]["flops_reduction_before"] > 1.5
     assert len(load_network(tmp_path / "tiny/last.pt").plans) == 1 + len(events(log, "resize"))
-    result, cost = evaluate_checkpoint(tmp_path / "tiny/last.pt", ALONE)
-    assert result.top1 == events(log, "epoch")[-1]["top1"]
-    assert source.dense.flops / cost.flops == reached
+    outcome = evaluate_stored(tmp_path / "tiny/last.pt", ALONE)
+    assert outcome.evaluation.top1 == events(log, "epoch")[-1]["top1"]
+    assert source.dense.flops / outcome.cost["flops"] == reached
 
 
 def test_a_target_that_the_file_has_reached_already_is_said_to_cut_nothing(tmp_path: Path, cut: Path):

@@ -304,14 +304,19 @@ def test_evaluation_counts_padding_for_nothing():
             order = images.flatten(1).long()
             return torch.zeros(len(order), 6).scatter(1, order, torch.arange(6.0, 0, -1).expand(len(order), 6))
 
+    class Batches(list):
+        num_classes = 6
+
     first, last = [0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0]  # class 0 is the first guess, or the sixth
     guesses = torch.tensor([first, first, last, [1, 0, 2, 3, 4, 5], last, first, last, first]).float()
     valid = torch.tensor([True] * 5 + [False] * 3)
     images, labels = guesses.reshape(8, 6, 1, 1), torch.zeros(8, dtype=torch.int64)
-    batches = [Batch(images[i : i + 4], labels[i : i + 4], valid[i : i + 4]) for i in (0, 4)]
+    labels[2] = 5  # its first guess
+    batches = Batches(Batch(images[i : i + 4], labels[i : i + 4], valid[i : i + 4]) for i in (0, 4))
     world = World(0, 1, 0, 1, torch.device("cpu"))
     result = evaluate(Echo(), batches, Precision("fp32", world.device), world)
-    assert (result.top1, result.top5, result.images) == (40.0, 60.0, 5)
+    assert (result.top1, result.top5, result.images) == (60.0, 80.0, 5)
+    assert (result.class_images, result.class_hits) == ((4, 0, 0, 0, 0, 1), (2, 0, 0, 0, 0, 1))
 
 
 @pytest.mark.parametrize(

@@ -179,10 +179,10 @@ def test_what_the_weights_want_goes_from_cut_to_training_evaluation_and_export(c
         assert evaluate.main([str(last)]) == 0
     assert f"top-1 {events(log, 'epoch')[-1]['top1']:.3f}%" in capsys.readouterr().out
     assert export.main([str(last), "--format", "torch"]) == 0
-    assert f"images: {TEST_RESNET} (as {last} says)" in capsys.readouterr().out
-    extra = {"preprocessing": ""}
+    assert f"images: {TEST_RESNET}" in capsys.readouterr().out
+    extra = {"mean": "", "resize_size": ""}
     torch.export.load(last.with_suffix(".pt2"), extra_files=extra)
-    assert json.loads(extra["preprocessing"])["mean"] == [0.5, 0.5, 0.5]
+    assert (json.loads(extra["mean"]), extra["resize_size"]) == ([0.5, 0.5, 0.5], "168")
 
 
 def test_the_configuration_comes_before_the_weights_and_says_so(cut: Path, tmp_path: Path):

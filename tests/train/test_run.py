@@ -13,7 +13,7 @@ from cup import CupError
 from train.checkpoint.file import load_checkpoint, save_checkpoint
 from train.config import parse_config
 from train.errors import TrainError
-from train.evaluate import evaluate_checkpoint
+from train.evaluate import evaluate_stored
 from train.log.rundir import read_log
 from train.network.optim import learning_rate
 
@@ -106,17 +106,17 @@ def test_the_average_of_the_weights_is_what_is_evaluated_and_stored(tmp_path: Pa
     average, weights = stored["ema"]["module.conv1.weight"], stored["model"]["conv1.weight"]
     assert average.shape == weights.shape
     assert not torch.equal(average, weights)
-    result, _ = evaluate_checkpoint(tmp_path / "tiny/last.pt", ALONE)
+    result = evaluate_stored(tmp_path / "tiny/last.pt", ALONE).evaluation
     assert result.top1 == events(log, "epoch")[-1]["top1"]
 
 
 def test_best_is_the_epoch_with_the_highest_top1(tmp_path: Path):
     log = train(tmp_path, train__epochs=4)
     best = max(event["top1"] for event in events(log, "epoch"))
-    result, cost = evaluate_checkpoint(tmp_path / "tiny/best.pt", ALONE)
-    assert result.top1 == best == log[-1]["best_top1"]
+    outcome = evaluate_stored(tmp_path / "tiny/best.pt", ALONE)
+    assert outcome.evaluation.top1 == best == log[-1]["best_top1"]
     first = next(event for event in events(log, "epoch") if event["top1"] == best)
-    assert cost.flops == first["flops"]
+    assert outcome.cost["flops"] == first["flops"]
 
 
 def test_a_run_that_lost_only_its_last_line_is_closed_without_training(tmp_path: Path):

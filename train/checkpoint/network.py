@@ -17,7 +17,7 @@ from train.checkpoint.file import load_checkpoint, save_checkpoint
 from train.checkpoint.weights import Weights, load_weights, without_prefix
 from train.network.models import Architecture, build_model
 from train.network.own import is_factory
-from train.schema import first_misfit
+from train.schema import first_misfit, fits
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +32,7 @@ class StoredNetwork:
     config: the configuration of the run that trained it, as plain data; None for weights from elsewhere.
     gpu_hours: spent on these weights, runs before a cut included; None where unknown.
     classes: their names, in the order of the logits; None where unknown.
+    top1: exact accuracy of these weights in the run that wrote them, percent; None where they were not evaluated in it.
     preprocessing: the images that the weights want; None where unknown.
     """
 
@@ -43,6 +44,7 @@ class StoredNetwork:
     config: dict[str, Any] | None
     gpu_hours: float | None
     classes: Sequence[str] | None = None
+    top1: float | None = None
     preprocessing: Preprocessing | None = None
 
 
@@ -93,6 +95,7 @@ def load_network(path: Path, factory: str | None = None) -> StoredNetwork:
         config=content["config"],
         gpu_hours=content["gpu_hours"],
         classes=content["classes"],
+        top1=_stored_top1(content),
         preprocessing=preprocessing,
     )
 
@@ -164,3 +167,12 @@ def stored_weights(content: dict[str, Any]) -> Weights:
     if content["ema"] is None:
         return content["model"]
     return without_prefix(content["ema"], "module.")
+
+
+def _stored_top1(content: dict[str, Any]) -> float | None:
+    """Of the weights as they are: in the middle of an epoch nobody has evaluated them."""
+    try:
+        top1 = content["progress"]["last_line"]["top1"] if content["ranks"][0]["so_far"] is None else None
+    except (KeyError, IndexError, TypeError):  # a network alone, or not as a run writes it
+        return None
+    return top1 if fits(top1, float | None) else None

@@ -20,6 +20,10 @@ class Evaluation:
     top5: float
     """Percent; of as many guesses as there are classes where these are fewer than 5."""
     images: int
+    class_images: tuple[int, ...] = ()
+    """Images of each class, by label."""
+    class_hits: tuple[int, ...] = ()
+    """Those of them whose class was the first guess."""
 
 
 @torch.no_grad()
@@ -36,14 +40,23 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    counts = torch.zeros(3, dtype=torch.int64, device=world.device)  # top-1 hits, top-5 hits, images
+    # Of each class: images, top-1 hits, top-5 hits.
+    counts_3K = torch.zeros(3, loader.num_classes, dtype=torch.int64, device=world.device)
     for batch in loader:
         with precision.autocast():
             logits = model(batch.images.contiguous(memory_format=MEMORY_FORMAT))
         guesses = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits = (guesses == batch.labels[:, None]) & batch.valid[:, None]
-        counts += torch.stack([hits[:, 0].sum(), hits.sum(), batch.valid.sum()])
+        found_3B = torch.stack([batch.valid, hits[:, 0], hits.any(dim=1)])
+        counts_3K.index_add_(1, batch.labels, found_3B.to(torch.int64))
         after_batch()
     model.train(was_training)
-    top1, top5, images = world.all_reduce(counts).tolist()
-    return Evaluation(100 * top1 / images, 100 * top5 / images, images)
+    class_images, class_hits, class_top5 = world.all_reduce(counts_3K).tolist()
+    images = sum(class_images)
+    return Evaluation(
+        top1=100 * sum(class_hits) / images,
+        top5=100 * sum(class_top5) / images,
+        images=images,
+        class_images=tuple(class_images),
+        class_hits=tuple(class_hits),
+    )

@@ -3,20 +3,17 @@
 Nothing is believed unseen: what was written is read back, run, and compared with the network that it came from.
 """
 
-import importlib.util
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
-from data import Preprocessing
-from train.errors import ConfigError, TrainError
+from train.errors import TrainError
+from train.export.onnx_network import PACKAGES, OnnxNetwork, first_line, require_packages
 
 Format = Literal["onnx", "torch"]
 SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2"}
@@ -24,14 +21,14 @@ SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2"}
 TOLERANCE = 1e-4
 """Difference that counts as rounding, relative to the largest logit."""
 
-CLASSES = "classes"
-"""Under which an exported file holds the names of the classes."""
-
-PREPROCESSING = "preprocessing"
-"""Under which an exported file holds what makes the network's input of an image."""
+OPSET = 18
+"""Of ONNX: the one that torch's exporter writes without conversion; TensorRT 10 and OpenVINO read it."""
 
 BATCH_SIZES = (1, 5)
 """Neither is the one that the network is traced with."""
+
+BATCH_AXIS = ({0: Dim("batch")},)
+"""Which axes of the inputs take any size, and their names."""
 
 Run = Callable[[torch.Tensor], torch.Tensor]
 
@@ -54,25 +51,23 @@ def export_network(
     input_shape: tuple[int, int, int],
     form: Format,
     path: Path,
-    classes: Sequence[str] | None = None,
-    preprocessing: Preprocessing | None = None,
+    metadata: Mapping[str, str],
 ) -> Exported:
     """Write `model` in evaluation mode to `path`, for any batch size, once the file is known to compute the same.
 
-    model: on the CPU; put into evaluation mode. input_shape: one image, (channels, height, width). classes: names in
-    the order of the logits. preprocessing: the images that the weights want. The file holds what is given as JSON under
-    `CLASSES` and `PREPROCESSING`: among ONNX's metadata, or as extra files of PyTorch's program.
+    model: on the CPU; put into evaluation mode. input_shape: one image, (channels, height, width). metadata: goes into
+    the file: among ONNX's metadata, or as extra files of PyTorch's program.
     Raises ExportError, with nothing left at `path` that was not there before; ConfigError where a package is missing.
     """
     if form == "onnx":
-        _check_onnx_is_installed()
-    write, read = (_write_onnx, _read_onnx) if form == "onnx" else (_write_torch, _read_torch)
-    samples = _samples(model.eval(), input_shape)
+        require_packages(*PACKAGES)
+    write, read = (_write_onnx, OnnxNetwork) if form == "onnx" else (_write_torch, _read_torch)
+    samples = samples_of(model.eval(), input_shape)
     program = _trace(model, samples[0].images.expand(2, *input_shape))  # 1 would be taken for a constant
     temporary = path.with_name(path.name + ".part")
     try:
-        write(program, temporary, _words(classes, preprocessing))
-        difference = max(_difference(read(temporary), sample) for sample in samples)
+        write(program, temporary, metadata)
+        difference = max(compared(read(temporary), sample) for sample in samples)
         size_bytes = temporary.stat().st_size
         temporary.replace(path)
     except OSError as error:
@@ -82,31 +77,26 @@ def export_network(
     return Exported(path, difference, size_bytes)
 
 
-def _words(classes: Sequence[str] | None, preprocessing: Preprocessing | None) -> dict[str, str]:
-    """What an exported file says of its network."""
-    words = {} if classes is None else {CLASSES: json.dumps(list(classes))}
-    return words if preprocessing is None else words | {PREPROCESSING: json.dumps(asdict(preprocessing))}
-
-
 @dataclass(frozen=True, eq=False)
-class _Sample:
+class Sample:
     """Random images and what the network itself makes of them."""
 
     images: torch.Tensor
     logits: torch.Tensor
 
 
-def _samples(model: nn.Module, input_shape: tuple[int, int, int]) -> list[_Sample]:
+def samples_of(model: nn.Module, input_shape: tuple[int, int, int]) -> list[Sample]:
+    """One of each of `BATCH_SIZES`. ExportError if the network does not take such images, or gives NaN."""
     generator = torch.Generator().manual_seed(0)
     samples = []
     for batch in BATCH_SIZES:
         images = torch.randn(batch, *input_shape, generator=generator)
         try:
             with torch.no_grad():
-                samples.append(_Sample(images, model(images)))
+                samples.append(Sample(images, model(images)))
         except RuntimeError as error:
             raise ExportError(
-                f"the network does not take images of shape {input_shape}: {_first_line(error)}"
+                f"the network does not take images of shape {input_shape}: {first_line(error)}"
             ) from error
         if not samples[-1].logits.isfinite().all():
             raise ExportError("the network's own logits are not finite: its weights hold NaN or far too large values")
@@ -115,12 +105,12 @@ def _samples(model: nn.Module, input_shape: tuple[int, int, int]) -> list[_Sampl
 
 def _trace(model: nn.Module, images: torch.Tensor) -> ExportedProgram:
     try:
-        return torch.export.export(model, (images,), dynamic_shapes=({0: Dim("batch")},))
+        return torch.export.export(model, (images,), dynamic_shapes=BATCH_AXIS)
     except Exception as error:  # torch.export raises many types for what it cannot follow
-        raise ExportError(f"torch.export cannot follow {type(model).__name__}: {_first_line(error)}") from error
+        raise ExportError(f"torch.export cannot follow {type(model).__name__}: {first_line(error)}") from error
 
 
-def _difference(run: Run, sample: _Sample) -> float:
+def compared(run: Run, sample: Sample) -> float:
     """The largest difference of the logits that `run` gives from the network's own. ExportError beyond rounding."""
     with torch.no_grad():
         found = run(sample.images)
@@ -135,9 +125,9 @@ def _difference(run: Run, sample: _Sample) -> float:
     return difference
 
 
-def _write_torch(program: ExportedProgram, path: Path, more: dict[str, str]) -> None:
+def _write_torch(program: ExportedProgram, path: Path, metadata: Mapping[str, str]) -> None:
     with path.open("wb") as file:  # a path would have to end in .pt2
-        torch.export.save(program, file, extra_files=more)
+        torch.export.save(program, file, extra_files=dict(metadata))
 
 
 def _read_torch(path: Path) -> Run:
@@ -145,37 +135,19 @@ def _read_torch(path: Path) -> Run:
         return torch.export.load(file).module()
 
 
-def _write_onnx(program: ExportedProgram, path: Path, more: dict[str, str]) -> None:
+def _write_onnx(program: ExportedProgram, path: Path, metadata: Mapping[str, str]) -> None:
     try:
         onnx_program = torch.onnx.export(
-            program, dynamo=True, input_names=["images"], output_names=["logits"], external_data=False, verbose=False
+            program,
+            dynamo=True,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=BATCH_AXIS,  # a second time, for the axis's name
+            opset_version=OPSET,
+            external_data=False,
+            verbose=False,
         )
-        onnx_program.model.metadata_props.update(more)
+        onnx_program.model.metadata_props.update(metadata)
         onnx_program.save(path, external_data=False)
     except torch.onnx.errors.OnnxExporterError as error:
-        raise ExportError(f"torch.onnx cannot express this network: {_first_line(error)}") from error
-
-
-def _read_onnx(path: Path) -> Run:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-
-    def run(images: torch.Tensor) -> torch.Tensor:
-        (logits,) = session.run(["logits"], {"images": images.numpy()})
-        return torch.from_numpy(np.asarray(logits))
-
-    return run
-
-
-def _check_onnx_is_installed() -> None:
-    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError(
-            f"--format onnx needs packages that are not installed: pip install {' '.join(missing)} "
-            "(or pip install -e '.[onnx]')"
-        )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ExportError(f"torch.onnx cannot express this network: {first_line(error)}") from error

@@ -1,0 +1,90 @@
+"""The model card: a README.md as the Hugging Face Hub shows it, with the network's cost and accuracy."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cup import Complexity, SavedNetwork
+from cup.networks import OWN_MODELS
+from cup.saved import CONFIG_FILE, WEIGHTS_FILE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """What is known of one network. top1: percent. gpu_hours: spent on its weights, those before a cut included."""
+
+    cost: Complexity
+    top1: float | None = None
+    gpu_hours: float | None = None
+
+
+ROWS: tuple[tuple[str, Callable[[Figures, Figures], str]], ...] = (
+    ("FLOPs reduction (FR)", lambda one, full: f"{full.cost.flops / one.cost.flops:.2f} x"),
+    ("multiply-adds (MACs)", lambda one, full: f"{one.cost.macs / 1e6:,.1f} M"),
+    ("parameters", lambda one, full: f"{one.cost.params:,}"),
+    ("top-1 (%)", lambda one, full: "not recorded" if one.top1 is None else f"{one.top1:.2f}"),
+    ("GPU hours of training", lambda one, full: "not recorded" if one.gpu_hours is None else f"{one.gpu_hours:.2f}"),
+)
+
+
+def model_card(saved: SavedNetwork, full: Figures, now: Figures) -> str:
+    """Markdown. full: of the network before any cut. now: of the one that is saved."""
+    rows = [f"| {name} | {cell(full, full)} | {cell(now, full)} |" for name, cell in ROWS]
+    table = "\n".join(["|  | full network | this network |", "|---|---:|---:|", *rows])
+    parts = [
+        _front_matter(saved),
+        f"# {saved.name}, {saved.num_classes} classes",
+        table,
+        "`top-1` is exact, over the validation set of the training run.",
+        "## Use",
+        f"```python\n{_example(saved)}\n```",
+        _images(saved),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _images(saved: SavedNetwork) -> str:
+    channels, height, width = saved.input_size
+    return (
+        f"Images: {height} x {width} pixels, {channels} channel(s) in 0 to 1, less the mean {list(saved.mean)}, "
+        f"divided by the deviation {list(saved.std)}; for evaluation the centre of an image resized to "
+        f"{saved.resize_size} pixels ({saved.crop_mode}, {saved.interpolation}). `{CONFIG_FILE}` holds the same, the "
+        "widths of all layers that shrank, and the names of the classes in the order of the logits."
+    )
+
+
+def _front_matter(saved: SavedNetwork) -> str:
+    licence = [] if saved.licence is None else [f"license: {saved.licence}"]
+    return "\n".join(["---", *licence, "pipeline_tag: image-classification", "tags:", "- pruning", "---"])
+
+
+def _example(saved: SavedNetwork) -> str:
+    """Python that gives the network back: with the library, and where a package builds the full network without."""
+    load = ["import cup", "", 'model = cup.load("FOLDER")  # where these files lie; in evaluation mode, on the CPU']
+    build = _build_call(saved)
+    if build is None:
+        return "\n".join(load)
+    package, call = build
+    shrink = ['cup.shrink_to(model, config["cup"]["widths"])'] if saved.widths else []
+    by_hand = [
+        "",
+        f"# or with {package}'s own class",
+        f"import json, safetensors.torch, {package}",
+        "",
+        f'config = json.load(open("FOLDER/{CONFIG_FILE}"))',
+        f"model = {call}",
+        *shrink,
+        f'safetensors.torch.load_model(model, "FOLDER/{WEIGHTS_FILE}")',
+    ]
+    return "\n".join([*load, *by_hand])
+
+
+def _build_call(saved: SavedNetwork) -> tuple[str, str] | None:
+    """The package that has the full network, and its call; None for one of the library's own."""
+    arguments = 'config["architecture"], num_classes=config["num_classes"]'
+    if saved.name.startswith("timm:"):
+        return "timm", f"timm.create_model({arguments})"
+    return (
+        None
+        if saved.name in OWN_MODELS or ":" in saved.name
+        else ("torchvision", f"torchvision.models.get_model({arguments})")
+    )
