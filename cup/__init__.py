@@ -5,7 +5,19 @@ Tensors and plain data in, plain data out: nothing here knows of ranks, files, l
 
 from cup.carry import carry_ema, carry_optimizer, check_optimizer
 from cup.complexity import Complexity, FlopsByWidths, LayerCost, complexity, complexity_after, flops_after
-from cup.cost import DEVICES, KERNELS, Cost, CostByWidths, Device, DeviceCost, FlopsCost, Rate, StepSeconds, device_cost
+from cup.cost import (
+    DEVICES,
+    KERNELS,
+    Cost,
+    CostByWidths,
+    Device,
+    DeviceCost,
+    FlopsCost,
+    Rate,
+    StepSeconds,
+    device_cost,
+    named_device,
+)
 from cup.criteria import CRITERIA, Criterion, Ranking, View
 from cup.describe import describe
 from cup.errors import CupError
@@ -92,6 +104,7 @@ __all__ = [
     "has_reached",
     "is_cut_epoch",
     "mask_gradients",
+    "named_device",
     "plan_by_counts",
     "plan_by_reduction",
     "plan_by_threshold",

@@ -14,8 +14,10 @@ def carry_optimizer(optimizer: torch.optim.Optimizer, resized: Resized) -> None:
     """Point the optimizer at the new parameters and slice its state along with them, in place.
 
     Every state tensor shaped like its parameter (momentum, Adam's moments) keeps the entries of the channels that
-    stay; numbers and tensors of one element (step counts, trust ratios) move over unchanged. The order of the
-    parameter groups and of the parameters in them stays. Parameters that the optimizer does not hold are passed over.
+    stay; numbers and tensors of one element (step counts, trust ratios) move over unchanged. Where a plan folds
+    channels, state is merged as its parameter is: momentum leads the folded weights on as it would have led the others,
+    folded later. The order of the parameter groups and of the parameters in them stays. Parameters that the optimizer
+    does not hold are passed over.
     Raises CupError, with the optimizer left as it was, where `check_optimizer` does.
     """
     check_optimizer(optimizer)
@@ -66,4 +68,4 @@ def carry_ema(ema: nn.Module, resized: Resized) -> None:
 
 def _carried(value: Any, change: ParameterChange) -> Any:
     shaped_alike = isinstance(value, torch.Tensor) and value.shape == change.old.shape
-    return select(value, change.axes) if shaped_alike else value
+    return select(value, change.axes, change.merges) if shaped_alike else value

@@ -14,6 +14,8 @@ class PrunePlan:
 
     kept: group name -> sorted kept indices. Groups that keep all their channels may be named.
     widths: group name -> channels before the cut, for the same names.
+    folded: group name -> for each old channel the kept one that takes up its work, itself for a kept one; groups whose
+        channels go without a trace are absent.
     threshold: the height of the cut; for a target reduction, that from which the search took its last steps.
     note: what a reader should know, e.g. that a target could not be reached; not part of the digest.
     """
@@ -22,6 +24,7 @@ class PrunePlan:
     widths: Mapping[str, int]
     threshold: float | None = None
     note: str = field(default="", compare=False)
+    folded: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def new_widths(self) -> dict[str, int]:
@@ -35,7 +38,8 @@ class PrunePlan:
 
     def digest(self) -> str:
         """SHA-256 of what the plan does, equal on every machine for equal plans."""
-        content = json.dumps([dict(self.kept), dict(self.widths)], sort_keys=True)
+        parts = [dict(self.kept), dict(self.widths)] + ([dict(self.folded)] if self.folded else [])
+        content = json.dumps(parts, sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
     def to_json(self) -> str:
@@ -44,11 +48,18 @@ class PrunePlan:
     @staticmethod
     def from_json(text: str) -> "PrunePlan":
         data = json.loads(text)
-        data["kept"] = {name: tuple(channels) for name, channels in data["kept"].items()}
+        for key in data.keys() & {"kept", "folded"}:  # plans of older versions fold nothing
+            data[key] = {name: tuple(channels) for name, channels in data[key].items()}
         return PrunePlan(**data)
 
     def then(self, later: "PrunePlan") -> "PrunePlan":
-        """One plan that does what this one and then `later` do. CupError if `later` expects other widths."""
+        """One plan that does what this one and then `later` do.
+
+        Raises CupError if `later` expects other widths, and for plans that fold: what the second one adds up depends on
+        what the first one has made.
+        """
+        if self.folded or later.folded:
+            raise CupError("plans that fold channels cannot be joined: apply one after the other")
         kept, widths = dict(self.kept), dict(self.widths)
         for name, channels in later.kept.items():
             before = kept.get(name, tuple(range(later.widths[name])))

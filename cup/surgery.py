@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from cup.errors import CupError
+from cup.folding import fold_merges
 from cup.plan import PrunePlan
 from cup.tracing.groups import ChannelGroup, check_groups, keep_masks, narrow_groups
 from cup.tracing.layers import find_layer, weight_dim
@@ -34,7 +35,7 @@ class Resized:
 
 
 def apply_plan(model: nn.Module, plan: PrunePlan, groups: Sequence[ChannelGroup] | None = None) -> Resized:
-    """Remove the channels that `plan` does not keep, in place.
+    """Remove the channels that `plan` does not keep, in place; those that stay take up what the plan folds into them.
 
     Parameters are replaced by narrower ones (dtype, device, memory format, requires_grad and hooks kept, gradients
     dropped), batch-norm statistics are sliced, the layers' channel attributes follow. Every rank calls it with the same
@@ -49,7 +50,8 @@ def apply_plan(model: nn.Module, plan: PrunePlan, groups: Sequence[ChannelGroup]
     check_groups(model, groups_before)
     _check_plan(plan, groups_before)
     shrinking = [(group, plan.kept[group.name]) for group in groups_before if group.name in plan.removed]
-    changes = narrow_layers(model, keep_masks(shrinking))
+    masks = keep_masks(shrinking)
+    changes = narrow_layers(model, masks, fold_merges(model, plan, [group for group, _ in shrinking], masks))
     return Resized(plan, changes, narrow_groups(groups_before, dict(plan.kept)), groups_before)
 
 
@@ -159,3 +161,7 @@ def _check_plan(plan: PrunePlan, groups: Sequence[ChannelGroup]) -> None:
             raise CupError(
                 f"{name} keeps {channels}; allowed: sorted channels out of 0..{group.width - 1}, at least one"
             )
+    for name, into in plan.folded.items():
+        kept = plan.kept.get(name, ())
+        if len(into) != plan.widths.get(name) or set(into) != set(kept) or any(into[own] != own for own in kept):
+            raise CupError(f"{name} folds {into}; allowed: for each of its channels a kept one, which stays itself")

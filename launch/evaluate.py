@@ -24,6 +24,7 @@ def _evaluate(argv: list[str]) -> None:
     parser = Parser(prog="launch/evaluate.py", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path, help="of a run (last.pt, best.pt) or of launch/prune.py")
     parser.add_argument("--data", metavar="FOLDER", help="data set in place of the run's own; its val/ is enough")
+    parser.add_argument("--model", metavar="NAME", help="package.module:factory, if the network is one of your own")
     parser.add_argument("--batch-size", type=positive_int, metavar="N", help="images a step in place of the run's own")
     parser.add_argument(
         "--image-size", type=positive_int, metavar="PIXELS", help="side of the images; default: its own"
@@ -32,7 +33,7 @@ def _evaluate(argv: list[str]) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(argv)
     world = open_world(options.device)
-    changes = (options.data, options.batch_size, options.image_size)
+    changes = (options.data, options.batch_size, options.image_size, options.model)
     result, cost = evaluate_checkpoint(options.checkpoint, world, *changes)
     if world.is_main:
         print(

@@ -30,13 +30,14 @@ def _export(argv: list[str]) -> None:
     parser.add_argument(
         "--image-size", type=positive_int, metavar="PIXELS", help="side of the images; default: as trained"
     )
+    parser.add_argument("--model", metavar="NAME", help="package.module:factory, if the network is one of your own")
     parser.add_argument("--force", action="store_true", help="overwrite what is there")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(argv)
     out = options.out or options.checkpoint.with_suffix(SUFFIXES[options.format])
     if out.exists() and not options.force:
         raise ConfigError(f"{out} is there already: give another --out, or --force to overwrite it")
-    network = load_network(options.checkpoint)
+    network = load_network(options.checkpoint, options.model)
     channels, height, width = network.architecture.input_shape
     shape = (channels, options.image_size or height, options.image_size or width)
     own, whose = own_preprocessing(network.architecture, network.preprocessing, options.checkpoint)

@@ -2,6 +2,7 @@
 
 python launch/prune.py runs/demo/best.pt --reduction 2.2
 python launch/prune.py resnet18 --weights resnet18-f37072fd.pth --t 0.65 --dendrogram trees/
+python launch/prune.py runs/demo/best.pt --latency 12ms --device cpu --batch 1
 """
 
 import sys
@@ -15,6 +16,7 @@ if not __package__:
 import cup
 from cup import ChannelGroup, GroupCut, PlanOptions, PrunePlan
 from launch.dendrogram import draw_dendrograms
+from launch.latency import Latency, latency_plan, report_latency, seconds
 from train.checkpoint.network import StoredNetwork, load_network, save_network
 from train.cli import Parser, exit_code_of, positive_int
 from train.errors import ConfigError, TrainError
@@ -31,7 +33,8 @@ def _prune(argv: list[str]) -> None:
     settings = _plan_options(options)
     network, note = _open_source(options)
     groups = network.groups or cup.channel_groups(network.model, network.architecture.example_input())
-    plan = _plan(options, network, groups, settings)
+    latency = Latency.of(options, network) if options.latency else None
+    plan = latency_plan(latency, network, groups, settings) if latency else _plan(options, network, groups, settings)
     if not plan.removed:
         why = f" ({plan.note})" if plan.note else ""
         raise TrainError(
@@ -46,6 +49,8 @@ def _prune(argv: list[str]) -> None:
     print(_report(plan, cut))
     if note:
         print(note)
+    if latency is not None:
+        print(report_latency(latency, cut))
     print(f"written: {out}")
 
 
@@ -56,11 +61,23 @@ def _parse(argv: list[str]) -> Namespace:
     depth.add_argument("--t", type=float, help="remove what the criterion puts up to this height")
     depth.add_argument("--reduction", type=float, metavar="FR", help="FLOPs down by this factor of the full network's")
     depth.add_argument("--counts", type=Path, metavar="FILE", help="JSON or YAML: group name -> channels that stay")
+    depth.add_argument(
+        "--latency", type=seconds, metavar="TIME", help="one forward pass in this time, as 12ms; with --device"
+    )
+    parser.add_argument(
+        "--device",
+        choices=(*cup.DEVICES, "cpu", "cuda"),
+        help="with --latency: whose time; cpu and cuda are measured here, before and after",
+    )
+    parser.add_argument("--batch", type=positive_int, metavar="N", help="with --latency: images (default: 1)")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="with --latency (default: fp32)")
     defaults = PlanOptions()
     parser.add_argument(
         "--criterion", choices=tuple(cup.CRITERIA), default=defaults.criterion, help="which channels go first"
     )
-    parser.add_argument("--scope", choices=("inner", "all"), default=defaults.scope, help="all = residual streams too")
+    parser.add_argument(
+        "--scope", choices=("inner", "all"), help="all = residual streams too (default: inner; with --latency all)"
+    )
     parser.add_argument(
         "--round-to", type=positive_int, default=defaults.round_to, metavar="N", help="widths, rounded up"
     )
@@ -78,6 +95,7 @@ def _parse(argv: list[str]) -> Namespace:
     parser.add_argument(
         "--image-size", type=positive_int, metavar="PIXELS", help="of the named network; default: its own"
     )
+    parser.add_argument("--model", metavar="NAME", help="package.module:factory, if the network is one of your own")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: SOURCE_frX.XX.pt, X.XX being the FR reached")
     parser.add_argument("--force", action="store_true", help="overwrite what is there")
     parser.add_argument("--dendrogram", type=Path, metavar="DIR", help="cup: draw each group's tree and cut")
@@ -93,13 +111,18 @@ def _open_source(options: Namespace) -> tuple[StoredNetwork, str]:
         raise ConfigError("--num-classes and --image-size go with --weights: a checkpoint says its own")
     if not Path(options.source).exists():
         raise ConfigError(f"no checkpoint at {options.source}; a network by name needs its weights too: --weights FILE")
-    return load_network(Path(options.source)), ""
+    return load_network(Path(options.source), options.model), ""
 
 
 def _plan_options(options: Namespace) -> PlanOptions:
     if options.criterion != "cup" and options.features != PlanOptions().features:
         raise ConfigError(f"--features goes with --criterion cup: {options.criterion} describes filters its own way")
     names = ("criterion", "features", "scope", "round_to", "min_channels")
+    if (options.latency is None) != (options.device is None):
+        raise ConfigError("--latency and --device go together: whose time is it?")
+    if options.latency is None and (options.batch or options.precision):
+        raise ConfigError("--batch and --precision go with --latency: FLOPs are those of one image")
+    options.scope = options.scope or ("inner" if options.latency is None else "all")
     return PlanOptions(**{name: getattr(options, name) for name in names})
 
 

@@ -1,6 +1,7 @@
 """What README and docs show works: links lead somewhere, files and settings exist, examples run, commands parse."""
 
 import importlib.util
+import json
 import re
 import shlex
 from pathlib import Path
@@ -224,3 +225,10 @@ def test_the_numbers_on_the_front_page_have_their_provenance():
 def test_no_placeholder_is_left(name: str):
     words = re.sub(r"```.*?```|`[^`]*`", "", TEXT[name], flags=re.DOTALL)
     assert not re.findall(r"\b(?:[A-Z]+_[A-Z]+|TODO|TBD|FIXME|XXX)\b", words)
+
+
+def test_the_notebook_runs(capsys: pytest.CaptureFixture):
+    cells = json.loads((ROOT / "docs/library.ipynb").read_text(encoding="utf-8"))["cells"]
+    assert all(cell["outputs"] == [] for cell in cells if cell["cell_type"] == "code"), "stored outputs grow old"
+    run_example("\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"))
+    assert "FR 1.5" in capsys.readouterr().out

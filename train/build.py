@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cup import REDUCTION_TOLERANCE, ChannelGroup, complexity, has_reached, prunable_groups
+from cup import ChannelGroup, Device, complexity, device_cost, named_device, prunable_groups
 from data import Loader, build_loaders, prepare_data, train_size
 from data.batch import Split, preprocessing_of
 from data.images import SPLITS, exclude_file
@@ -41,11 +41,14 @@ from train.loop.progress import Progress
 from train.loop.trainer import Trainer, TrainLoop
 from train.loop.watch import Watch
 from train.methods import Method, PruneConfig, build_method
+from train.methods.landing import has_landed
 from train.narrowing import plan_narrowing
+from train.network.calibration import measured_device
 from train.network.compiling import BlockCompiler
 from train.network.ema import MovingAverage
 from train.network.models import Architecture, build_model
 from train.network.optim import build_optimizer
+from train.network.own import check_own, is_factory, shrinking_note
 from train.network.precision import Precision
 from train.network.pruning_net import PruningNet, widths_at_scales
 from train.network.state import MEMORY_FORMAT, TrainState, state_digest
@@ -101,8 +104,13 @@ def build_run(config: RunConfig, start: Start, world: World, ledger: Ledger, sto
     parts = world.on_every_rank(lambda: _build_parts(fitted, world, classes))
     begun = world.on_every_rank(lambda: _begin(fitted, stored, source or given, parts, ledger, world))
     allowed_widths, width_notes = _allowed_widths(fitted, begun, parts, world)
+    step_device = _step_device(fitted, begun, world)
+    if step_device is not None:
+        local_batch_size, is_fused = fitted.data.batch_size // world.size, fitted.train.compile == "blocks"
+        parts.resizer.cost = device_cost(step_device, batch_size=local_batch_size, fused=is_fused)
     method = build_method(fitted.prune, fitted.train.epochs, allowed_widths)
     method.begin(parts.resizer.view(parts.state.model))
+    width_notes += _target_notes(fitted.prune, source, parts)
     if stored is not None:
         world.on_every_rank(lambda: restore_method(stored, method, fitted.prune.method))
     world.on_every_rank(lambda: plain_state(method) and None)  # rather than at the first save, an epoch later
@@ -119,6 +127,7 @@ def build_run(config: RunConfig, start: Start, world: World, ledger: Ledger, sto
         preprocessing_of(fitted.data),
         fitted.data.batch_size,
         allowed_widths,
+        step_device,
         begun.progress,
     )
     sinks, sink_notes = world.on_every_rank(lambda: _open_sinks(config, start, world, ledger, stored))
@@ -139,6 +148,7 @@ def build_run(config: RunConfig, start: Start, world: World, ledger: Ledger, sto
         val_loader=parts.val_loader,
         resizer=parts.resizer,
         compiler=compiler,
+        recalibrate=fitted.prune.recalibrate,
         progress=begun.progress,
         so_far=begun.so_far,
         is_resumed=stored is not None,
@@ -202,6 +212,11 @@ def _with_model_name(config: RunConfig, begun: dict[str, Any] | None, path: str 
     if begun is None:
         return config
     name = stored_architecture(begun).name
+    if config.model.name is None and is_factory(name):
+        raise ConfigError(
+            f"model.name: found null, but {path} holds {name}, whose code is not in the file; give --model.name {name} "
+            "to have it imported"
+        )
     if config.model.name not in (None, name):
         raise ConfigError(
             f"model.name: found {config.model.name}, but {path} holds {name}; allowed: {name}, or null, which takes "
@@ -233,6 +248,8 @@ def _build_parts(config: RunConfig, world: World, classes: Sequence[str] | None)
         name=config.model.name, num_classes=train_loader.num_classes, input_shape=(channels, side, side)
     )
     model = build_model(architecture.name, architecture.num_classes, side)
+    if is_factory(architecture.name):
+        check_own(architecture.name, model, architecture.example_input(), architecture.num_classes)
     prune = config.prune
     changes_widths = prune.shrinks or config.model.narrowed is not None
     resizer = Resizer(model, architecture.example_input(), prune.scope if changes_widths else None, prune.momentum)
@@ -319,7 +336,7 @@ def _begin(
     elif (plan := plan_narrowing(config.model, parts.resizer.groups, config.prune.scope)) is not None:
         parts.resizer.replay(parts.state, [plan])
         notes = [f"{config.model.narrowed}: {config.model.name} at FR {parts.resizer.reduction:.2f}"]
-    return Restored(progress, so_far=None, allowed_widths=None, notes=notes)
+    return Restored(progress, so_far=None, allowed_widths=None, step_device=None, notes=notes)
 
 
 def _start_from(source: dict[str, Any], config: RunConfig, parts: _Parts) -> list[str]:
@@ -334,13 +351,36 @@ def _start_from(source: dict[str, Any], config: RunConfig, parts: _Parts) -> lis
             f"model.checkpoint: {config.model.checkpoint} has {architecture.num_classes} classes, the data set "
             f"has {classes}; allowed: equal numbers, for the classifier is trained further"
         )
-    resizer, target = parts.resizer, config.prune.target_reduction
+    resizer = parts.resizer
     resizer.replay(parts.state, stored_plans(source))
     load_weights(parts.state.model, stored_weights(source))  # a moving average begins as a copy, at the first step
-    notes = [f"starts from {config.model.checkpoint}: {architecture.name} at FR {resizer.reduction:.2f}"]
-    if config.prune.shrinks and target is not None and has_reached(resizer.reduction, target, REDUCTION_TOLERANCE):
-        notes.append(f"prune.target_reduction {target:g} is reached already: nothing more will be cut")
-    return notes
+    return [f"starts from {config.model.checkpoint}: {architecture.name} at FR {resizer.reduction:.2f}"]
+
+
+def _target_notes(prune: PruneConfig, source: dict[str, Any] | None, parts: _Parts) -> list[str]:
+    """A note where the network that a run starts from is at the run's target already."""
+    if source is None or not prune.shrinks or not has_landed(parts.resizer.view(parts.state.model), prune.target):
+        return []
+    return [f"prune.{prune.target.setting} {prune.target.value:g} is reached already: nothing more will be cut"]
+
+
+def _step_device(config: RunConfig, begun: Restored, world: World) -> Device | None:
+    """The device whose seconds prune.target_speedup means: by name, as stored, or as rank 0 measures it now.
+
+    None where no speed-up is asked for.
+    """
+    prune, train = config.prune, config.train
+    if not prune.shrinks or prune.target_speedup is None:
+        return None
+    if prune.device != "measured":
+        return named_device(prune.device, train.precision)
+    if begun.step_device is not None:
+        return begun.step_device
+    batch_size, side = config.data.batch_size // world.size, config.data.image_size
+    precision = Precision(train.precision, world.device)
+    return Device.from_dict(
+        world.on_rank_zero(lambda: measured_device(precision, batch_size, side, world.device).to_dict())
+    )
 
 
 def _allowed_widths(
@@ -408,6 +448,8 @@ def _data_notes(config: RunConfig, parts: _Parts) -> list[str]:
     train, val = parts.train_loader.num_excluded, parts.val_loader.num_excluded
     listed = exclude_file(config.data.path, config.data.exclude)
     notes = [f"{listed} leaves out {train} training and {val} validation images"] if train or val else []
+    if is_factory(config.model.name) and parts.resizer.groups:
+        notes.append(shrinking_note(config.model.name, parts.resizer.groups))
     splits = {"training": parts.train_loader, "validation": parts.val_loader}
     return [*notes, *unmatched_note(config, parts.train_loader), *passed_over_notes(config, splits)]
 

@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import torch
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
-from cup import CupError
+from cup import DEVICES, CupError
 from data import DataConfig
 from data.batch import DECODING_ON_GPU, ON_DISK, require_sizes
 from train.errors import ConfigError
@@ -34,6 +34,7 @@ from train.renamed import NEW_NAMES, options_with_new_names, with_new_names
 
 T = TypeVar("T")
 
+RAMPS_TO_A_TARGET = ("reduction", "speedup")
 OF_CRITERIA = ("prune.criterion", "prune.features", "prune.use_bias")
 OF_CUTS = tuple(f"prune.{name}" for name in WITHOUT_EFFECT)
 RAMP_IN_T = ("prune.hard_ramp.slope", "prune.hard_ramp.offset")
@@ -92,7 +93,8 @@ class ModelConfig:
     """The network."""
 
     name: str | None = None
-    """A classification model of torchvision, timm:NAME, lenet, mlp, vgg16_cifar, or resnet20_cifar (32, 44, 56).
+    """A classification model of torchvision, timm:NAME, lenet, mlp, vgg16_cifar, resnet20_cifar (32, 44, 56), or
+    package.module:factory, which is imported and called with num_classes.
     null = the network in model.checkpoint; resnet50 without."""
     checkpoint: str | None = None
     """Checkpoint to start from, usually one that launch/prune.py wrote: its network at its widths, with its weights;
@@ -158,6 +160,13 @@ class RunConfig:
         last = self.prune.last_epoch
         if self.prune.shrinks and last is not None and last > self.train.epochs:
             raise ValueError(f"prune.last_epoch: found {last}, allowed: up to train.epochs ({self.train.epochs})")
+        if self.prune.shrinks and self.prune.target_speedup and self.prune.device != "measured":
+            known = DEVICES[self.prune.device].matrix
+            if self.train.precision not in known:
+                raise ValueError(
+                    f"prune.device: found {self.prune.device}, which has no rates in train.precision "
+                    f"{self.train.precision}; it has: {', '.join(known)}"
+                )
         first = self.prune.early.first_epoch
         if self.prune.method == "early" and first > self.train.epochs:
             raise ValueError(
@@ -201,13 +210,14 @@ class RunConfig:
         if self.model.width < 1:
             of_a_method.remove("prune.scope")
         rules = [
-            (not prune.shrinks, of_a_method, "prune.method: none"),
+            (not prune.shrinks, [*of_a_method, "optim.rewarm_steps"], "prune.method: none"),
             (prune.shrinks, _of_other_methods(prune.method), f"prune.method: {prune.method}"),
             (prune.method == "prune_train", OF_CRITERIA, "prune.method: prune_train, which has its own criterion"),
             (prune.trains_pruning_net, OF_CUTS, "prune.method: meta_pruning, which cuts nothing"),
             (prune.trains_pruning_net, ["train.compile", "train.compile_steps"], "widths that change at every step"),
             (prune.criterion != "cup", ["prune.features", "prune.use_bias"], f"prune.criterion: {prune.criterion}"),
-            (prune.hard_ramp.kind == "reduction", RAMP_IN_T, "prune.hard_ramp.kind: reduction"),
+            (prune.hard_ramp.kind in RAMPS_TO_A_TARGET, RAMP_IN_T, f"prune.hard_ramp.kind: {prune.hard_ramp.kind}"),
+            (prune.target_speedup is None, ["prune.device"], "prune.target_speedup: null"),
             (self.optim.schedule == "cosine", ["optim.milestones", "optim.gamma"], "optim.schedule: cosine"),
             (self.optim.name == "apex_lamb", ["optim.momentum", "optim.nesterov"], "optim.name: apex_lamb"),
             (self.train.compile == "none", ["train.compile_steps"], "train.compile: none"),

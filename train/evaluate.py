@@ -25,13 +25,15 @@ def evaluate_checkpoint(
     data_path: str | None = None,
     batch_size: int | None = None,
     image_size: int | None = None,
+    factory: str | None = None,
 ) -> tuple[Evaluation, Complexity]:
     """Exact accuracy of the stored network at its stored widths, and its cost. All ranks call it.
 
     data_path, batch_size, image_size: in place of the run's own; another size takes the same share of the image.
+    factory: of a network of the user's own.
     Raises train/world.py's USER_ERRORS.
     """
-    stored = world.on_every_rank(lambda: load_network(path))
+    stored = world.on_every_rank(lambda: load_network(path, factory))
     architecture, model = stored.architecture, stored.model
     config, images_line = _evaluation_config(path, stored, {"path": data_path, "batch_size": batch_size}, image_size)
     [val_loader] = world.on_every_rank(lambda: build_split_loaders(config, world, ("val",), stored.classes))

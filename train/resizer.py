@@ -14,7 +14,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 import cup
-from cup import ChannelGroup, PrunePlan, View
+from cup import ChannelGroup, Cost, PrunePlan, View
 from train.errors import TrainError
 from train.methods import Action
 from train.network.optim import reset_state
@@ -62,10 +62,12 @@ class Resizer:
         self.groups = _groups(model, example_input, scope)
         self.dense = self.now = cup.complexity(model, example_input)
         self.plans: list[PrunePlan] = []
+        self.cost: Cost | None = None
+        """What a step costs, for methods that aim at a speed-up; the same on all ranks."""
 
     def view(self, model: torch.nn.Module) -> View:
         """What methods may see."""
-        return View(model, self.groups, self.dense, self.now)
+        return View(model, self.groups, self.dense, self.now, self.cost)
 
     @property
     def widths(self) -> dict[str, int]:
@@ -77,21 +79,39 @@ class Resizer:
         """FR: FLOPs at full width over FLOPs now, in the paper's counting."""
         return self.dense.flops / self.now.flops
 
+    def speedup(self, model: torch.nn.Module) -> float | None:
+        """A step at full width over a step now, as modelled; None without a cost model."""
+        return None if self.cost is None else self.view(model).speedup
+
     def replay(self, state: TrainState, plans: list[PrunePlan]) -> None:
         """Bring a full-width state to stored widths. Every rank calls it with the same plans, before DDP."""
         for plan in plans:
             self._cut(state, plan)
 
     def act(self, decide: Decide, state: TrainState, world: World) -> Outcome | None:
-        """Ask for an action on rank 0 and carry it out on all ranks. All ranks call it.
+        """`ask`, then `carry_out`; None where no action was asked for. All ranks call it."""
+        action = self.ask(decide, state, world)
+        return None if action is None else self.carry_out(action, state, world)
 
-        state: changed in place; its `parallel` is wrapped anew after a cut. Returns None where no action was asked for,
-        an outcome that removed nothing where its plan keeps all channels.
+    def ask(self, decide: Decide, state: TrainState, world: World) -> Action | None:
+        """What rank 0 decides, on all ranks. All ranks call it."""
+
+        def decided() -> dict[str, Any] | None:
+            # The other ranks of this machine wait for the plan: NumPy's matrix products may have their cores, torch's
+            # operations in between not: two thread pools that wait for each other made planning three times slower.
+            with threadpool_limits(available_cores(), user_api="blas"):
+                action = decide(self.view(state.model))
+            return None if action is None else {"plan": action.plan.to_json(), "soft": action.soft}
+
+        received = world.on_rank_zero(decided)
+        return received and Action(PrunePlan.from_json(received["plan"]), received["soft"])
+
+    def carry_out(self, action: Action, state: TrainState, world: World) -> Outcome:
+        """Do it. All ranks call this with equal actions; a plan that keeps all channels does nothing.
+
+        state: changed in place; its `parallel` is wrapped anew after a cut.
         Raises ResizeError on every rank if the ranks do not end with equal bits.
         """
-        action = self._broadcast(decide, state, world)
-        if action is None:
-            return None
         before = self.reduction
         if not action.plan.removed:
             return Outcome(action, {}, before, before, [])
@@ -104,17 +124,6 @@ class Resizer:
         if not action.soft:
             state.parallel = world.wrap(state.model)
         return Outcome(action, action.plan.removed, before, self.reduction, digests)
-
-    def _broadcast(self, decide: Decide, state: TrainState, world: World) -> Action | None:
-        def decided() -> dict[str, Any] | None:
-            # The other ranks of this machine wait for the plan: NumPy's matrix products may have their cores, torch's
-            # operations in between not: two thread pools that wait for each other made planning three times slower.
-            with threadpool_limits(available_cores(), user_api="blas"):
-                action = decide(self.view(state.model))
-            return None if action is None else {"plan": action.plan.to_json(), "soft": action.soft}
-
-        received = world.on_rank_zero(decided)
-        return received and Action(PrunePlan.from_json(received["plan"]), received["soft"])
 
     def _apply(self, action: Action, state: TrainState) -> str:
         """On one rank; returns the digest of the state that comes of it."""

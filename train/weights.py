@@ -9,6 +9,7 @@ from torch import nn
 from train.checkpoint.weights import Weights, fit_names, load_weights, read_weights_file
 from train.errors import ConfigError
 from train.network.models import Architecture, build_model
+from train.network.own import is_factory
 from train.network.published import Published, published, timm
 from train.network.sources import HUB, TIMM, TORCHVISION, from_timm, from_torchvision
 
@@ -92,7 +93,7 @@ def fitted_weights(name: str, weights: Weights) -> tuple[Weights, int]:
 def shapes_of(name: str, num_classes: int) -> dict[str, torch.Size]:
     """The names and shapes of a network's weights; takes no memory for them, where the network can be built so."""
     try:
-        with torch.device("meta"):
+        with torch.device("cpu" if is_factory(name) else "meta"):
             model = build_model(name, num_classes)
     except NotImplementedError:  # torchvision's RegNets compute their widths with tensors
         model = build_model(name, num_classes)

@@ -1,6 +1,6 @@
 """What a network costs at any widths: seconds on a device, or FLOPs. Arithmetic on the traced operations alone."""
 
-from cup.cost.devices import DEVICES, KERNELS, DataSheet, Device, Rate
+from cup.cost.devices import DEVICES, KERNELS, DataSheet, Device, Rate, named_device
 from cup.cost.flops import FlopsCost
 from cup.cost.model import Cost, CostByWidths, Walk
 from cup.cost.seconds import DeviceCost, StepSeconds, device_cost
@@ -18,4 +18,5 @@ __all__ = [
     "StepSeconds",
     "Walk",
     "device_cost",
+    "named_device",
 ]

@@ -4,6 +4,7 @@ Shape suffix: C channels of the group.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -21,7 +22,8 @@ class Ranking:
     heights: float64 (C - 1,), ascending, from 0: the loss that each removal costs, comparable across groups, in the
         criterion's own unit (CUP: Ward distance of features; L1: sum of absolute weights). A threshold t removes the
         channels with heights up to t; the last channel in the order always stays.
-    tree: SciPy's linkage matrix (C - 1, 4) that the order comes from, where there is one; for drawings.
+    tree: SciPy's linkage matrix (C - 1, 4) that the order comes from, where there is one: merge i removes order_C[i],
+        until then one of the two channels that stood for the clusters that it joins.
 
     Raises CupError where order_C is no permutation or the heights are not as above.
     """
@@ -48,6 +50,26 @@ class Ranking:
     def kept(self, width: int) -> tuple[int, ...]:
         """Sorted ids of the `width` channels that stay the longest."""
         return tuple(np.sort(self.order_C[len(self.order_C) - width :]).tolist())
+
+    def folded(self, width: int) -> tuple[int, ...]:
+        """By id of a channel, the one of `kept(width)` that stands for its cluster. Raises CupError without a tree."""
+        into_C = np.arange(len(self.order_C))
+        gone = len(self.order_C) - width
+        into_C[self.order_C[:gone]] = self._heirs[:gone]
+        while not np.array_equal(into_C, further_C := into_C[into_C]):
+            into_C = further_C
+        return tuple(into_C.tolist())
+
+    @cached_property
+    def _heirs(self) -> np.ndarray:
+        """int64 (C - 1,): the channel that stands for both clusters once order_C[i] is gone."""
+        if self.tree is None:
+            raise CupError("channels can be folded only where the criterion makes clusters, as cup does")
+        stand_for, heirs = list(range(len(self.order_C))), []  # of each node of the tree, its channel
+        for gone, (left, right) in zip(self.order_C.tolist(), self.tree[:, :2].astype(np.int64).tolist(), strict=False):
+            stand_for.append(stand_for[left] if stand_for[right] == gone else stand_for[right])
+            heirs.append(stand_for[-1])
+        return np.array(heirs, dtype=np.int64)
 
 
 def lowest_first(scores_C: np.ndarray) -> Ranking:

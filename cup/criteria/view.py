@@ -7,7 +7,9 @@ from typing import Any, TypeVar
 from torch import nn
 
 from cup.complexity import Complexity, complexity
+from cup.cost.model import Cost, CostByWidths
 from cup.criteria.weights import Weights
+from cup.errors import CupError
 from cup.tracing.groups import ChannelGroup
 from cup.tracing.meta import meta_input
 
@@ -18,7 +20,8 @@ class View:
     """A network at one moment, read only. What was read is kept: once the weights have changed, take a new view.
 
     model: in no parallel wrapper. groups: from `channel_groups(model)`, at the model's widths.
-    dense: cost at full width; by default the current cost. now: the current cost; by default counted at first use.
+    dense: FLOPs and the like at full width; by default the current ones. now: the current ones; by default counted at
+    first use. cost: what a step costs, where that is asked for.
     """
 
     def __init__(
@@ -27,8 +30,9 @@ class View:
         groups: Sequence[ChannelGroup],
         dense: Complexity | None = None,
         now: Complexity | None = None,
+        cost: Cost | None = None,
     ) -> None:
-        self._model, self._groups, self._dense, self._now = model, tuple(groups), dense, now
+        self._model, self._groups, self._dense, self._now, self._cost = model, tuple(groups), dense, now, cost
         self._remembered: dict[Hashable, Any] = {}
 
     @property
@@ -55,6 +59,23 @@ class View:
     def reduction(self) -> float:
         """FR: FLOPs at full width over FLOPs now, in the paper's counting."""
         return self.dense.flops / self.now.flops
+
+    @property
+    def cost(self) -> Cost:
+        """The cost model of a step. Raises CupError where this view has none."""
+        if self._cost is None:
+            raise CupError("this view has no cost model of a step")
+        return self._cost
+
+    @cached_property
+    def seconds(self) -> CostByWidths:
+        """What a step of this network costs, by widths, in the unit of `cost`."""
+        return self.cost.of(self._model, self._groups)
+
+    @property
+    def speedup(self) -> float:
+        """A step's cost at full width over its cost now."""
+        return self.seconds.full / self.seconds.now
 
     @cached_property
     def weights(self) -> Weights:

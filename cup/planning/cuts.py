@@ -17,11 +17,12 @@ ChooseWidth = Callable[[ChannelGroup, Ranking], int]
 
 @dataclass(frozen=True, eq=False)
 class GroupCut:
-    """How one group is cut. kept: sorted ids of the channels that stay."""
+    """How one group is cut. kept: sorted ids of the channels that stay. folds: whether they take up the others."""
 
     group: ChannelGroup
     ranking: Ranking
     kept: tuple[int, ...]
+    folds: bool = False
 
 
 def cut_groups(
@@ -46,7 +47,7 @@ def cut_view(view: View, width: ChooseWidth, options: PlanOptions) -> list[Group
         if (ranked := len(ranking.order_C)) != group.width:
             raise CupError(f"the criterion ranks {ranked} channels of {group.name}, which has {group.width}")
         kept = ranking.kept(round_up(width(group, ranking), options.allowed_widths(group)))
-        cuts.append(GroupCut(group, ranking, kept))
+        cuts.append(GroupCut(group, ranking, kept, options.fold))
         if options.sequential:
             add_masks(masks, group, kept)
     return cuts
@@ -55,7 +56,9 @@ def cut_view(view: View, width: ChooseWidth, options: PlanOptions) -> list[Group
 def plan_from(cuts: Sequence[GroupCut], threshold: float | None = None) -> PrunePlan:
     """The plan that does these cuts. threshold: the height that they were all made at, if there is one."""
     widths = {cut.group.name: cut.group.width for cut in cuts}
-    return PrunePlan({cut.group.name: cut.kept for cut in cuts}, widths, threshold)
+    folding = [cut for cut in cuts if cut.folds and len(cut.kept) < cut.group.width]
+    folded = {cut.group.name: cut.ranking.folded(len(cut.kept)) for cut in folding}
+    return PrunePlan({cut.group.name: cut.kept for cut in cuts}, widths, threshold, folded=folded)
 
 
 def require_prunable(groups: Sequence[ChannelGroup], options: PlanOptions) -> list[ChannelGroup]:

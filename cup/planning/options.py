@@ -35,6 +35,9 @@ class PlanOptions:
     and none above it."""
     min_channels: int = 1
     """No group gets narrower than this."""
+    fold: bool = False
+    """Fold the channels of a cluster into the one that stays: their filters are averaged, and what the next layer reads
+    of them is added up. False = the others go without a trace. With criterion cup alone, for it makes clusters."""
 
     def __post_init__(self) -> None:
         checks = [
@@ -42,11 +45,20 @@ class PlanOptions:
             ("features", self.features in get_args(FeatureVariant), "both, incoming or outgoing"),
             ("scope", self.scope in ("inner", "all"), "inner or all"),
             ("round_to", _can_round_to(self.round_to), "a whole number from 1, or ascending ones for each group"),
+            (
+                "fold",
+                not self.fold or self._may_have_clusters,
+                f"False with {self.criterion}, or criterion cup",
+            ),
             ("min_channels", isinstance(self.min_channels, int) and self.min_channels >= 1, "a whole number from 1"),
         ]
         for name, ok, allowed in checks:
             if not ok:
                 raise CupError(f"{name}: found {getattr(self, name)!r}, allowed: {allowed}")
+
+    @property
+    def _may_have_clusters(self) -> bool:
+        return not isinstance(self.criterion, str) or self.criterion == "cup"
 
     @property
     def ranker(self) -> Criterion:

@@ -1,4 +1,7 @@
-"""Take channels out of a model's layers: the tensors, and the attributes that say how wide a layer is."""
+"""Take channels out of a model's layers: the tensors, and the attributes that say how wide a layer is.
+
+Shape suffixes: N entries of an axis that stay, K old entries that become one.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,41 +15,79 @@ from cup.tracing.layers import AxisName, find_layer, set_widths, weight_dim
 
 
 @dataclass(frozen=True, eq=False)
+class Merge:
+    """How old entries of an axis become fewer: each new one is a weighted sum of old ones.
+
+    members_NK: int64, the old entries of each new one. factors_NK: float64, what each counts; 0 where there are fewer.
+    """
+
+    members_NK: torch.Tensor
+    factors_NK: torch.Tensor
+
+    def apply(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        """A new tensor, merged along `dim`. Sums are taken in a fixed order, so that all ranks get the same bits."""
+        along = [-1 if other == dim else 1 for other in range(tensor.dim())]
+        wide = tensor if tensor.dtype == torch.float64 else tensor.float()
+        merged = torch.zeros((), dtype=wide.dtype, device=wide.device)
+        for members_N, factors_N in zip(self.members_NK.T, self.factors_NK.T, strict=True):
+            factors = factors_N.to(wide.device, wide.dtype).view(along)
+            merged = merged + wide.index_select(dim, members_N.to(wide.device)) * factors
+        return merged.to(tensor.dtype)
+
+
+Merges = Mapping[tuple[str, AxisName], Merge]
+"""(module, axis) -> how the entries that stay take up those that go; axes on which none does are absent."""
+
+NO_MERGES: Merges = {}
+
+
+@dataclass(frozen=True, eq=False)
 class ParameterChange:
     """What became of one parameter: new = old with the indices of each named axis selected.
 
-    axes: dimension -> int64 kept indices, on the parameter's device.
+    axes: dimension -> int64 kept indices, on the parameter's device. merges: dimension -> how its entries are merged
+        instead, for those of the dimensions where any are.
     """
 
     name: str
     old: nn.Parameter
     new: nn.Parameter
     axes: Mapping[int, torch.Tensor]
+    merges: Mapping[int, Merge]
 
 
-def narrow_layers(model: nn.Module, masks: Masks) -> tuple[ParameterChange, ...]:
-    """Keep of every axis only what the masks say, in place.
+def narrow_layers(model: nn.Module, masks: Masks, merges: Merges = NO_MERGES) -> tuple[ParameterChange, ...]:
+    """Keep of every axis only what the masks say, in place; merged where `merges` says so.
 
     Raises CupError, with the model left as it was, where a layer cannot be narrowed.
     """
     indices: dict[str, dict[AxisName, torch.Tensor]] = {}
     for (module, axis), mask in masks.items():
         indices.setdefault(module, {})[axis] = torch.from_numpy(mask.nonzero()[0])
+    merging: dict[str, dict[AxisName, Merge]] = {}
+    for (module, axis), merge in merges.items():
+        merging.setdefault(module, {})[axis] = merge
     renewed: dict[int, nn.Parameter] = {}
     narrowed = [
-        _narrowed(model, name, axes, renewed) for name, axes in indices.items()
+        _narrowed(model, name, axes, merging.get(name, {}), renewed) for name, axes in indices.items()
     ]  # all before any of it is installed
     for layer in narrowed:
         _install(model, layer)
     return tuple(change for layer in narrowed for change in layer.changes)
 
 
-def select(tensor: torch.Tensor, axes: Mapping[int, torch.Tensor]) -> torch.Tensor:
-    """A new tensor with the given indices of each named dimension, in the memory format of the old one."""
+def select(tensor: torch.Tensor, axes: Mapping[int, torch.Tensor], merges: Mapping[int, Merge]) -> torch.Tensor:
+    """A new tensor with the given indices of each named dimension, in the memory format of the old one.
+
+    merges: dimension -> what is done instead, to numbers that can be added up.
+    """
     with torch.no_grad():
         narrowed = tensor.detach()
         for dim, index in axes.items():
-            narrowed = narrowed.index_select(dim, index.to(tensor.device))
+            if dim in merges and tensor.is_floating_point():
+                narrowed = merges[dim].apply(narrowed, dim)
+            else:
+                narrowed = narrowed.index_select(dim, index.to(tensor.device))
         # Not .contiguous(): for a 1x1 kernel any order of the strides counts as contiguous, and would get lost.
         return torch.empty_like(narrowed, memory_format=_memory_format(tensor)).copy_(narrowed)
 
@@ -74,7 +115,11 @@ class _NarrowedLayer:
 
 
 def _narrowed(
-    model: nn.Module, name: str, axes: Mapping[AxisName, torch.Tensor], renewed: dict[int, nn.Parameter]
+    model: nn.Module,
+    name: str,
+    axes: Mapping[AxisName, torch.Tensor],
+    merging: Mapping[AxisName, Merge],
+    renewed: dict[int, nn.Parameter],
 ) -> _NarrowedLayer:
     """The layer's tensors along its "out" axis, its "in" axis or both; the layer itself stays as it is.
 
@@ -82,23 +127,33 @@ def _narrowed(
     """
     layer = find_layer(model, name)
     weight_axes = {weight_dim(layer, axis): index for axis, index in axes.items()}
+    weight_merges = {weight_dim(layer, axis): merge for axis, merge in merging.items()}
     if isinstance(layer, nn.Parameter):
-        return _NarrowedLayer(name, (_change(model, name, weight_axes, renewed),), {})
+        return _NarrowedLayer(name, (_change(model, name, weight_axes, weight_merges, renewed),), {})
     if isinstance(layer, torch.Tensor):
-        return _NarrowedLayer(name, (), {name: select(layer, weight_axes)})
-    changes = [_change(model, f"{name}.weight", weight_axes, renewed)] if layer.weight is not None else []
+        return _NarrowedLayer(name, (), {name: select(layer, weight_axes, weight_merges)})
+    changes = []
+    if layer.weight is not None:
+        changes.append(_change(model, f"{name}.weight", weight_axes, weight_merges, renewed))
     if "out" not in axes:
         return _NarrowedLayer(name, tuple(changes), {})
     entries = {0: axes["out"]}
+    entry_merges = {0: merging["out"]} if "out" in merging else {}
     if getattr(layer, "bias", None) is not None:
-        changes.append(_change(model, f"{name}.bias", entries, renewed))
+        changes.append(_change(model, f"{name}.bias", entries, entry_merges, renewed))
     statistics = {key: getattr(layer, key, None) for key in ("running_mean", "running_var")}
-    buffers = {f"{name}.{key}": select(value, entries) for key, value in statistics.items() if value is not None}
+    buffers = {
+        f"{name}.{key}": select(value, entries, entry_merges) for key, value in statistics.items() if value is not None
+    }
     return _NarrowedLayer(name, tuple(changes), buffers, len(axes["out"]))
 
 
 def _change(
-    model: nn.Module, name: str, axes: Mapping[int, torch.Tensor], renewed: dict[int, nn.Parameter]
+    model: nn.Module,
+    name: str,
+    axes: Mapping[int, torch.Tensor],
+    merges: Mapping[int, Merge],
+    renewed: dict[int, nn.Parameter],
 ) -> ParameterChange:
     name = name.removeprefix(".")  # of a network that is one layer
     try:
@@ -108,12 +163,12 @@ def _change(
             f"{name} is computed from other parameters, by a mask or a parametrization: trace again"
         ) from error
     if id(old) not in renewed:
-        renewed[id(old)] = _renew(old, axes)
-    return ParameterChange(name, old, renewed[id(old)], dict(axes))
+        renewed[id(old)] = _renew(old, axes, merges)
+    return ParameterChange(name, old, renewed[id(old)], dict(axes), dict(merges))
 
 
-def _renew(old: nn.Parameter, axes: Mapping[int, torch.Tensor]) -> nn.Parameter:
-    new = nn.Parameter(select(old, axes), requires_grad=old.requires_grad)
+def _renew(old: nn.Parameter, axes: Mapping[int, torch.Tensor], merges: Mapping[int, Merge]) -> nn.Parameter:
+    new = nn.Parameter(select(old, axes, merges), requires_grad=old.requires_grad)
     vars(new).update(vars(old))  # what a user has noted on the parameter
     if old.requires_grad:  # a hook on the tensor would be lost without a word with the old one
         for hook in (old._backward_hooks or {}).values():

@@ -739,11 +739,14 @@ def _is_constant(entry: Any) -> bool:
 def _pad(op: Operation, labels: Labels) -> Channels | None:
     """F.pad: zero channels (CIFAR ResNets' shortcuts) are channels nobody produces, so they cannot go."""
     value, pad = op.value, op.argument(1, "pad")
-    if value is None or not all(isinstance(width, int) for width in pad):
-        labels.freeze([value], f"{op.name} is not followed")
+    if value is None:
         return None
     from_last = len(op.output_shape) - 1 - value.dim
-    before, after = pad[2 * from_last : 2 * from_last + 2] or (0, 0)
+    widths = pad[2 * from_last : 2 * from_last + 2] if isinstance(pad, list | tuple) else None
+    if widths is None or not all(isinstance(width, int) for width in widths):
+        labels.freeze([value], f"{op.name} is not followed")
+        return None
+    before, after = widths or (0, 0)
     if before == after == 0:
         return value
     if before < 0 or after < 0 or op.argument(2, "mode", "constant") != "constant":

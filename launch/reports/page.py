@@ -29,6 +29,9 @@ from launch.reports.tables import (
     telling,
 )
 
+LOSSES = ("loss_before", "loss_after")
+"""Of a resize event; older logs lack them."""
+
 
 @dataclass(frozen=True)
 class Line:
@@ -254,10 +257,11 @@ def _resizes(run: Run) -> Table:
                     f"{event['flops_reduction_before']:.2f} → {event['flops_reduction_after']:.2f}",
                     f"{event['seconds']:.2f}",
                     " → ".join("?" if one is None else f"{one:,.0f}" for one in around),
+                    " → ".join("?" if (one := event.get(key)) is None else f"{one:.3f}" for key in LOSSES),
                 ]
             )
         )
-    headings = ["before epoch", "t", "channels removed", "FR", "seconds", "images/s, epoch before → after"]
+    headings = ["before epoch", "t", "channels removed", "FR", "seconds", "images/s, epoch before → after", "loss"]
     return Table(headings, lines, title=f"{run.name}: {_counted(len(run.resizes), 'resize')}", texts=0)
 
 

@@ -274,16 +274,19 @@ def _without_deviation(value: float | None) -> Spread | None:
 def _how_deep(prune: dict[str, Any], last_epoch: int) -> list[str]:
     """What a method was told of how much should go, in a few words. prune: the settings without their prefix."""
     method, target = prune["method"], prune["target_reduction"]
-    stop = f"stop at FR {target:g}" if target else "no stop"
-    if method == "hard_ramp" and prune["hard_ramp.kind"] == "reduction":
-        return [f"FR {target:g} in a straight line by epoch {last_epoch}"]
+    goal = f"FR {target:g}" if target else ""
+    if speedup := prune.get("target_speedup"):
+        goal = f"a step {speedup:g} times faster on {prune['device']}"
+    stop = f"stop at {goal}" if goal else "no stop"
+    if method == "hard_ramp" and prune["hard_ramp.kind"] != "threshold":
+        return [f"{goal} in a straight line by epoch {last_epoch}"]
     if method == "hard_ramp":
         return [f"k {prune['hard_ramp.slope']:g}, b {prune['hard_ramp.offset']:g}", stop]
     if method == "soft_rate":
-        return [f"FR {target:g}" if target else f"{prune['soft_rate.rate']:.0%} of each layer"]
+        return [goal or f"{prune['soft_rate.rate']:.0%} of each layer"]
     if method == "prune_train":
         return [f"penalty {prune['prune_train.share']:.0%}", stop]
-    return [f"FR {target:g}"] if method == "early" else []
+    return [goal] if method == "early" else []
 
 
 def telling(rows: Sequence[Row], *always: str) -> list[str]:

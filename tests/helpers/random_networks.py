@@ -1,4 +1,4 @@
-"""Random networks for the fuzzer: small programs of some fifty operations, as data, so that a failure can be shrunk.
+"""Random networks for the fuzzer: small programs of some seventy operations, as data, so that a failure can be shrunk.
 
 A program is a list of steps; a step names an operation, the earlier values that it reads (0 is the image), and the seed
 of its own choices. An operation that does not fit its operands gives the first of them on, so that any step can be
@@ -281,6 +281,11 @@ def _shuffle(x: torch.Tensor) -> torch.Tensor:
     return x.view(batch, 2, channels // 2, height, width).transpose(1, 2).reshape(batch, channels, height, width)
 
 
+def _free_shuffle(x: torch.Tensor) -> torch.Tensor:
+    batch, channels = x.shape[:2]
+    return x.view(batch, 2, channels // 2, *x.shape[2:]).transpose(1, 2).reshape(batch, -1, *x.shape[2:])
+
+
 def _fixed_view(rng: random.Random, values: Sequence[torch.Tensor], _: nn.ModuleList) -> nn.Module:
     _, channels, height, width = values[0].shape
     return Act(lambda s, x, *others: x.flatten(1).view(-1, channels, height, width))
@@ -336,7 +341,18 @@ OPERATIONS: dict[str, Make] = {
     "first half": _act(lambda x: x.chunk(2, 1)[0]),
     "halves joined": _act(lambda x: torch.cat(x.chunk(2, 1)[::-1], 1)),
     "gated halves": _act(lambda x: F.glu(x, 1)),
+    "half by its own width": _act(lambda x: x[:, x.shape[1] // 2 :]),
+    "split by its own width": _act(lambda x: x.split(x.shape[1] // 2, 1)[0]),
+    "product of halves": _act(lambda x: x.chunk(2, 1)[0] * x.chunk(2, 1)[1].sigmoid()),
+    "all but the first": _act(lambda x: x[:, 1:]),
+    "all as a slice": _act(lambda x: x[:, :64]),
     "shuffle": _act(_shuffle),
+    "shuffle by its own width": _act(_free_shuffle),
+    "shuffle of three": _act(lambda x: F.channel_shuffle(x, 3)),
+    "rows of two channels": _act(lambda x: x.view(x.shape[0], -1, 2, *x.shape[2:]).transpose(1, 2).flatten(1, 2)),
+    "flipped": _act(lambda x: x.flip(1)),
+    "pixels out of channels": _act(lambda x: F.pixel_shuffle(x, 2)),
+    "channels out of pixels": _act(lambda x: F.pixel_unshuffle(x, 2)),
     "there and back": _act(lambda x: x.flatten(2).view(x.shape)),
     "fixed view": _fixed_view,
     "by its width": _act(lambda x: x / x.shape[1] ** 0.5),

@@ -12,7 +12,7 @@ from launching import ALONE, ROOT
 
 import cup
 from launch.bench import main
-from launch.benches import models, savings, step
+from launch.benches import cost, models, savings, step
 from launch.benches.measure import machine, rounds_in_turn
 from train.loop.config import TrainConfig
 from train.network.models import build_model
@@ -384,3 +384,48 @@ def test_versions_are_found_however_a_package_spells_its_name():
     versions = machine("Pillow", "no-such-package")
     assert versions["Pillow"] and versions["Pillow"] == machine("pillow")["pillow"]
     assert versions["no-such-package"] is None
+
+
+def test_modelled_steps_of_named_devices_stand_beside_each_other(tmp_path, capsys):
+    out = tmp_path / "devices.json"
+    arguments = ["devices", "--model", "resnet18", "--reduction", "1.5", "--devices", "h100-sxm", "t4", "--arithmetic"]
+    assert main([*arguments, "--batch-size", "64", "--out", str(out)]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["device"], row["precision"], row["fused"]) for row in rows] == [
+        ("h100-sxm", "bf16", False),
+        ("h100-sxm", "bf16", True),
+        ("t4", "fp16", False),
+        ("t4", "fp16", True),
+    ]
+    for row in rows:
+        ratios, found = row["step_ratio"], row["flops_reduction"]
+        assert ratios["time planner"] < ratios["one factor"] < 1 and ratios["time planner"] < ratios["inner"]
+        assert found["time planner"] == pytest.approx(1.5, rel=0.03)
+    printed = capsys.readouterr().out
+    assert "modelled, not measured" in printed and "conv.forward" in printed
+
+
+def test_the_cost_model_is_held_against_the_clock_and_goes_on_where_it_was_left(tmp_path, capsys, monkeypatch):
+    rates = dict.fromkeys(cup.KERNELS, cup.Rate(1e10, 1e9))
+    device, measured = cup.Device("made up", "fp32", rates, 0.0, 1, "", overlap=0.0), []
+    monkeypatch.setattr(cost, "measured_device", lambda *arguments: measured.append(arguments) or device)
+    out = tmp_path / "cost.json"
+    arguments = ["cost", "--widths", "2", "--rounds", "1", "--batch-size", "2", "--image-size", "32", "--out", str(out)]
+    assert main([*arguments, "--models", "resnet20_cifar"]) == 0
+    first = json.loads(out.read_text())
+    assert main([*arguments, "--models", "resnet20_cifar", "mobilenet_v2", "--resume", str(out)]) == 0
+    result = json.loads(out.read_text())
+    assert result["rows"][0] == first["rows"][0] and len(measured) == 1
+    assert [row["name"] for row in result["rows"]] == ["resnet20_cifar", "mobilenet_v2"]
+    for row in result["rows"]:
+        assert len(row["timed_s"]) == len(row["modelled_s"]) == 3 and row["flops_reduction"][0] == 1
+        assert row["modelled_s"][0] == max(row["modelled_s"])
+    assert result["summary"]["median_abs_error"] > 0
+    assert main([*arguments, "--precision", "bf16", "--resume", str(out)]) == 1
+    assert "asked for" in capsys.readouterr().err
+
+
+def test_errors_and_ranks_of_modelled_times():
+    row = cost.Row("a", timed_s=[4.0, 2.0, 1.0], modelled_s=[6.0, 3.0, 1.0], flops_reduction=[1, 2, 3])
+    assert row.errors == [0.5, 0.5, 0.0] and row.rank_correlation == pytest.approx(1)
+    assert row.speed_up_errors == pytest.approx([0.0, 0.5])

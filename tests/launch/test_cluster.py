@@ -1,5 +1,6 @@
 """launch/cluster/: what can be checked of a batch script and a manifest without a cluster."""
 
+import configparser
 import re
 import shutil
 import subprocess
@@ -139,3 +140,35 @@ def test_its_arguments_are_settings_that_there_are(manifest: dict[str, dict]):
     arguments = [word.replace("launch/configs", str(ROOT / "launch/configs")) for word in trainer["args"]]
     config = parse_config(arguments, "train.py", "")
     assert config.run.name == manifest["TrainJob"]["metadata"]["name"]
+
+
+DOCKERFILE = (ROOT / "launch/cluster/Dockerfile").read_text()
+
+
+def test_the_image_is_where_the_job_looks_for_it(manifest: dict[str, dict]):
+    (node,) = manifest["TrainingRuntime"]["spec"]["template"]["spec"]["replicatedJobs"]
+    (container,) = node["template"]["spec"]["template"]["spec"]["containers"]
+    assert f"WORKDIR {container['workingDir']}\n" in DOCKERFILE
+    for mount in container["volumeMounts"]:
+        if mount["name"] != "shared-memory":
+            assert mount["mountPath"] == f"{container['workingDir']}/{mount['name']}"
+            assert f" {mount['name']}" in re.search("mkdir -p (.*) &&", DOCKERFILE)[0]
+
+
+def test_the_image_holds_what_the_installation_needs():
+    kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert all((ROOT / name).exists() for name in kept)
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    packages = setup["options"]["packages"].split()
+    assert {package.partition(".")[0] for package in packages} <= kept
+    assert {"setup.cfg", "pyproject.toml", setup["metadata"]["license_files"]} <= kept
+    assert setup["metadata"]["long_description"].removeprefix("file: ") in kept
+    [extras] = re.findall(r'"\.\[(.*)\]"', DOCKERFILE)
+    assert set(extras.split(",")) <= set(setup["options.extras_require"])
+
+
+def test_the_image_needs_the_torch_that_setup_cfg_needs():
+    setup = (ROOT / "setup.cfg").read_text()
+    for requirement in re.findall(r'"(torch\S*>=\S+)"', DOCKERFILE):
+        assert f"    {requirement}\n" in setup

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from scipy.cluster.hierarchy import leaves_list
 
 import cup
-from launch import evaluate, prune
+from launch import evaluate, latency, prune
 from launch.dendrogram import cut_height, leaf_order
 from train.checkpoint.file import load_checkpoint, save_checkpoint
 from train.checkpoint.network import load_network
@@ -202,7 +202,7 @@ def test_the_cut_line_lies_at_t_or_between_the_merges_of_a_rounded_width():
 @pytest.mark.parametrize(
     ("arguments", "exit_code", "words"),
     [
-        (["full.pt"], 2, ["--t --reduction --counts is required"]),
+        (["full.pt"], 2, ["--t --reduction --counts --latency is required"]),
         (["full.pt", "--t", "1", "--reduction", "2"], 2, ["not allowed with"]),
         (["full.pt", "--t", "0"], 1, ["threshold t: found 0.0", "above 0"]),
         (["full.pt", "--reduction", "1"], 1, ["target reduction: found 1.0", "above 1"]),
@@ -212,6 +212,12 @@ def test_the_cut_line_lies_at_t_or_between_the_merges_of_a_rounded_width():
         (["full.pt", "--t", "1", "--criterion", "l1", "--features", "incoming"], 2, ["--features", "--criterion cup"]),
         (["full.pt", "--counts", "counts", "--criterion", "l1", "--dendrogram", "x"], 2, ["l1", "no tree"]),
         (["full.pt", "--t", "1", "--num-classes", "3"], 2, ["go with --weights"]),
+        (["full.pt", "--latency", "5"], 2, ["--latency", "'5'", "12ms"]),
+        (["full.pt", "--latency", "5ms"], 2, ["go together"]),
+        (["full.pt", "--t", "1", "--device", "l4"], 2, ["go together"]),
+        (["full.pt", "--t", "1", "--batch", "4"], 2, ["go with --latency"]),
+        (["full.pt", "--latency", "9s", "--device", "l4"], 2, ["--latency: found 9e+03 ms", "already"]),
+        (["full.pt", "--latency", "1us", "--device", "t4", "--precision", "bf16"], 1, ["t4 has: fp16, fp32"]),
         (["missing.pt", "--t", "1"], 2, ["no checkpoint at missing.pt", "--weights FILE"]),
         (["junk.pt", "--t", "1"], 1, ["junk.pt", "no checkpoint of this program"]),
         (["plain.pth", "--t", "1"], 1, ["plain.pth", "--weights"]),
@@ -297,3 +303,34 @@ def test_a_grouped_convolution_that_is_down_to_one_group_does_not_stop_the_next_
         source, out = tmp_path / f"{number}.pt", tmp_path / f"{number + 1}.pt"
         assert prune.main([str(source), "--counts", str(file), "--out", str(out)]) == 0
     assert load_network(tmp_path / "2.pt").model.trunk_output[0][0].f.b[0].groups == 1
+
+
+def test_a_latency_on_a_named_device_is_modelled(tmp_path: Path, capsys: pytest.CaptureFixture):
+    full, cut = tmp_path / "full.pt", tmp_path / "cut.pt"
+    write_network(full, "resnet18")
+    cost = cup.device_cost("l4", precision="fp32", batch_size=32, training=False)
+    network = load_network(full)
+    groups = cup.channel_groups(network.model, network.architecture.example_input())
+    target = 1e3 * cost.of(network.model, groups).now / 1.4
+    arguments = [str(full), "--latency", f"{target}ms", "--device", "l4", "--batch", "32", "--criterion", "l2"]
+    assert prune.main([*arguments, "--out", str(cut)]) == 0
+    network = load_network(cut)
+    now = 1e3 * cost.of(network.model, network.groups).now
+    assert target / 1.01 <= now <= target
+    assert f"{now:.3g} ms as modelled, {target:.3g} ms asked for" in capsys.readouterr().out
+
+
+def test_a_latency_here_is_timed_before_and_after(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch):
+    """What counts is the time of the network as it was; the model says how much faster it has to get."""
+    rates = dict.fromkeys(cup.KERNELS, cup.Rate(1e9, 1e9))
+    device = cup.Device("made up", "fp32", rates, 0.0, 1, "", overlap=0.0)
+    monkeypatch.setattr(latency, "measured_device", lambda *arguments: device)
+    times = iter([0.030, 0.021])
+    monkeypatch.setattr(latency, "_timed", lambda *arguments: next(times))
+    full, cut = tmp_path / "full.pt", tmp_path / "cut.pt"
+    write_network(full, "resnet20_cifar")
+    assert prune.main([str(full), "--latency", "20ms", "--device", "cpu", "--out", str(cut)]) == 0
+    network = load_network(cut)
+    seconds = cup.device_cost(device, batch_size=1, training=False).of(network.model, network.groups)
+    assert 1.5 <= seconds.full / seconds.now <= 1.515
+    assert "timed 30 ms before, 21 ms now, 20 ms asked for" in capsys.readouterr().out

@@ -584,7 +584,7 @@ def test_the_page_holds_the_ledger_the_resizes_and_what_newer_logs_say(tmp_path:
     cells = [re.sub(r"<.*?>", " ", row).split() for row in re.findall(r"<tr.*?</tr>", text)]
     assert ["run", "startup", "step", "eval", "compile", "lost", "sum", "wall"] in cells
     assert ["cup", "1.0", "16.0", "3.0", "6.0", "2.0", "28.0", "20.0"] in cells
-    assert ["2", "0.330", "48", "1.00", "→", "2.00", "0.25", "1,000", "→", "1,600"] in cells
+    assert ["2", "0.330", "48", "1.00", "→", "2.00", "0.25", "1,000", "→", "1,600", "?", "→", "?"] in cells
     assert ["cup", "1", "1.0", "18.0", "3.0"] in cells
     assert ["cup", "1.00", "2.00", "2.00", "0.0", "25.0"] in cells and "all-reduce" in text
     for line in log:

@@ -72,7 +72,7 @@ def test_a_run_goes_on_at_the_step_after_its_checkpoint(tmp_path: Path, monkeypa
     (begun,) = events(again, "run")[-1:]
     assert (begun["first_epoch"], begun["first_step"]) == divmod(at_step - 1 + 4, 4)
     assert numbers(again) == numbers(undisturbed)
-    keys = ("epoch", "step", "removed", "digest")
+    keys = ("epoch", "step", "removed", "digest", "loss_before", "loss_after")
     assert [[e[k] for k in keys] for e in events(again, "resize")] == [
         [e[k] for k in keys] for e in events(undisturbed, "resize")
     ]

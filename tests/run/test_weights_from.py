@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import timm.models._hub
 import torch
 from launching import broken_off, events, numbers, train, write_image_folder
 from safetensors.torch import save_file
@@ -116,13 +115,14 @@ def test_torchvision_s_weights_come_from_its_cache_with_their_network_and_images
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder in place of the Hugging Face hub, with timm's smallest ResNet of five classes in it."""
+    pytest.importorskip("timm")
     weights = build_model("timm:test_resnet", 5).state_dict()
     save_file({key: tensor.contiguous() for key, tensor in weights.items()}, tmp_path / "model.safetensors")
     pretrained = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.5, 0.5], "input_size": [3, 64, 64], "crop_pct": 1.0}
     pretrained |= {"num_classes": 5, "classifier": "fc", "first_conv": "conv1.0", "tag": "mine"}
     config = {"architecture": "test_resnet", "num_classes": 5, "pretrained_cfg": pretrained}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    monkeypatch.setattr(timm.models._hub, "hf_hub_download", lambda repo_id, filename, **_: str(tmp_path / filename))
+    monkeypatch.setattr("timm.models._hub.hf_hub_download", lambda repo_id, filename, **_: str(tmp_path / filename))
     return tmp_path
 
 
@@ -148,12 +148,14 @@ def test_timm_s_own_loader_fetches_timm_s_weights(hub: Path):
 
 
 def test_without_a_network_there_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("timm")
+
     def unreachable(*_: object, **__: object) -> None:
         raise OSError("Network is unreachable\nand more")
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("torch.hub.download_url_to_file", unreachable)
-    monkeypatch.setattr(timm.models._hub, "hf_hub_download", unreachable)
+    monkeypatch.setattr("timm.models._hub.hf_hub_download", unreachable)
     for source in ("torchvision:ResNet18_Weights.DEFAULT", "timm:test_resnet.r160_in1k", "hf-hub:me/mine"):
         with pytest.raises(TrainError, match=r"cannot fetch .* \(Network is unreachable\): fetch them once") as raised:
             train(tmp_path, model__name="null", model__weights=source)
@@ -176,6 +178,8 @@ def test_without_a_network_there_is_one_line(tmp_path: Path, monkeypatch: pytest
     ],
 )
 def test_weights_that_are_at_odds_with_other_settings_are_refused(settings: dict, words: str):
+    if settings.get("weights", "").startswith("timm:"):
+        pytest.importorskip("timm")
     with pytest.raises((ConfigError, ValueError), match=words):
         ModelConfig(**settings)
 
@@ -197,5 +201,6 @@ def test_what_cannot_be_trained_so_is_an_error_and_leaves_no_run_directory(tmp_p
 
 
 def test_a_tag_of_timm_is_part_of_the_name():
+    pytest.importorskip("timm")
     assert ModelConfig(weights="timm:test_resnet.r160_in1k").name == "timm:test_resnet.r160_in1k"
     assert ModelConfig(weights="torchvision:ResNet50_Weights.IMAGENET1K_V2").name == "resnet50"

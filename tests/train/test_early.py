@@ -33,7 +33,7 @@ def test_it_cuts_once_the_widths_have_stayed_for_so_many_epochs(
     """Widths go up and down until epoch 4 and then stay at 50, but for one channel."""
     widths = iter([20, 40, 20, 50, 51, 50, 50, 50, 50])
     plan = lambda *some: cup.PrunePlan({"a": tuple(range(next(widths)))}, {"a": 100})  # noqa: E731
-    monkeypatch.setattr("train.methods.early.plan_to_reduction", plan)
+    monkeypatch.setattr("train.methods.early.plan_to_target", plan)
     model, early = build_model("lenet", 10), method(**changes)
     view = cup.View(model, cup.channel_groups(model, torch.zeros(1, 1, 28, 28)))
     cuts = [early.epoch_start(epoch, view) is not None for epoch in range(1, first + 1)]

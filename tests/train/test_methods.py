@@ -189,6 +189,7 @@ def test_a_method_whose_state_could_not_be_read_again_fails_at_the_first_save(
     [
         ({}, "CUP-SS"),
         ({"prune__momentum": "reset"}, "CUP-SS (momentum reset)"),
+        ({"prune__momentum": "reset", "prune__fold": "true"}, "CUP-SS (momentum reset, folded)"),
         ({"prune__criterion": "l1"}, "l1, hard ramp"),
         ({"prune__method": "none"}, "dense"),
     ],

@@ -60,7 +60,7 @@ def load_archive(path: Path, otherwise: str) -> tuple[Any, bool]:
     otherwise: what is said of a file that is none. Raises UnreadableError where the system refuses, CheckpointError for
     any other file that cannot be read.
     """
-    return _load(path, otherwise, lambda file: torch.load(file, map_location="cpu", weights_only=True))
+    return _load(path, otherwise, lambda file: _unpickled(file, stand_ins=[]))
 
 
 def load_foreign_archive(path: Path) -> tuple[Any, list[str]]:
@@ -75,12 +75,16 @@ def load_foreign_archive(path: Path) -> tuple[Any, list[str]]:
             file.seek(0)
             strange.extend(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file)))
         file.seek(0)
-        stand_ins = [(_NoDict if name.lower().endswith("dict") else _Nothing, name) for name in strange]
-        with torch.serialization.safe_globals(stand_ins):
-            return torch.load(file, map_location="cpu", weights_only=True)
+        return _unpickled(file, [(_NoDict if name.lower().endswith("dict") else _Nothing, name) for name in strange])
 
     content, _ = _load(path, "is no file of weights", read)
     return content, strange
+
+
+def _unpickled(file: BinaryIO, stand_ins: list[tuple[type, str]]) -> Any:
+    """What the file holds. stand_ins: what is taken in place of the classes and functions of these names."""
+    with torch.serialization.safe_globals(stand_ins):
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 class _Nothing:

@@ -16,6 +16,7 @@ from train.checkpoint.archive import CheckpointError
 from train.checkpoint.file import load_checkpoint, save_checkpoint
 from train.checkpoint.weights import Weights, load_weights, without_prefix
 from train.network.models import Architecture, build_model
+from train.network.own import is_factory
 from train.schema import first_misfit
 
 
@@ -61,12 +62,17 @@ def save_network(path: Path, network: StoredNetwork, widths: dict[str, int]) -> 
     save_checkpoint(path, content)
 
 
-def load_network(path: Path) -> StoredNetwork:
-    """Build the network of a checkpoint at its stored widths. Raises CheckpointError if the file's parts do not fit."""
+def load_network(path: Path, factory: str | None = None) -> StoredNetwork:
+    """Build the network of a checkpoint at its stored widths.
+
+    factory: the `package.module:factory` that may be imported for it. Raises CheckpointError if the file's parts do not
+    fit, or if it names another factory.
+    """
     content = load_checkpoint(path)
     try:
         refuse_pruning_net(content)
         architecture = stored_architecture(content)
+        _require_trusted(architecture.name, factory)
         model = build_model(architecture.name, architecture.num_classes, architecture.input_shape[-1])
         dense = cup.complexity(model, architecture.example_input())
         plans = stored_plans(content)
@@ -89,6 +95,14 @@ def load_network(path: Path) -> StoredNetwork:
         classes=content["classes"],
         preprocessing=preprocessing,
     )
+
+
+def _require_trusted(name: str, factory: str | None) -> None:
+    """Raises CheckpointError for a network whose code nobody but the file asked for, and for another than was asked."""
+    if factory is None and is_factory(name):
+        raise CheckpointError(f"holds {name}, whose code is not in the file: give --model {name} to have it imported")
+    if factory not in (None, name):
+        raise CheckpointError(f"holds {name}, not {factory}, as --model says")
 
 
 def stored_architecture(content: dict[str, Any]) -> Architecture:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar, get_type_hints
 
 import torch
 
+from cup import CupError, Device
 from data import DataError, Loader
 from train.checkpoint.archive import CheckpointError
 from train.checkpoint.file import load_checkpoint
@@ -35,11 +36,12 @@ RUN_PARTS = {
     "log": str | None,
     "batch_size": range(1, 10**9),
     "allowed_widths": dict[str, list[int]] | None,
+    "step_device": dict | None,
     "method": dict,
 }
 
 
-MISFITS = (KeyError, IndexError, RuntimeError, TypeError, ValueError, AttributeError)
+MISFITS = (KeyError, IndexError, RuntimeError, TypeError, ValueError, AttributeError, CupError)
 """What content raises that is not as a run writes it."""
 
 
@@ -53,6 +55,7 @@ class Restored:
     progress: Progress
     so_far: EpochSoFar | None
     allowed_widths: AllowedWidths | None
+    step_device: Device | None
     notes: list[str]
 
 
@@ -102,6 +105,7 @@ def restore(
             progress=_as_written(Progress, stored["progress"]),
             so_far=so_far,
             allowed_widths=stored["allowed_widths"],
+            step_device=stored["step_device"] and Device.from_dict(stored["step_device"]),
             notes=_restore_random_numbers(ranks, loader, world, so_far),
         )
     except MISFITS as error:

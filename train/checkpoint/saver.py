@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cup import Device
 from data import Preprocessing
 from train.checkpoint.file import save_checkpoint
 from train.checkpoint.network import plans_to_store
@@ -38,18 +39,21 @@ class Saver:
         preprocessing: Preprocessing,
         global_batch_size: int,
         allowed_widths: AllowedWidths | None,
+        step_device: Device | None,
         progress: Progress,
     ) -> None:
         """preprocessing: what became of the settings that `config` leaves open. progress: where the run goes on.
 
         global_batch_size: as it is; `config` may ask for more (train/build.py).
 
-        allowed_widths: as measured for `round_to: measured`, for a resumed run must plan with the same ones.
+        allowed_widths: as measured for `round_to: measured`, step_device: whose seconds `target_speedup` means; a
+        resumed run must plan with the same ones.
         """
         self._config = config
         self._preprocessing = preprocessing
         self._global_batch_size = global_batch_size
         self._allowed_widths = allowed_widths
+        self._step_device = step_device and step_device.to_dict()
         self._run_dir, self._run_id = run_dir, run_id
         self._architecture = architecture
         self._best = _best(progress)  # what lies in best.pt
@@ -113,6 +117,7 @@ class Saver:
             "plans": plans_to_store(trainer.resizer.plans),
             "widths": trainer.resizer.widths,
             "allowed_widths": self._allowed_widths,
+            "step_device": self._step_device,
             "method": {"name": self._config.prune.method, "state": plain_state(trainer.method)},
             "progress": dict(vars(trainer.progress)),
             "batch_size": self._global_batch_size,

@@ -2,7 +2,8 @@
 
 Format 2 was written at the ends of epochs only, format 3 in the middle of them, too. Format 4 names the pruning method
 and holds its state. Format 5 holds the run's id and log, and the names of the classes. Format 6 holds the images that
-the weights want.
+the weights want, and the device whose
+seconds the run plans with.
 """
 
 from typing import Any, get_args
@@ -65,6 +66,8 @@ def _from_4(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_5(content: dict[str, Any]) -> dict[str, Any]:
+    if "ranks" in content:
+        content = content | {"step_device": None}
     if content["config"] is None:  # weights from elsewhere, and nothing was said of their images
         return content | {"preprocessing": None}
     data = content["config"]["data"]

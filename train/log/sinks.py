@@ -234,13 +234,13 @@ class ConsoleSink:
         self._print(
             f"  resize at the {event['when']} of epoch {event['epoch']}: {_depth(event)} removed, FR "
             f"{event['flops_reduction_before']:.2f} -> {event['flops_reduction_after']:.2f} "
-            f"in {event['seconds']:.2f} s, all ranks at {event['digest'][:12]}"
+            f"in {event['seconds']:.2f} s{_losses(event)}, all ranks at {event['digest'][:12]}"
         )
 
     def _write_zero(self, event: Event) -> None:
         self._print(
-            f"  zeroed at the {event['when']} of epoch {event['epoch']}: {_depth(event)}, shapes stay, "
-            f"all ranks at {event['digest'][:12]}"
+            f"  zeroed at the {event['when']} of epoch {event['epoch']}: {_depth(event)}, shapes stay"
+            f"{_losses(event)}, all ranks at {event['digest'][:12]}"
         )
 
     def _write_epoch(self, event: Event) -> None:
@@ -273,3 +273,9 @@ def _depth(event: Event) -> str:
     """How deep a cut was: its height, where it had one, and channels."""
     t = event["threshold"]
     return ("" if t is None else f"t {t:.3f}, ") + f"{sum(event['removed'].values())} channels"
+
+
+def _losses(event: Event) -> str:
+    """What an action did to the loss, where both are finite."""
+    before, after = event["loss_before"], event["loss_after"]
+    return "" if before is None or after is None else f", loss {before:.3f} -> {after:.3f}"

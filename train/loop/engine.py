@@ -15,23 +15,29 @@ Every function here is called by all ranks.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from functools import partial
+from itertools import chain, islice
 from typing import Any, Literal
 
 import torch
 
+from cup import PrunePlan
+from data import Batch
 from train.errors import TrainError
 from train.log.ledger import Kind
 from train.loop.evaluation import Evaluation, evaluate
 from train.loop.nonfinite import AFTER_NONFINITE, AFTER_SKIPPING
 from train.loop.pace import Moment, Pace
+from train.loop.probe import batches_ahead, mean_loss
 from train.loop.progress import EpochSoFar, Progress
+from train.loop.recalibrate import recalibrate
 from train.loop.step import training_step, warm_up_buckets
 from train.loop.trainer import Trainer, TrainLoop
+from train.methods import Action
 from train.network.compiling import compile_errors
-from train.network.optim import learning_rate, set_learning_rate
+from train.network.optim import learning_rate, rewarmed, set_learning_rate
 from train.resizer import Decide, Outcome
 from train.world import all_reduce_wait_s
 
@@ -50,8 +56,8 @@ def fit(trainer: Trainer) -> dict[str, Any]:
     """
     for epoch in range(trainer.progress.epoch + 1, trainer.config.epochs + 1):
         if trainer.so_far is None:
-            outcome = _act(trainer, epoch, "start", partial(trainer.method.epoch_start, epoch))
-            threshold = None if outcome is None else outcome.action.plan.threshold
+            plan = _act(trainer, epoch, "start", partial(trainer.method.epoch_start, epoch))
+            threshold = None if plan is None else plan.threshold
             trainer.so_far = EpochSoFar.beginning(trainer.ledger, trainer.world.device, threshold)
         loss, images_per_s, all_reduce_s = _train(trainer, epoch)
         with trainer.ledger.charge("eval"):
@@ -74,12 +80,14 @@ def train_epoch(
     epoch: int,
     so_far: EpochSoFar,
     first_kind: Kind = "step",
+    since_cut: Callable[[], int | None] = lambda: None,
     before_first_step: Callable[[Any], None] = lambda batch: None,
     after_step: Callable[[], None] = lambda: None,
 ) -> None:
     """The rest of a pass over the training set.
 
-    so_far: updated in place after every step. first_kind: what the first of these steps is charged to.
+    so_far: updated in place after every step. first_kind: what the first of these steps is charged to. since_cut: how
+    many steps before the next one the last cut was.
     before_first_step: is given the first batch. after_step: called between two steps.
     """
     state, steps = loop.state, len(loop.loader)
@@ -98,7 +106,7 @@ def train_epoch(
         kind: Kind = first_kind if step == first_step else "step"
         with loop.ledger.charge(kind), compile_errors() if kind == "compile" else nullcontext():
             lr = learning_rate(loop.optim, epoch - 1 + step / steps, loop.config.epochs)
-            set_learning_rate(state.optimizer, lr)
+            set_learning_rate(state.optimizer, rewarmed(loop.optim, lr, since_cut()))
             loop.method.before_step(state.model, epoch, step)
             if step == first_step:
                 before_first_step(batch)
@@ -149,7 +157,7 @@ def _train(trainer: Trainer, epoch: int) -> tuple[float, float, float | None]:
         trainer.sinks.progress(live, so_far.step, steps)
 
     trainer.watch.restart()
-    train_epoch(trainer.loop, epoch, so_far, first_kind, before_first_step, after_step)
+    train_epoch(trainer.loop, epoch, so_far, first_kind, lambda: progress.since_cut, before_first_step, after_step)
     with trainer.ledger.charge("step"):
         loss = _mean_loss(trainer, epoch)
     spent = trainer.ledger.seconds
@@ -230,46 +238,82 @@ def _evaluate(trainer: Trainer, epoch: int, model: torch.nn.Module) -> Evaluatio
         )
 
 
-def _act(trainer: Trainer, epoch: int, when: Literal["start", "end"], decide: Decide) -> Outcome | None:
-    """Carry out what the method decides at the start or the end of an epoch, and write what was done."""
-    ledger, progress = trainer.ledger, trainer.progress
+def _act(trainer: Trainer, epoch: int, when: Literal["start", "end"], decide: Decide) -> PrunePlan | None:
+    """Carry out what the method decides at the start or the end of an epoch, and write it; returns the plan, if any."""
+    ledger = trainer.ledger
     started = ledger.seconds["resize"]
     with ledger.charge("resize"):
-        outcome = trainer.resizer.act(decide, trainer.state, trainer.world)
-        if outcome is not None and outcome.removed:
-            view = trainer.resizer.view(trainer.state.model)
-            trainer.world.on_every_rank(lambda: trainer.method.after_action(outcome.action, view))
+        action = trainer.resizer.ask(decide, trainer.state, trainer.world)
+        if action is None:
+            return None
+        if action.plan.removed:
+            next_epoch = epoch - 1 if when == "start" else epoch
+            with batches_ahead(trainer.loop.loader, next_epoch, 0) as batches:
+                outcome, losses = _carry_out(trainer, action, batches)
         trainer.world.synchronize()
     seconds = ledger.seconds["resize"] - started
-    if outcome is None:
-        return None
-    plan = outcome.action.plan
+    plan = action.plan
     if plan.note:
         trainer.sinks.note(plan.note, ledger.total_s)
-    if not outcome.removed:
+    if not plan.removed:
         at = "" if plan.threshold is None else f" at t {plan.threshold:.3f}"
         trainer.sinks.note(f"epoch {epoch}: a cut{at} removes nothing", ledger.total_s)
-        return outcome
-    if not outcome.action.soft:
-        progress.resizes += 1
-        progress.wrapped_at = progress.step
+        return plan
     trainer.sinks.write(
         {
-            "event": "zero" if outcome.action.soft else "resize",
+            "event": "zero" if action.soft else "resize",
             "time_s": ledger.total_s,
             "epoch": epoch,
             "when": when,
-            "step": progress.step,
+            "step": trainer.progress.step,
             "threshold": plan.threshold,
             "flops_reduction_before": outcome.reduction_before,
             "flops_reduction_after": outcome.reduction_after,
             "removed": outcome.removed,
+            "loss_before": losses[0],
+            "loss_after": losses[1],
             "seconds": seconds,
             "digest": outcome.digests[0],
             "digests": outcome.digests,
         }
     )
-    return outcome
+    return plan
+
+
+def _carry_out(
+    trainer: Trainer, action: Action, batches: Iterator[Batch]
+) -> tuple[Outcome, tuple[float | None, float | None]]:
+    """Carry out what removes or zeroes channels; returns what it did, and the loss before and after it.
+
+    batches: the training batches that come next, taken from but not used up. A loss that is not finite is None.
+    """
+    first = Batch(*(part.clone() for part in next(batches)))  # the loader may overwrite it
+
+    def loss() -> float | None:
+        with trainer.ledger.charge("eval"), trainer.compiler.paused():
+            found = mean_loss(trainer.state.model, first, trainer.state.precision, trainer.world)
+        return found if math.isfinite(found) else None
+
+    before = loss()
+    outcome = trainer.resizer.carry_out(action, trainer.state, trainer.world)
+    view = trainer.resizer.view(trainer.state.model)
+    trainer.world.on_every_rank(lambda: trainer.method.after_action(action, view))
+    if not action.soft:
+        trainer.progress.resizes += 1
+        trainer.progress.wrapped_at = trainer.progress.step
+        if trainer.recalibrate:
+            _recalibrate(trainer, islice(chain([first], batches), trainer.recalibrate))
+    return outcome, (before, loss())
+
+
+def _recalibrate(trainer: Trainer, batches: Iterable[Batch]) -> None:
+    """Measure running statistics anew, those of the moving average with its own weights; equal on all ranks."""
+    state = trainer.state
+    models = [state.model] if state.ema is None else [state.model, state.ema.module]
+    with trainer.compiler.paused():
+        recalibrate(models, batches, state.precision)
+    for model in models:
+        trainer.world.average_buffers(model)
 
 
 def _epoch_event(
@@ -287,6 +331,7 @@ def _epoch_event(
     raw: of the weights themselves where `result` is their moving average's.
     seconds: means over the ranks. time_s: of rank 0 at the moment of its own seconds, `seconds_by_rank[0]`, which
     add up to it over the events.
+    step_speedup: of a training step over the full network's, as modelled; None where no cost model is asked for.
     all_reduce_s: the part of the steps' seconds in which a rank waits for the all-reduce of gradients, mean over ranks.
     peak_memory: bytes, of the rank that needs most. compiled: whether blocks ran compiled.
     """
@@ -301,6 +346,7 @@ def _epoch_event(
         "threshold": so_far.threshold,
         "flops_reduction": dense.flops / cost.flops,
         "macs_reduction": dense.macs / cost.macs,
+        "step_speedup": trainer.resizer.speedup(trainer.state.model),
         "flops": cost.flops,
         "macs": cost.macs,
         "params": cost.params,

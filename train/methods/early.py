@@ -10,7 +10,7 @@ from typing import Any
 
 import cup
 from cup import View
-from train.methods.landing import has_landed, plan_to_reduction
+from train.methods.landing import has_landed, plan_to_target
 from train.methods.method import Action, Method
 from train.methods.options import SharedOptions
 
@@ -49,14 +49,14 @@ class Early(Method):
         measured: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         """Arguments as of HardRamp. Raises ValueError without a target, or for epochs at odds."""
-        if shared.target_reduction is None:
+        if shared.target is None:
             raise ValueError("target_reduction: found None, allowed: a number above 1 (prune.method: early needs it)")
         if shared.last_epoch is not None and config.first_epoch > shared.last_epoch:
             raise ValueError(
                 f"early.first_epoch: found {config.first_epoch}, allowed: up to last_epoch ({shared.last_epoch})"
             )
         self._config, self._options = config, shared.plan_options(measured)
-        self._target, self._every = shared.target_reduction, shared.every
+        self._target, self._every = shared.target, shared.every
         self._last_epoch = min(shared.last_epoch or epochs, epochs)
         self._choices: list[dict[str, int]] = []
         self._has_cut = False
@@ -70,7 +70,7 @@ class Early(Method):
     def epoch_start(self, epoch: int, view: View) -> Action | None:
         if not self.may_resize(epoch, view):
             return None
-        plan = plan_to_reduction(view, self._target, self._options)
+        plan = plan_to_target(view, self._target, self._options)
         alike = [similarity(plan.new_widths, before) for before in self._choices[-self._config.patience :]]
         self._choices = [*self._choices, plan.new_widths][-self._config.patience :]
         mean = sum(alike) / len(alike) if alike else 0.0

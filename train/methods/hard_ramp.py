@@ -9,7 +9,7 @@ from typing import Literal
 
 import cup
 from cup import PrunePlan, View
-from train.methods.landing import has_landed, plan_to_reduction, plan_to_threshold
+from train.methods.landing import has_landed, plan_to_threshold
 from train.methods.method import Action, Method
 from train.methods.options import SharedOptions
 
@@ -18,9 +18,10 @@ from train.methods.options import SharedOptions
 class HardRampConfig:
     """How deep the cut at the start of each epoch is."""
 
-    kind: Literal["threshold", "reduction"] = "threshold"
+    kind: Literal["threshold", "reduction", "speedup"] = "threshold"
     """threshold = cut at the height t(e) = slope (e - 1) + offset at the start of epoch e (the paper's);
-    reduction = follow a straight line in FLOPs reduction from 1 at epoch 1 to target_reduction at last_epoch."""
+    reduction = follow a straight line in FLOPs reduction from 1 at epoch 1 to target_reduction at last_epoch;
+    speedup = the same in the step's modelled speed-up, to target_speedup."""
     slope: float = 0.03
     """k of the threshold ramp, per epoch."""
     offset: float = 0.3
@@ -34,7 +35,7 @@ class HardRampConfig:
 
 
 class HardRamp(Method):
-    """Cuts physically at the start of an epoch, by a threshold or an FR that rises with the epochs."""
+    """Cuts physically at the start of an epoch, by a threshold, FR or speed-up that rises with the epochs."""
 
     def __init__(
         self,
@@ -45,18 +46,21 @@ class HardRamp(Method):
     ) -> None:
         """epochs: of the whole run. measured: the allowed widths of each group, for `round_to: measured`.
 
-        Raises ValueError for a ramp in FR without a target.
+        Raises ValueError for a ramp in FR or in speed-up without its target.
         """
-        if config.kind == "reduction" and shared.target_reduction is None:
+        target = f"target_{config.kind}"
+        if config.kind != "threshold" and getattr(shared, target) is None:
             raise ValueError(
-                "target_reduction: found None, allowed: a number above 1 (prune.hard_ramp.kind: reduction needs it)"
+                f"{target}: found None, allowed: a number above 1 (prune.hard_ramp.kind: {config.kind} needs it)"
             )
         self._config = config
         self._options = shared.plan_options(measured)
-        self._target, self._every = shared.target_reduction, shared.every
+        self._target, self._every = shared.target, shared.every
         self._last_epoch = min(shared.last_epoch or epochs, epochs)
         name = "CUP-SS" if shared.criterion == "cup" else f"{shared.criterion}, hard ramp"
-        self.label = name + (" (momentum reset)" if shared.momentum == "reset" else "")
+        changes = [("momentum reset", shared.momentum == "reset"), ("folded", shared.fold)]
+        settings = ", ".join(change for change, is_made in changes if is_made)
+        self.label = f"{name} ({settings})" if settings else name
 
     def may_resize(self, epoch: int, view: View) -> bool:
         return cup.is_cut_epoch(epoch, self._every, self._last_epoch) and not has_landed(view, self._target)
@@ -66,8 +70,8 @@ class HardRamp(Method):
         return None if plan is None else Action(plan)
 
     def _plan(self, epoch: int, view: View) -> PrunePlan | None:
-        if self._config.kind == "reduction":
-            goal = cup.reduction_at(epoch, self._target, self._last_epoch)
-            return plan_to_reduction(view, goal, self._options) if goal > view.reduction else None
+        if self._config.kind != "threshold":
+            goal = cup.reduction_at(epoch, self._target.value, self._last_epoch)
+            return self._target.plan(view, goal, self._options) if goal > self._target.found(view) else None
         t = cup.threshold_at(epoch, self._config.slope, self._config.offset)
         return plan_to_threshold(view, t, self._target, self._options) if t > 0 else None

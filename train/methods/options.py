@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from cup import CRITERIA, PlanOptions
+from cup import CRITERIA, DEVICES, PlanOptions
+from train.methods.landing import ReductionTarget, SpeedupTarget, Target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,27 +19,49 @@ class SharedOptions(PlanOptions):
     worth having on this device, found by timing each layer at the start of the run (seconds on a GPU)."""
     target_reduction: float | None = None
     """Stop when FLOPs are down by this factor; the last cut lands on it within 1%. null = no such stop."""
+    target_speedup: float | None = None
+    """In place of target_reduction: stop when a training step is this many times faster than the full network's, as
+    modelled for prune.device; the last cut takes what loses least for each second saved. Give scope all with it: inner
+    groups alone save a modern GPU little. null = no such stop."""
+    device: str = "measured"
+    """Whose seconds target_speedup means: measured = those of the device that the run is on, for which a few dozen
+    layers are timed at the start (seconds on a GPU, a minute on a CPU); or a name of docs/performance.md's table
+    (h100-sxm, a100, l4, ...)."""
     last_epoch: int | None = None
     """No cuts after this epoch. null = the last epoch of training."""
     every: int = 1
     """Epochs between two cuts."""
     momentum: Literal["carry", "reset"] = "carry"
     """What happens to the optimizer's state at a resize: sliced along, or reset (the reference implementation)."""
+    recalibrate: int = 0
+    """Batches of training images of each rank, from which batch norm's running statistics are measured anew right after
+    a cut. 0 = they stay."""
 
     def __post_init__(self) -> None:
         """Raises ValueError or CupError naming the field, the value found and what is allowed."""
-        target = self.target_reduction
+        target, speedup = self.target_reduction, self.target_speedup
         checks = [
             ("criterion", self.criterion in CRITERIA, ", ".join(CRITERIA)),
             ("round_to", self.round_to == "measured" or self.round_to >= 1, "a whole number from 1, or measured"),
             ("target_reduction", target is None or target > 1, "a number above 1, or null"),
+            ("target_speedup", speedup is None or speedup > 1, "a number above 1, or null"),
+            ("target_speedup", None in (speedup, target), f"null beside target_reduction {target}, or that one null"),
+            ("device", self.device in ("measured", *DEVICES), f"measured, {', '.join(DEVICES)}"),
             ("last_epoch", self.last_epoch is None or self.last_epoch >= 1, "a whole number from 1, or null"),
             ("every", self.every >= 1, "a whole number from 1"),
+            ("recalibrate", self.recalibrate >= 0, "a whole number from 0"),
         ]
         for name, ok, allowed in checks:
             if not ok:
                 raise ValueError(f"{name}: found {getattr(self, name)!r}, allowed: {allowed}")
         self.plan_options()  # which checks what it takes over
+
+    @property
+    def target(self) -> Target | None:
+        """Where cuts stop; None for nowhere."""
+        if self.target_speedup is not None:
+            return SpeedupTarget(self.target_speedup)
+        return None if self.target_reduction is None else ReductionTarget(self.target_reduction)
 
     def plan_options(self, measured: Mapping[str, Sequence[int]] | None = None) -> PlanOptions:
         """What the planners take. measured: the allowed widths of each group, for `round_to: measured`."""

@@ -49,7 +49,7 @@ class PruneTrain(Method):
         """Arguments as of HardRamp; the criterion is always `max_abs`."""
         self._config = config
         self._options = replace(shared.plan_options(measured), criterion="max_abs")
-        self._target, self._every = shared.target_reduction, shared.every
+        self._target, self._every = shared.target, shared.every
         self._last_epoch = min(shared.last_epoch or epochs, epochs)
         self._weight: float | None = None
         self._first_lasso: Tensor | None = None

@@ -42,6 +42,8 @@ class SoftRate(Method):
         measured: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         """Arguments as of HardRamp. Raises ValueError unless exactly one of rate and target is given."""
+        if shared.target_speedup is not None:
+            raise ValueError(f"target_speedup: found {shared.target_speedup}, allowed with soft_rate: null")
         if (config.rate is None) == (shared.target_reduction is None):
             found = f"rate {config.rate} and target_reduction {shared.target_reduction}"
             raise ValueError(f"soft_rate.rate: found {found}, allowed: one of them, the other null")

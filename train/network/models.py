@@ -9,6 +9,7 @@ import torchvision
 from torch import nn
 
 from train.errors import ConfigError
+from train.network.own import build_own, is_factory
 from train.network.published import published, timm
 
 
@@ -31,12 +32,15 @@ class Architecture:
 def build_model(name: str, num_classes: int, image_size: int | None = None) -> nn.Module:
     """A freshly initialised classifier for `num_classes`.
 
-    name: a classification model of torchvision (`resnet50`), `timm:NAME`, or one of `lenet`, `mlp` (28 x 28 grey),
-        `vgg16_cifar`, `resnet20_cifar`, `resnet32_cifar`, `resnet44_cifar`, `resnet56_cifar` (32 x 32).
+    name: a classification model of torchvision (`resnet50`), `timm:NAME`, `package.module:factory` of the user's own,
+        or one of `lenet`, `mlp` (28 x 28 grey), `vgg16_cifar`, `resnet20_cifar`, `resnet32_cifar`, `resnet44_cifar`,
+        `resnet56_cifar` (32 x 32).
     image_size: side of its images, pixels, which only torchvision's ViT has to know; 224 if not given.
-    Raises ConfigError for an unknown name.
+    Raises ConfigError for an unknown name, and for a factory that gives no network.
     """
     check_model_name(name)
+    if is_factory(name):
+        return build_own(name, num_classes)
     if name in OWN_MODELS:
         return OWN_MODELS[name](num_classes)
     if name.startswith("timm:"):
@@ -51,14 +55,16 @@ def build_model(name: str, num_classes: int, image_size: int | None = None) -> n
 
 
 def check_model_name(name: str) -> None:
-    """Raise ConfigError for a name that `build_model` does not know; builds nothing."""
+    """Raise ConfigError for a name that `build_model` does not know; builds nothing, and imports no factory."""
+    if is_factory(name):
+        return
     if name.startswith("timm:"):
         if not timm().is_model(name.removeprefix("timm:")):
             raise ConfigError(f"model.name: found {name!r}, which timm does not know; timm.list_models() names them")
     elif name not in OWN_MODELS and name not in torchvision.models.list_models(module=torchvision.models):
         raise ConfigError(
-            f"model.name: found {name!r}, allowed: {', '.join(OWN_MODELS)}, timm:NAME, or a classification model of "
-            "torchvision such as resnet18, resnet34, resnet50, vgg16_bn"
+            f"model.name: found {name!r}, allowed: {', '.join(OWN_MODELS)}, timm:NAME, package.module:factory, or a "
+            "classification model of torchvision such as resnet18, resnet34, resnet50, vgg16_bn"
         )
 
 
@@ -69,6 +75,8 @@ def native_input_shape(name: str) -> tuple[int, int, int]:
         return 1, 28, 28
     if name in OWN_MODELS:
         return 3, 32, 32
+    if is_factory(name):
+        return 3, 224, 224
     if name.startswith("timm:"):
         return tuple(timm().get_pretrained_cfg(name.removeprefix("timm:")).input_size)
     side = 224 if name.startswith("vit_") else published(name).preprocessing.image_size  # a ViT is built for its side

@@ -1,0 +1,118 @@
+"""A network cut until one forward pass takes a given time: on a named device as modelled, here as measured."""
+
+import argparse
+import copy
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+import cup
+from cup import ChannelGroup, PlanOptions, PrunePlan
+from train.checkpoint.network import StoredNetwork
+from train.errors import ConfigError
+from train.network.calibration import measured_device
+from train.network.precision import Precision
+from train.network.state import MEMORY_FORMAT
+from train.prune import Cut
+
+MIN_CALLS, MIN_SECONDS = 10, 1.0
+"""A network is timed so often, and for so long, at least; the fastest pass counts."""
+
+
+def seconds(text: str) -> float:
+    """The `type` of --latency: 12ms, 800us, 0.5s."""
+    found = re.fullmatch(r"([0-9.]+)\s*(s|ms|us)", text.strip())
+    try:
+        number = float(found[1]) if found else 0.0
+    except ValueError:
+        number = 0.0
+    if number <= 0:
+        raise argparse.ArgumentTypeError(f"found {text!r}, allowed: a time as 12ms, 800us or 0.5s")
+    return number * {"s": 1.0, "ms": 1e-3, "us": 1e-6}[found[2]]
+
+
+@dataclass(frozen=True)
+class Latency:
+    """What a forward pass may take, and on what.
+
+    cost: the model of one forward pass. here: the device that can be timed; None where it is only modelled.
+    before_s: the network as it was, timed here.
+    """
+
+    target_s: float
+    cost: cup.DeviceCost
+    precision: Precision | None
+    here: torch.device | None
+    before_s: float | None
+
+    @staticmethod
+    def of(options: argparse.Namespace, network: StoredNetwork) -> "Latency":
+        """Raises ConfigError for a device that is not here, CupError for a precision that a named one lacks."""
+        batch, precision_name = options.batch or 1, options.precision or "fp32"
+        if options.device not in ("cpu", "cuda"):
+            cost = cup.device_cost(options.device, precision=precision_name, batch_size=batch, training=False)
+            return Latency(options.latency, cost, None, None, None)
+        if options.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("--device cuda: found no GPU here; allowed: cpu, or a name, whose time is modelled")
+        here = torch.device(options.device)
+        precision = Precision(precision_name, here)
+        device = measured_device(precision, batch, network.architecture.input_shape[-1], here)
+        cost = cup.device_cost(device, batch_size=batch, training=False)
+        return Latency(options.latency, cost, precision, here, _timed(network, precision, here, batch))
+
+
+def latency_plan(
+    latency: Latency, network: StoredNetwork, groups: Sequence[ChannelGroup], options: PlanOptions
+) -> PrunePlan:
+    """The cut after which a forward pass takes the target. Where it can be timed, the model's share is what counts: by
+    how much the network has to get faster than it was timed.
+    """
+    now_s = latency.cost.of(network.model, groups).now if latency.before_s is None else latency.before_s
+    if now_s <= latency.target_s:
+        raise ConfigError(
+            f"--latency: found {_in_ms(latency.target_s)}, but it takes {_in_ms(now_s)} already; allowed: below that"
+        )
+    return cup.plan_by_time(network.model, groups, now_s / latency.target_s, options, cost=latency.cost)
+
+
+def report_latency(latency: Latency, cut: Cut) -> str:
+    """One line: what it takes now, modelled, and timed where the device is here."""
+    cost, model = latency.cost, cut.network.model
+    modelled = _in_ms(cost.of(model, cut.network.groups).now)
+    what = f"a forward pass of {cost.batch_size} on {cost.device.name}, {cost.device.precision}"
+    if latency.here is None:
+        return f"{what}: {modelled} as modelled, {_in_ms(latency.target_s)} asked for"
+    after_s = _timed(cut.network, latency.precision, latency.here, cost.batch_size)
+    return (
+        f"{what}: timed {_in_ms(latency.before_s)} before, {_in_ms(after_s)} now, {_in_ms(latency.target_s)} asked for "
+        f"(modelled {modelled})"
+    )
+
+
+@torch.no_grad()
+def _timed(network: StoredNetwork, precision: Precision, here: torch.device, batch: int) -> float:
+    """Seconds of one forward pass in evaluation, the fastest of several."""
+    model: nn.Module = copy.deepcopy(network.model).to(here, memory_format=MEMORY_FORMAT).eval()
+    images = torch.randn(batch, *network.architecture.input_shape, device=here).contiguous(memory_format=MEMORY_FORMAT)
+    elapsed: list[float] = []
+    while len(elapsed) < MIN_CALLS or sum(elapsed) < MIN_SECONDS:
+        _wait(here)
+        start = time.perf_counter()
+        with precision.autocast():
+            model(images)
+        _wait(here)
+        elapsed.append(time.perf_counter() - start)
+    return min(elapsed)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _in_ms(value: float) -> str:
+    return f"{1e3 * value:.3g} ms"

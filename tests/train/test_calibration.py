@@ -1,0 +1,55 @@
+"""Layers are timed for the cost model: what is asked of them, and that a run's random numbers stay."""
+
+import itertools
+
+import pytest
+import torch
+
+import cup
+from cup.cost.fitting import TimedKernel
+from train.network import calibration
+from train.network.calibration import measured_device
+from train.network.precision import Precision
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def few_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        calibration, "CONVOLUTIONS", ((8, 16, 3, 4, 1), (16, 8, 1, 4, 1), (8, 8, 3, 4, 8), (8, 8, 5, 4, 8))
+    )
+    monkeypatch.setattr(calibration, "LINEARS", ((16, 8, 4), (8, 10, 0)))
+    monkeypatch.setattr(calibration, "MAPS", ((8, 4),))
+    monkeypatch.setattr(calibration, "FLUSH_BYTES", 1024)
+    monkeypatch.setattr(calibration, "MIN_SECONDS", 0.0)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_device_comes_of_it_and_the_random_numbers_stay(few_layers: None, precision: str):
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    device = measured_device(Precision(precision, CPU), 2, 32, CPU)
+    assert torch.equal(torch.rand(3), expected)
+    assert device.precision == precision and device.overlap == 0 and "batch 2, 32 pixels" in device.source
+    assert cup.device_cost(device, batch_size=2).device is device
+    assert cup.Device.from_dict(device.to_dict()) == device
+
+
+def test_every_kernel_is_timed_with_the_work_that_the_model_counts(few_layers: None, monkeypatch: pytest.MonkeyPatch):
+    """A clock that goes on by a second at each look: every call takes one."""
+    ticks, seen = itertools.count(), []
+    honest = calibration.fit_device
+    monkeypatch.setattr(calibration, "fit_device", lambda *all: seen.extend(all[2]) or honest(*all))
+    measured_device(Precision("fp32", CPU), 2, 32, CPU, clock=lambda: float(next(ticks)))
+    timed: dict[str, TimedKernel] = {one.kernel: one for one in seen}
+    assert set(timed) == {kernel for kernel in cup.KERNELS if not kernel.startswith("attention")}
+    assert {one.seconds for one in seen} == {1.0}
+    pixels = 2 * 8 * 8
+    conv = timed["conv.weight"]
+    assert (conv.reads, conv.writes, conv.flops) == (8, 16, 2 * 9 * pixels)
+    assert conv.moved == 4 * (pixels * (8 + 16) + 9 * 8 * 16)
+    assert (timed["grouped.forward"].reads, timed["grouped.forward"].flops) == (1, 2 * 9 * pixels)
+    assert timed["batch_norm.backward"].moved == 5 * 4 * 8 * pixels
+    assert timed["binary.backward"].moved == 2 * 3 * 4 * 8 * pixels
