@@ -10,7 +10,7 @@ from scipy import stats
 from launch.grids.disk import Cost
 from launch.grids.grid import Entry, Grid
 from launch.grids.jobs import Job
-from launch.reports.comparison.figure import draw_front, pareto_front
+from launch.reports.comparison.figure import _style, draw_front, pareto_front
 from launch.reports.comparison.results import Comparison, Point, Row, _currency
 from launch.reports.comparison.sentences import sentences
 from launch.reports.comparison.statistics import Difference, difference, ratio
@@ -86,6 +86,10 @@ def test_a_ratio_of_costs_is_taken_in_logarithms():
 def test_the_front_holds_what_nothing_beats():
     points = [(3.0, 80.0), (1.0, 70.0), (2.0, 69.0), (2.5, 80.0), (4.0, 80.0), (1.0, 60.0), (5.0, 81.0)]
     assert pareto_front(points) == [(1.0, 70.0), (2.5, 80.0), (5.0, 81.0)]
+
+
+def test_no_two_of_forty_entries_look_alike():
+    assert len({_style(number) for number in range(42)}) == 42
 
 
 def test_sentences_say_whether_the_seeds_tell_apart():

@@ -72,4 +72,4 @@ def _draw(axis: Axes, comparison: Comparison, rows: list[Row]) -> None:
 def _style(number: int) -> tuple[str, str]:
     """A colour and a mark, no two alike for 42 entries; the first is grey."""
     colors = (DENSE_COLOR, *COLORS)
-    return colors[number % len(colors)], MARKERS[(number + number // len(colors)) % len(MARKERS)]
+    return colors[number % len(colors)], MARKERS[number % len(MARKERS)]
