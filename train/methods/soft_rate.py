@@ -32,7 +32,7 @@ class SoftRateConfig:
 
 
 class SoftRate(Method):
-    """Zeroes softly after every epoch, before epoch 1 too where filters are held; cuts for good after the last one."""
+    """Zeroes softly before epoch 1 and after every epoch; cuts physically after the last one."""
 
     def __init__(
         self,
@@ -63,9 +63,7 @@ class SoftRate(Method):
         return epoch == self._last_epoch + 1
 
     def epoch_start(self, epoch: int, view: View) -> Action | None:
-        # A fresh network's zeroed filters would never grow back: without a bias, batch norm makes exactly its offset of
-        # them, that is 0, and a ReLU passes no gradient at 0. SFP's paper zeroes after each epoch only (Algorithm 1).
-        return Action(self._plan(view), soft=True) if epoch == 1 and self._grad_mask else None
+        return Action(self._plan(view), soft=True) if epoch == 1 else None
 
     def epoch_end(self, epoch: int, view: View) -> Action | None:
         if epoch == self._last_epoch:
