@@ -15,10 +15,11 @@ from train.methods import PruneConfig, SoftRateConfig, build_method
 RATE = 0.4
 
 
-def small_network() -> nn.Module:
+def small_network(bias: bool = True) -> nn.Module:
     torch.manual_seed(1)
-    layers = [nn.Conv2d(1, 10, 3), nn.BatchNorm2d(10), nn.ReLU(), nn.Conv2d(10, 8, 3), nn.BatchNorm2d(8), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(8 * 4 * 4, 3))
+    first = [nn.Conv2d(1, 10, 3, bias=bias), nn.BatchNorm2d(10), nn.ReLU()]
+    second = [nn.Conv2d(10, 8, 3, bias=bias), nn.BatchNorm2d(8), nn.ReLU()]
+    return nn.Sequential(*first, *second, nn.Flatten(), nn.Linear(8 * 4 * 4, 3))
 
 
 def epoch(model: nn.Module, optimizer: torch.optim.Optimizer, number: int, after_backward) -> None:
@@ -36,9 +37,11 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9, weight_decay=1e-3)
 
 
-def with_the_method(criterion: str, grad_mask: bool) -> tuple[nn.Module, list[dict[str, tuple[int, ...]]]]:
+def with_the_method(
+    criterion: str, grad_mask: bool, bias: bool = True
+) -> tuple[nn.Module, list[dict[str, tuple[int, ...]]]]:
     """The network after two epochs, and the filters that went before them and after each."""
-    model = small_network()
+    model = small_network(bias)
     config = PruneConfig(
         method="soft_rate",
         criterion=criterion,
@@ -103,6 +106,16 @@ def test_what_is_zeroed_before_and_after_two_epochs_is_what_the_papers_say(crite
     assert (gone[2] == gone[0]) == grad_mask, "filters must be able to grow back, or none of them"
     for key, value in plain.state_dict().items():
         assert torch.equal(model.state_dict()[key], value), key
+
+
+def test_without_biases_and_behind_batch_norm_and_relu_nothing_grows_back():
+    """docs/methods.md says so of ResNets: the offset of batch norm begins at 0, where ReLU passes no gradient."""
+    runs = []
+    for grad_mask in (False, True):
+        model, gone = with_the_method("l2", grad_mask, bias=False)
+        assert gone[0] == gone[1] == gone[2]
+        runs.append(model.state_dict())
+    assert all(torch.equal(value, runs[1][key]) for key, value in runs[0].items())
 
 
 SFP = {
