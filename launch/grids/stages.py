@@ -172,5 +172,5 @@ def training(config_file: Path, ranks: int) -> list[str]:
     script = [str(ROOT / "launch/train.py"), "--config", str(config_file)]
     if ranks == 1:
         return [sys.executable, *script]
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    return [sys.executable, *launcher, *script]
+    torchrun = Path(sys.executable).with_name("torchrun")  # of this interpreter, whatever PATH says
+    return [str(torchrun), "--standalone", f"--nproc-per-node={ranks}", *script]
