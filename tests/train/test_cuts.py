@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from launching import ALONE, events, interrupted, numbers, train
+from launching import ALONE, events, interrupted, numbers, train, write_image_folder
 from torch import nn
 
-from data import Batch
+from data import Batch, DataConfig, build_loaders
 from train.checkpoint.file import load_checkpoint
 from train.loop import engine
 from train.loop.probe import batches_ahead, mean_loss
@@ -28,6 +28,12 @@ class OneBuffer:
 
     def go_to(self, epoch: int, step: int = 0) -> None:
         self.step = step
+
+    def state_dict(self) -> dict[str, int]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.step = state["step"]
 
     def __iter__(self):
         while self.step < 3:
@@ -164,3 +170,24 @@ def test_the_learning_rate_warms_up_anew_after_each_cut_across_a_resume(
     again = interrupted(tmp_path / "b", monkeypatch, 7, **settings)
     assert rates == pytest.approx([0.05 * share / 6 for share in sixths])
     assert same_end(tmp_path, undisturbed, again)
+
+
+@pytest.mark.parametrize("kind", ["dali", "folder"])
+def test_looking_ahead_changes_no_batch_of_training(tmp_path: Path, kind: str):
+    if kind == "dali":
+        pytest.importorskip("nvidia.dali")
+    write_image_folder(tmp_path)
+    config = DataConfig(path=str(tmp_path), loader=kind, batch_size=12, image_size=16, resize_size=16, threads=1)
+    options = {"rank": 0, "world_size": 1, "local_world_size": 1, "device": torch.device("cpu"), "seed": 0}
+    [loader, other] = [build_loaders(config, **options, splits=("train",))[0] for _ in range(2)]
+    for one in (loader, other):
+        list(one)  # an epoch, so that random state has moved on
+    with batches_ahead(loader, 1, 0) as batches:
+        ahead = next(batches).images.clone()
+    loader.go_to(1, 0)
+    other.go_to(1, 0)
+    [again, undisturbed] = [[batch.images.clone() for batch in one] for one in (loader, other)]
+    loader.close()
+    other.close()
+    assert torch.equal(ahead, again[0])
+    assert all(map(torch.equal, again, undisturbed))

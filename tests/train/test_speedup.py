@@ -71,7 +71,7 @@ def test_a_network_that_starts_at_the_target_is_cut_no_more(tmp_path: Path, made
     assert any("prune.target_speedup 1.5 is reached already" in event["message"] for event in events(log, "note"))
 
 
-def test_two_ranks_decide_alike_and_go_on_after_a_kill(tmp_path: Path):
+def test_two_ranks_decide_alike(tmp_path: Path):
     """A named device: its rates are the same everywhere, and rank 0's plan is what both carry out."""
     named = {"prune__device": "titan-xp", "prune__target_speedup": 1.1, "prune__round_to": 2, "model__name": "lenet"}
     settings = SPEEDUP | RAMPS["a straight line"] | named

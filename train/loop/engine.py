@@ -287,7 +287,8 @@ def _carry_out(
 
     batches: the training batches that come next, taken from but not used up. A loss that is not finite is None.
     """
-    first = Batch(*(part.clone() for part in next(batches)))  # the loader may overwrite it
+    # A copy, for the loader may overwrite it. An image that one rank cannot read ends all ranks.
+    first = trainer.world.on_every_rank(lambda: Batch(*(part.clone() for part in next(batches))))
 
     def loss() -> float | None:
         with trainer.ledger.charge("eval"), trainer.compiler.paused():

@@ -14,15 +14,16 @@ from train.world import World
 
 @contextmanager
 def batches_ahead(loader: Loader, epoch: int, step: int) -> Iterator[Iterator[Batch]]:
-    """The training batches from this step of this epoch on (both count from 0); behind it the loader is there again.
+    """The training batches from this step of this epoch on (both count from 0), as training will see them after it.
 
-    They are seen as often, and from the same state of the loader, in a run that is resumed at the last checkpoint.
+    Behind it the loader is where it was, random state included, so that looking ahead changes nothing in training.
     """
     loader.go_to(epoch, step)
+    state = loader.state_dict()
     try:
         yield iter(loader)
     finally:
-        loader.go_to(epoch, step)
+        loader.load_state_dict(state)
 
 
 @torch.no_grad()
