@@ -5,8 +5,8 @@ arithmetic that the source follows, so they are the same with every loader.
 """
 
 import time
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +14,8 @@ import torch
 from data.batch import Batch, DataError
 from data.images import ImageList
 from data.sharding import Sharding
+
+T = TypeVar("T")
 
 
 class ImageSource(Protocol):
@@ -76,19 +78,19 @@ class SplitLoader:
     def __iter__(self) -> Iterator[Batch]:
         """The rest of the epoch; without a `go_to` the next iteration takes the epoch after it."""
         if self._step < len(self):
-            self._source.start(self._epoch, self._step)
+            self._awaited(lambda: self._source.start(self._epoch, self._step))
         while self._step < len(self):
             indices_B, valid_B = self._sharding.indices(self._epoch, self._step)
-            images = self._awaited_images()
+            images = self._awaited(self._source.next_images)
             # Counted before the batch is handed out, so that a state taken during a step goes on after it.
             self._step += 1
             yield Batch(images, self._on_device(self._labels_N[indices_B]), self._on_device(valid_B))
         self._epoch, self._step = self._epoch + 1, 0
 
-    def _awaited_images(self) -> torch.Tensor:
+    def _awaited(self, action: Callable[[], T]) -> T:
         self.waiting_since = time.monotonic()
         try:
-            return self._source.next_images()
+            return action()
         finally:
             self.waiting_since = None
 

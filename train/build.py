@@ -370,7 +370,7 @@ def _step_device(config: RunConfig, begun: Restored, world: World) -> Device | N
     None where no speed-up is asked for.
     """
     prune, train = config.prune, config.train
-    if not prune.shrinks or prune.target_speedup is None:
+    if not prune.shrinks or prune.trains_pruning_net or prune.target_speedup is None:
         return None
     if prune.device != "measured":
         return named_device(prune.device, train.precision)

@@ -1,6 +1,7 @@
 """Which recipe a command line trains. Needs no torch: a run that is killed at its start is looked for with it, too."""
 
 import difflib
+import re
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -9,7 +10,7 @@ from train.errors import ConfigError
 
 RECIPES = Path(__file__).resolve().parents[1] / "launch" / "configs"
 DEFAULT = "demo"
-NEEDS_RECIPE = ("--data.path", "--model.name")
+NEEDS_RECIPE = ("--data.path", "--model.name", "--model.weights", "--model.checkpoint")
 """Nobody who chooses one of these wants the default recipe's settings for handwritten digits."""
 
 
@@ -59,7 +60,9 @@ def is_list_wanted(argv: Sequence[str]) -> bool:
 def _file(name: str) -> Path:
     file = RECIPES / f"{name.replace('-', '_')}.yaml"
     if "/" in name or not file.is_file():
-        close = difflib.get_close_matches(name.replace("-", "_"), recipes(), n=1)
+        words = sorted(re.split("[-_]", name))
+        close = [known for known in recipes() if sorted(known.split("_")) == words]  # imagenet-resnet50
+        close = close or difflib.get_close_matches(name.replace("-", "_"), recipes(), n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
         raise ConfigError(f"--recipe: found {name!r}{hint}, allowed: {_names()}; a file of yours is --config FILE")
     return file

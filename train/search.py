@@ -16,12 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 import cup
 from cup import EvolutionOptions, FlopsByWidths, WidthSpace
-from data import Loader, build_search_loaders
+from data import build_search_loaders
 from train.build import build_pruning_net
 from train.checkpoint.archive import CheckpointError
 from train.checkpoint.file import load_checkpoint
@@ -35,6 +33,7 @@ from train.log.ledger import Ledger
 from train.log.rundir import read_log
 from train.log.sinks import JsonLines
 from train.loop.evaluation import evaluate
+from train.loop.recalibrate import recalibrate
 from train.network.models import build_model
 from train.network.precision import Precision
 from train.network.pruning_net import PruningNet, widths_at_scales
@@ -278,7 +277,7 @@ class _Judge:
         cup.apply_plan(network, cup.plan_first_channels(self._groups, widths), self._groups)
         network.to(self._alone.device, memory_format=MEMORY_FORMAT)
         self._pruning_net.fill(network, widths)
-        recalibrate(network, self._recalibration, self._precision)
+        recalibrate([network.eval()], self._recalibration, self._precision)
         return evaluate(network, self._held_out, self._precision, self._alone).top1
 
     def close(self) -> None:
@@ -303,23 +302,3 @@ class _Judge:
 
     def _flops_at(self, widths: dict[str, int]) -> int:
         return self._flops.after({name: range(width) for name, width in widths.items()})
-
-
-@torch.no_grad()
-def recalibrate(network: nn.Module, loader: Loader, precision: Precision) -> None:
-    """Make batch norm's running statistics the plain mean over one pass of the loader, in place.
-
-    As torch.optim.swa_utils.update_bn, but nothing else is in training mode, so dropout draws no random numbers.
-    """
-    norms = [layer for layer in network.modules() if isinstance(layer, _BatchNorm)]
-    if not norms:
-        return
-    network.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-        norm.train()
-    for batch in loader:
-        with precision.autocast():
-            network(batch.images.contiguous(memory_format=MEMORY_FORMAT))
-    network.eval()

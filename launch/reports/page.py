@@ -125,7 +125,7 @@ def _headline(row: Row) -> dict[str, Any]:
 
 
 def _repetitions(row: Row) -> str:
-    return "" if row.count == 1 else f", {row.count} runs{' of 1 seed' if row.repeats_of_one_seed else ''}"
+    return "" if row.count == 1 else ", " + row.runs.replace(str(row.count), f"{row.count} runs", 1)
 
 
 def _not_told_apart(row: Row) -> str:

@@ -102,7 +102,8 @@ class Row(Measures[Spread]):
     source: str = ""
     count: int = 1
     seeds: str = ""
-    repeats_of_one_seed: bool = False
+    seed_count: int = 1
+    """Different seeds among the runs: repetitions of one differ in accuracy by how sums round, if at all."""
     on_cpu: bool = False
     cpu_hours: Spread | None = None
     cpu_saving: Spread | None = None
@@ -112,7 +113,9 @@ class Row(Measures[Spread]):
     @property
     def runs(self) -> str:
         """How many, and of how many seeds where these are fewer."""
-        return f"{self.count} of 1 seed" if self.repeats_of_one_seed else str(self.count)
+        if self.seed_count == self.count:
+            return str(self.count)
+        return f"{self.count} of {self.seed_count} seed{'' if self.seed_count == 1 else 's'}"
 
     @property
     def saving_is_told_apart(self) -> bool:
@@ -168,9 +171,8 @@ def row_of(group: Group, measured: list[Outcome]) -> Row:
     that of a difference of two means; none where only one of the two has repetitions.
     """
     spreads = {key: spread(outcome.values[key] for outcome in measured) for key in MEASURES}
-    repeats_of_one_seed = len(measured) > 1 and len(set(group.seeds)) == 1
-    for key in OF_ACCURACY if repeats_of_one_seed else ():  # they differ by how sums round, if at all
-        spreads[key] = spreads[key] and Spread(spreads[key].mean)
+    for key in OF_ACCURACY:
+        spreads[key] = spread(_by_seed([(outcome.run, outcome.values[key]) for outcome in measured]))
     for key in ("change1", "change5", "saving"):
         spreads[key] = _with_dense_scatter(spreads[key], key, measured)
     return Row(
@@ -181,11 +183,11 @@ def row_of(group: Group, measured: list[Outcome]) -> Row:
         setting=setting(group.one),
         count=len(group.runs),
         seeds=", ".join(map(str, group.seeds)),
-        repeats_of_one_seed=repeats_of_one_seed,
+        seed_count=len(set(group.seeds)) or len(group.runs),
         on_cpu=group.one.done["device"] == "cpu",
         cpu_hours=spread(outcome.cpu_hours for outcome in measured),
         cpu_saving=spread(outcome.cpu_saving for outcome in measured),
-        scatter=_without_deviation(measured[0].scatter),
+        scatter=_largest([outcome.scatter for outcome in measured]),
         **spreads,
     )
 
@@ -267,8 +269,17 @@ def _scatter_of_epochs(run: Run) -> float | None:
     return 100 * statistics.stdev(seconds) / statistics.mean(seconds) if len(seconds) > 2 else None
 
 
-def _without_deviation(value: float | None) -> Spread | None:
-    return None if value is None else Spread(value)
+def _largest(values: Iterable[float | None]) -> Spread | None:
+    known = [value for value in values if value is not None]
+    return Spread(max(known)) if known else None
+
+
+def _by_seed(values: Iterable[tuple[Run, float | None]]) -> list[float | None]:
+    """A value for each seed, the mean of its repetitions; for each run where a log does not say its seed."""
+    found: dict[object, list[float | None]] = {}
+    for run, value in values:
+        found.setdefault(run.name if run.seed is None else run.seed, []).append(value)
+    return [None if None in same else statistics.mean(same) for same in found.values()]
 
 
 def _how_deep(prune: dict[str, Any], last_epoch: int) -> list[str]:
@@ -424,7 +435,10 @@ def _with_dense_scatter(value: Spread | None, key: str, measured: list[Outcome])
         hours = spread(peer.hours for peer in peers[0])
         theirs = (100 - value.mean) * hours.deviation / hours.mean  # of the quotient of hours
     else:
-        theirs = statistics.stdev(peer.done[key.replace("change", "top")] for peer in peers[0])
+        scores = spread(_by_seed([(peer, peer.done[key.replace("change", "top")]) for peer in peers[0]]))
+        if scores.deviation is None:
+            return Spread(value.mean)
+        theirs = scores.deviation
     return Spread(value.mean, math.hypot(value.deviation, theirs))
 
 

@@ -114,8 +114,13 @@ def test_runs_that_differ_in_their_seeds_alone_are_one_row_of_means_and_deviatio
     assert "| -1.50 ± 0.50 | 39.00 ± 3.00 | 35.0 ± 3.9 |" in markdown(rows)
 
 
-@pytest.mark.parametrize("seeds", [(3, 4, 5), (0, 1, 3), (0, 0, 1)])
-def test_without_dense_runs_of_the_same_seeds_both_scatters_count(tmp_path: Path, seeds: tuple[int, ...]):
+@pytest.mark.parametrize(
+    ("seeds", "top1", "deviation"),
+    [((3, 4, 5), 75.0, 3.0), ((0, 1, 3), 75.0, 3.0), ((0, 0, 1), 75.75, statistics.stdev([73.5, 78.0]))],
+)
+def test_without_dense_runs_of_the_same_seeds_both_scatters_count(
+    tmp_path: Path, seeds: tuple[int, ...], top1: float, deviation: float
+):
     def written(kind: str, seeds: Sequence[int], top1s: Sequence[float], hours: Sequence[float]) -> list[Path]:
         made = []
         for number, (seed, top1, spent) in enumerate(zip(seeds, top1s, hours, strict=True)):
@@ -127,10 +132,10 @@ def test_without_dense_runs_of_the_same_seeds_both_scatters_count(tmp_path: Path
     dense = written("dense", (0, 1, 2), (72.0, 76.0, 80.0), (50.0, 60.0, 70.0))
     shrunk = written("cup", seeds, (72.0, 75.0, 78.0), (29.0, 30.0, 31.0))
     row = rows_of(*dense, *shrunk)[1]
-    assert (row.change1.mean, row.change1.deviation) == (-1.0, 5.0)  # 3 and 4
+    assert (row.change1.mean, row.change1.deviation) == pytest.approx((top1 - 76, math.hypot(deviation, 4)))
     assert (row.saving.mean, row.saving.deviation) == pytest.approx((50.0, 50 * math.hypot(1 / 30, 10 / 60)))
     alone = rows_of(dense[0], *shrunk)[1]
-    assert (alone.change1.mean, alone.change1.deviation, alone.saving.deviation) == (3.0, None, None)
+    assert (alone.change1.mean, alone.change1.deviation, alone.saving.deviation) == (top1 - 72, None, None)
 
 
 def test_a_setting_that_differs_makes_two_rows_but_not_one_without_effect(tmp_path: Path):
@@ -671,6 +676,17 @@ def test_repetitions_of_one_seed_give_accuracy_no_deviation(tmp_path: Path):
     assert row.top1.deviation is None and row.top5.deviation is None
     assert row.hours.deviation == 2.0
     assert "| 3 of 1 seed |" in markdown([row])
+
+
+def test_repetitions_count_once_in_the_deviation_over_seeds(tmp_path: Path):
+    """Seeds 0, 0, 1 with 70, 72, 75: the deviation of 71 and 75."""
+    runs = []
+    for number, (seed, top1) in enumerate([(0, 70.0), (0, 72.0), (1, 75.0)]):
+        directory = tmp_path / f"cup-{number}"
+        runs.append(write_run(directory, shrinks=True, top1=top1, **with_settings(directory, seed=seed)))
+    [row] = rows_of(*runs)
+    assert row.runs == "3 of 2 seeds"
+    assert (row.top1.mean, row.top1.deviation) == (73.0, pytest.approx(statistics.stdev([71, 75])))
 
 
 @pytest.mark.parametrize(("speeds", "is_told_apart"), [((990, 1000, 1010), True), ((700, 1000, 1300), False)])

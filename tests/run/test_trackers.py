@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -127,16 +128,17 @@ def test_a_tracker_that_fails_does_not_end_the_run(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(trackers, "TRACKERS", trackers.TRACKERS)
     monkeypatch.setitem(trackers.TRACKERS, "mlflow", fail)
-    monkeypatch.setattr(trackers, "find_spec", lambda name: True)
+    monkeypatch.setattr(trackers, "find_spec", lambda name: SimpleNamespace(loader=object()))
     log = train(tmp_path, run__trackers="[mlflow]")
     assert any(note["message"] == "mlflow is left out: the server is gone" for note in events(log, "note"))
     assert log[-1]["event"] == "done"
 
 
+@pytest.mark.parametrize("found", [None, SimpleNamespace(loader=None)], ids=["nothing", "a folder called so"])
 def test_a_tracker_that_is_not_installed_is_said_before_anything_is_made(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: object
 ):
-    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    monkeypatch.setattr(trackers, "find_spec", lambda name: found)
     with pytest.raises(ConfigError, match=r"run.trackers: wandb is not installed: `pip install wandb`"):
         train(tmp_path, run__trackers="[wandb]")
     assert not (tmp_path / "tiny").exists()

@@ -191,3 +191,12 @@ def test_looking_ahead_changes_no_batch_of_training(tmp_path: Path, kind: str):
     other.close()
     assert torch.equal(ahead, again[0])
     assert all(map(torch.equal, again, undisturbed))
+
+
+def test_statistics_of_frozen_modules_are_not_measured_anew():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    batch = Batch(torch.randn(4, 3, 2, 2), torch.zeros(4, dtype=torch.int64), torch.ones(4, dtype=torch.bool))
+    recalibrate([model], [batch], FP32, frozen=["0"])
+    assert torch.equal(model[0][1].running_mean, torch.zeros(4))
+    assert not torch.equal(model[2].running_mean, torch.zeros(4))

@@ -46,6 +46,8 @@ def test_files_given_one_after_the_other_stay_in_their_order(tmp_path: Path):
         (["--data.path", "photos"], "--data.path without a recipe: choose one with --recipe NAME (demo, "),
         (["--model.name=vgg16", "--data.path=photos"], "--data.path and --model.name without a recipe"),
         (["--recipe", "resnet50_imagnet"], "(did you mean resnet50_imagenet?), allowed: demo, "),
+        (["--recipe", "imagenet-resnet50"], "(did you mean resnet50_imagenet?), allowed: demo, "),
+        (["--model.weights", "weights.pth"], "--model.weights without a recipe"),
         (["--recipe", "../../x"], "allowed: demo, "),
         (["--recipe"], "--recipe: found nothing, allowed: demo, "),
         (["--config"], "--config: found nothing, allowed: a YAML file"),

@@ -1,5 +1,6 @@
 """SFP and FPGM in training: which filters are zeroed against a twin, held at zero or not, and a whole run."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -173,3 +174,9 @@ def test_masked_filters_stay_at_zero_over_an_interruption(
     assert all(torch.equal(one["model"][key], other["model"][key]) for key in one["model"])
     assert stored_plans(one) == stored_plans(other)
     assert events(again, "run")[0]["method"] == "SFP (gradients masked)"
+
+
+def test_clusters_with_filters_at_zero_are_not_folded():
+    config = PruneConfig(method="hard_ramp", target_reduction=2.0, fold=True)
+    with pytest.raises(ValueError, match="fold: found true, allowed with soft_rate: false"):
+        dataclasses.replace(config, method="soft_rate")

@@ -184,11 +184,8 @@ class MLflow(Tracker):
             self.write(event)
 
     def _configure(self, config: dict[str, Any]) -> None:
-        from mlflow.entities import RunTag
-
-        # As a tag: a parameter cannot be changed, and a resume may have another place or save more often.
-        text = yaml.safe_dump(config, sort_keys=False)
-        self._client.log_batch(self._run_id, tags=[RunTag("cupss.config", text[:5000])])
+        # As a file: a parameter cannot be changed, and a resume may have another place or save more often.
+        self._client.log_dict(self._run_id, config, "config.yaml")
 
     def _add(self, values: dict[str, float], event: Event) -> None:
         from mlflow.entities import Metric
@@ -242,7 +239,8 @@ TRACKERS: Mapping[str, Callable[[Tracked], Sink]] = {
 def require_installed(trackers: Sequence[str]) -> None:
     """Raises ConfigError naming the first of the trackers whose package is missing."""
     for name in trackers:
-        if find_spec(name) is None:
+        found = find_spec(name)
+        if found is None or found.loader is None:  # a folder such as wandb/ in the working directory is no package
             raise ConfigError(f"run.trackers: {name} is not installed: `pip install {name}`, or leave it out")
 
 

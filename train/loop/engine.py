@@ -312,7 +312,7 @@ def _recalibrate(trainer: Trainer, batches: Iterable[Batch]) -> None:
     state = trainer.state
     models = [state.model] if state.ema is None else [state.model, state.ema.module]
     with trainer.compiler.paused():
-        recalibrate(models, batches, state.precision)
+        recalibrate(models, batches, state.precision, trainer.config.frozen)
     for model in models:
         trainer.world.average_buffers(model)
 

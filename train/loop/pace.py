@@ -18,7 +18,8 @@ class Moment:
 
 
 class Pace:
-    """One of each epoch. Its estimate takes later epochs for as slow as this one: a bound for a run that shrinks."""
+    """One of each epoch. Its estimate takes later epochs for as slow as this one: high for a network that shrinks, low
+    while images grow."""
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ from train.methods.options import SharedOptions
 
 WITHOUT_EFFECT = (
     *("criterion", "features", "use_bias", "sequential"),
-    *("target_reduction", "last_epoch", "every", "momentum"),
+    *("target_reduction", "target_speedup", "device", "last_epoch", "every", "momentum", "fold", "recalibrate"),
 )
 """Shared options that decide nothing here: nothing is cut, and the search has its own target."""
 

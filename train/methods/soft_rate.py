@@ -44,6 +44,8 @@ class SoftRate(Method):
         """Arguments as of HardRamp. Raises ValueError unless exactly one of rate and target is given."""
         if shared.target_speedup is not None:
             raise ValueError(f"target_speedup: found {shared.target_speedup}, allowed with soft_rate: null")
+        if shared.fold:  # the mean of a cluster would be one with filters at zero
+            raise ValueError("fold: found true, allowed with soft_rate: false")
         if (config.rate is None) == (shared.target_reduction is None):
             found = f"rate {config.rate} and target_reduction {shared.target_reduction}"
             raise ValueError(f"soft_rate.rate: found {found}, allowed: one of them, the other null")
