@@ -2,8 +2,7 @@
 
 Format 2 was written at the ends of epochs only, format 3 in the middle of them, too. Format 4 names the pruning method
 and holds its state. Format 5 holds the run's id and log, and the names of the classes. Format 6 holds the images that
-the weights want, and the device whose
-seconds the run plans with.
+the weights want, and the device whose seconds the run plans with.
 """
 
 from typing import Any, get_args
