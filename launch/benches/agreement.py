@@ -132,7 +132,7 @@ class _TorchvisionLoader:
             ]
         )
         images = ImageFolder(Path(config.path) / "val", transform)
-        self.num_images = len(images)
+        self.num_images, self.num_classes = len(images), len(images.classes)
         self._device = device
         self._loader = DataLoader(images, config.batch_size)
 

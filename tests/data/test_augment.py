@@ -176,6 +176,7 @@ def test_hue_is_turned_by_a_share_of_the_whole_circle(tmp_path, loader):
 
 def test_randaugment_gets_its_operations_and_their_strength(photos):
     config = DataConfig(auto_augment="randaugment", randaugment_ops=3, randaugment_magnitude=17)
+    config = with_preprocessing(config)
     [step] = [step for step in folder._train_transform(config, 32).transforms if isinstance(step, v2.RandAugment)]
     assert (step.num_ops, step.magnitude) == (3, 17)
 

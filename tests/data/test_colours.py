@@ -1,5 +1,6 @@
 """Both loaders show a network the same colours, and where they do not, `check` calls the image broken."""
 
+import PIL
 import pytest
 import torch
 from colours import SIDE, images_of_every_kind
@@ -20,6 +21,8 @@ BROKEN = {
     *(f"TIFF turned {orientation}" for orientation in range(2, 9)),
 }
 """What DALI and Pillow read differently, or DALI not at all."""
+if int(PIL.__version__.split(".")[0]) < 13:
+    BROKEN.add("TIFF YCbCr")
 
 
 @pytest.fixture(scope="module")

@@ -197,7 +197,7 @@ def killed_run(root: Path, ranks: int, model: Undisturbed, kills: list[Kill]) ->
 
 def prepare() -> None:
     """Give every run the network of tests/helpers/forked.py."""
-    train.build.build_model = lambda name, num_classes: Noisy()
+    train.build.build_model = lambda name, num_classes, image_size: Noisy()
 
 
 def table(runs: list[dict[str, Any]]) -> str:

@@ -62,7 +62,7 @@ def figures() -> dict[str, int]:
 
 def soak(folder: Path, resizes: int, every: int) -> list[list[dict[str, int]]]:
     """Figures of both ranks at every so many resizes."""
-    train.build.build_model = lambda name, num_classes: mlp()
+    train.build.build_model = lambda name, num_classes, image_size: mlp()
     train.build.build_method = lambda *arguments: OneChannel()
     honest = engine.train_epoch
 

@@ -45,7 +45,7 @@ def install(fault: str) -> None:
     elif fault == "other weights":
         honest_build = building.build_model
 
-        def build(name, num_classes):
+        def build(name, num_classes, image_size):
             torch.manual_seed(1)
             return honest_build(name, num_classes)
 

@@ -197,8 +197,8 @@ def test_a_network_of_one_s_own_comes_with_what_builds_it(tmp_path: Path):
 def test_what_computes_something_else_is_not_kept(cut: Path, tmp_path: Path, monkeypatch, capfd):
     honest = cup.load
 
-    def corrupted(folder: Path) -> torch.nn.Module:
-        model = honest(folder)
+    def corrupted(folder: Path, *build: object) -> torch.nn.Module:
+        model = honest(folder, *build)
         model.linear.weight.data *= 1.01
         return model
 
