@@ -13,7 +13,7 @@ from torch import nn
 import cup
 from cup import ChannelGroup, PlanOptions, PrunePlan
 from train.checkpoint.network import StoredNetwork
-from train.errors import ConfigError
+from train.errors import ConfigError, TrainError
 from train.network.calibration import measured_device
 from train.network.precision import Precision
 from train.network.state import MEMORY_FORMAT
@@ -51,7 +51,11 @@ class Latency:
 
     @staticmethod
     def of(options: argparse.Namespace, network: StoredNetwork) -> "Latency":
-        """Raises ConfigError for a device that is not here, CupError for a precision that a named one lacks."""
+        """On the device here: time the network, then layers for the model.
+
+        Raises ConfigError for a device that is not here or a network that is as fast already, CupError for a precision
+        that a named device lacks.
+        """
         batch, precision_name = options.batch or 1, options.precision or "fp32"
         if options.device not in ("cpu", "cuda"):
             cost = cup.device_cost(options.device, precision=precision_name, batch_size=batch, training=False)
@@ -60,9 +64,12 @@ class Latency:
             raise ConfigError("--device cuda: found no GPU here; allowed: cpu, or a name, whose time is modelled")
         here = torch.device(options.device)
         precision = Precision(precision_name, here)
+        before_s = _timed(network, precision, here, batch)
+        _check_target(options.latency, before_s)
+        print("timing layers on this device, about half a minute", flush=True)
         device = measured_device(precision, batch, network.architecture.input_shape[-1], here)
         cost = cup.device_cost(device, batch_size=batch, training=False)
-        return Latency(options.latency, cost, precision, here, _timed(network, precision, here, batch))
+        return Latency(options.latency, cost, precision, here, before_s)
 
 
 def latency_plan(
@@ -70,13 +77,25 @@ def latency_plan(
 ) -> PrunePlan:
     """The cut after which a forward pass takes the target. Where it can be timed, the model's share is what counts: by
     how much the network has to get faster than it was timed.
+
+    Raises ConfigError where the modelled time is below the target already, TrainError where no cut saves any time.
     """
     now_s = latency.cost.of(network.model, groups).now if latency.before_s is None else latency.before_s
-    if now_s <= latency.target_s:
-        raise ConfigError(
-            f"--latency: found {_in_ms(latency.target_s)}, but it takes {_in_ms(now_s)} already; allowed: below that"
+    _check_target(latency.target_s, now_s)
+    plan = cup.plan_by_time(network.model, groups, now_s / latency.target_s, options, cost=latency.cost)
+    if not plan.removed:
+        raise TrainError(
+            f"no narrower width is faster on {latency.cost.device.name} (kernel launches bound it, or --scope, "
+            "--round-to and --min-channels allow none); nothing was written"
         )
-    return cup.plan_by_time(network.model, groups, now_s / latency.target_s, options, cost=latency.cost)
+    return plan
+
+
+def _check_target(target_s: float, now_s: float) -> None:
+    if now_s <= target_s:
+        raise ConfigError(
+            f"--latency: found {_in_ms(target_s)}, but it takes {_in_ms(now_s)} already; allowed: below that"
+        )
 
 
 def report_latency(latency: Latency, cut: Cut) -> str:

@@ -36,10 +36,8 @@ def _prune(argv: list[str]) -> None:
     latency = Latency.of(options, network) if options.latency else None
     plan = latency_plan(latency, network, groups, settings) if latency else _plan(options, network, groups, settings)
     if not plan.removed:
-        why = f" ({plan.note})" if plan.note else ""
-        raise TrainError(
-            f"this cut removes no channel of {options.source}{why}; nothing was written, ask for a deeper one"
-        )
+        why = f": {plan.note}" if plan.note else ", ask for a deeper one"
+        raise TrainError(f"this cut removes no channel of {options.source}, nothing was written{why}")
     trees = _trees(network, groups, plan, settings) if options.dendrogram else []  # read before the model is cut
     cut = cut_network(network, plan, groups)
     out = _free_out(options, cut)
@@ -106,6 +104,8 @@ def _parse(argv: list[str]) -> Namespace:
 def _open_source(options: Namespace) -> tuple[StoredNetwork, str]:
     """The network, and what of a file of weights was not taken, in words for the user."""
     if options.weights is not None:
+        if options.model is not None:
+            raise ConfigError("--model goes with a checkpoint: with --weights the network's name is SOURCE")
         return network_from_weights(options.source, options.weights, options.num_classes, options.image_size)
     if options.num_classes is not None or options.image_size is not None:
         raise ConfigError("--num-classes and --image-size go with --weights: a checkpoint says its own")

@@ -12,7 +12,12 @@ from cup.tracing.meta import meta_input
 
 @dataclass(frozen=True)
 class FlopsCost:
-    """FLOPs of one forward pass of one sample (docs: `cup.complexity`)."""
+    """FLOPs of one forward pass of one sample (docs: `cup.complexity`): what `plan_by_time` saves when given it.
+
+    Counted by its rules as if the first channels of each group stayed. Slow: each step that is priced counts the whole
+    network anew, where `DeviceCost` counts only the kernels that the step changes. To a FLOPs target
+    `plan_by_reduction` is the fast way, by one height for all groups.
+    """
 
     granularity: int = 1
 

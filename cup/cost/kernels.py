@@ -16,6 +16,9 @@ the image), the gradient of its weight. What only moves memory counts the tensor
 
 Views are free. In inference batch norm takes 2 and dropout nothing.
 
+The optimizer's kernel is counted for the weights of convolutions and linear layers only: norms, biases, free parameters
+and `nn.MultiheadAttention` have none.
+
 Fused: an operation on single elements that is the only reader of what a norm or another such operation gives runs
 in the same kernel. It costs only the other tensors that it reads, and backward one more for the branch that it
 adds; in inference convolutions and linear layers take such operations and their batch norm along, too.

@@ -35,13 +35,15 @@ def plan_by_time(
 ) -> PrunePlan:
     """The plan after which a step takes 1/target of the time, or less by up to 1% where widths allow that.
 
+    Where the narrowest widths take up to 1% more, they are taken as reaching it.
+
     Group by group the next narrower width that pays is priced: what is lost (cup/planning/losses.py) for each second
     that is saved. The cheapest step is taken until the target is reached; then what turns out too much is given back.
     Which channels go is the criterion's choice, group after group as in the other planners.
 
     cost: what is to be saved, e.g. `device_cost("h100-sxm", batch_size=256)`. Without `options.round_to` widths are
     multiples of its granularity. full_cost: what the target is measured against; the cost now, if not given.
-    If even the narrowest widths take longer, or none are found near, the plan's `note` says so.
+    If even the narrowest widths take longer than that, or none are found near, the plan's `note` says so.
     Raises CupError for a target <= 1, weights that are not finite, or groups of another network.
     """
     if not isinstance(target, int | float) or not target > 1:
@@ -71,14 +73,15 @@ class _Search:
         goal = full / target
         if self.walk.cost < goal / (1 + TIME_TOLERANCE):
             return f"the step is {full / self.walk.cost:.3f} times faster already, above {target:g}"
+        before = self.walk.cost
         self._narrow(goal)
         if self.walk.cost > goal:
+            if self.walk.cost <= goal * (1 + TIME_TOLERANCE):
+                return ""
             found = f"the narrowest widths give {full / self.walk.cost:.3f}"
-            return (
-                ""
-                if self.walk.cost <= goal * (1 + TIME_TOLERANCE)
-                else f"a speed-up of {target:g} is out of reach: {found}"
-            )
+            if self.walk.cost == before:
+                found = "no narrower width costs less"
+            return f"a speed-up of {target:g} is out of reach: {found}"
         self._widen(goal)
         if not self._is_near(self.walk.cost, goal):
             self._exchange(goal)

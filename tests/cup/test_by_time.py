@@ -76,6 +76,13 @@ def test_a_later_cut_lands_on_the_full_network_s_time_and_is_near_a_single_one()
     assert again.removed == {} and "faster already" in again.note
 
 
+def test_where_launches_take_all_the_time_no_width_costs_less():
+    model, images = make_network("lenet")
+    device = cup.Device("slow to launch", "fp32", dict.fromkeys(cup.KERNELS, cup.Rate(1e15, 1e15)), 1.0, 1, "made up")
+    plan = cup.plan_by_time(model, cup.channel_groups(model, images), 2.0, cost=cup.device_cost(device, batch_size=1))
+    assert plan.removed == {} and "out of reach: no narrower width costs less" in plan.note
+
+
 def test_flops_can_be_saved_in_the_same_way():
     model, images = make_network("resnet20_cifar")
     groups, dense = cup.channel_groups(model, images), cup.complexity(model, images)

@@ -225,6 +225,7 @@ def test_the_cut_line_lies_at_t_or_between_the_merges_of_a_rounded_width():
         (["full.pt", "--t", "1", "--out", "missing/cut.pt"], 1, ["could not write missing/cut.pt"]),
         (["full.pt", "--t", "1", "--out", "plain.pth"], 2, ["plain.pth is there already", "--force"]),
         (["full.pt", "--t", "1", "--dendrogram", "junk.pt"], 1, ["cannot write the dendrograms to junk.pt"]),
+        (["lenet", "--weights", "plain.pth", "--model", "no.such:thing", "--t", "1"], 2, ["--model", "name is SOURCE"]),
         (["lenex", "--weights", "plain.pth", "--t", "1"], 2, ["'lenex'", "timm:NAME"]),
         (["lenet", "--weights", "missing.pth", "--t", "1"], 1, ["no file at missing.pth"]),
         (["lenet", "--weights", "missing.safetensors", "--t", "1"], 1, ["no file at missing.safetensors"]),
@@ -333,4 +334,27 @@ def test_a_latency_here_is_timed_before_and_after(tmp_path: Path, capsys: pytest
     network = load_network(cut)
     seconds = cup.device_cost(device, batch_size=1, training=False).of(network.model, network.groups)
     assert 1.5 <= seconds.full / seconds.now <= 1.515
-    assert "timed 30 ms before, 21 ms now, 20 ms asked for" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert printed.startswith("timing layers on this device, about half a minute\n")
+    assert "timed 30 ms before, 21 ms now, 20 ms asked for" in printed
+
+
+def test_a_network_that_kernel_launches_bound_is_not_to_be_cut_deeper(tmp_path: Path, capfd: pytest.CaptureFixture):
+    write_network(tmp_path / "full.pt", "resnet20_cifar")
+    line = error_of([str(tmp_path / "full.pt"), "--latency", "1us", "--device", "l4"], capfd, exit_code=1)
+    assert "no narrower width is faster on l4 (kernel launches bound it" in line and "deeper" not in line
+
+
+def test_a_network_that_is_fast_enough_here_is_refused_before_layers_are_timed(tmp_path: Path, capfd, monkeypatch):
+    monkeypatch.setattr(latency, "measured_device", lambda *arguments: pytest.fail("layers were timed"))
+    monkeypatch.setattr(latency, "_timed", lambda *arguments: 0.020)
+    write_network(tmp_path / "full.pt")
+    line = error_of([str(tmp_path / "full.pt"), "--latency", "30ms", "--device", "cpu"], capfd, exit_code=2)
+    assert "found 30 ms, but it takes 20 ms already" in line
+
+
+def test_a_reduction_out_of_reach_is_not_answered_by_asking_for_more(tmp_path: Path, capfd: pytest.CaptureFixture):
+    write_network(tmp_path / "full.pt")
+    arguments = ["--reduction", "2", "--min-channels", "500"]
+    line = error_of([str(tmp_path / "full.pt"), *arguments], capfd, exit_code=1)
+    assert "out of reach" in line and "deeper one" not in line

@@ -37,6 +37,12 @@ def test_a_device_comes_of_it_and_the_random_numbers_stay(few_layers: None, prec
     assert cup.Device.from_dict(device.to_dict()) == device
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_one_image_as_small_as_a_digit_is_enough(few_layers: None, monkeypatch: pytest.MonkeyPatch, precision: str):
+    monkeypatch.setattr(calibration, "MAPS", ((8, 32),))
+    assert measured_device(Precision(precision, CPU), 1, 28, CPU).precision == precision
+
+
 def test_every_kernel_is_timed_with_the_work_that_the_model_counts(few_layers: None, monkeypatch: pytest.MonkeyPatch):
     """A clock that goes on by a second at each look: every call takes one."""
     ticks, seen = itertools.count(), []

@@ -109,7 +109,7 @@ class _Bench:
 
     def maps(self) -> Iterator[TimedKernel]:
         for channels, stride in MAPS:
-            side = self._side(stride)
+            side = max(2, self._side(stride))  # batch norm does not train on one value for each channel
             shape = (channels, side, side)
             norm = nn.BatchNorm2d(channels).to(self.device)
             layer_norm = nn.LayerNorm(channels).to(self.device)
