@@ -195,6 +195,11 @@ def _require_controls(entries: Mapping[str, Entry]) -> None:
         allowed = before if entry.kind == "search" else methods
         if entry.of is not None and entry.of not in allowed:
             raise ValueError(f"{name}.of: found {entry.of!r}, allowed: {', '.join(allowed) or 'an entry of before'}")
+        if entry.kind == "same_schedule" and entries[entry.of].kind not in (*OF_A_METHOD, "train"):
+            raise ValueError(
+                f"{name}.of: found {entry.of}, of kind {entries[entry.of].kind}, which cuts nothing while it trains; "
+                "allowed: a method of kind train; for a cut, the control is {kind: cut, prune.criterion: random}"
+            )
         if entry.of is not None and entries[entry.of].kind in OF_A_METHOD:
             raise ValueError(
                 f"{name}.of: found {entry.of}, which is made from another method; allowed: one that is not"

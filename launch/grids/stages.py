@@ -76,7 +76,8 @@ def final_config(job: Job, jobs: dict[str, Job], disk: Disk) -> RunConfig:
         dense, method = job.needs
         return with_epochs(config, _epochs_that_cost(spent(jobs[method], jobs, disk), jobs[dense], disk))
     if kind == "cut":
-        model = {"checkpoint": str(disk.made(job.name, ".pt"))}
+        # what the dense network began with is in the checkpoint
+        model = {"checkpoint": str(disk.made(job.name, ".pt")), "weights": None, "width": 1.0, "widths": None}
     elif kind in ("search", "thin"):
         model = {"widths": str(disk.made(job.name, ".json"))}
     elif kind == "shape":

@@ -23,7 +23,7 @@ from launch.grids.disk import Disk
 from launch.grids.grid import read_grid
 from launch.grids.jobs import plan_jobs
 from launch.grids.runner import State, Status
-from launch.grids.stages import epochs_for, with_epochs
+from launch.grids.stages import epochs_for, final_config, with_epochs
 from train.checkpoint.file import load_checkpoint
 from train.config import parse_config
 from train.errors import ConfigError
@@ -395,6 +395,20 @@ def test_a_folder_that_was_moved_holds_the_same_runs(finished: tuple[Path, list[
             "allowed: an entry of before",
         ),
         ({"methods": {"ramp": {}, "cut": {"kind": "search"}}}, "methods.cut.command: found None"),
+        (
+            {"controls": {"dense": {}, "random": {"kind": "same_schedule", "of": "cut"}}},
+            "allowed: a method of kind train; for a cut, the control is {kind: cut, prune.criterion: random}",
+        ),
+        (
+            {"methods": {"cut": {"kind": "cut", "prune.fold": True}}, "controls": {"dense": {}}},
+            "cut: prune.fold: found true, allowed with kind cut: false",
+        ),
+        (
+            {"methods": {"cut": {"kind": "cut", "prune.sequential": False}}, "controls": {"dense": {}}},
+            "cut: prune.sequential: found false, allowed with kind cut: true",
+        ),
+        ({"controls": {"dense": {}, "thin": {"kind": "thin", "model.weights": "w.pth"}}}, "model.weights: found 'w.pt"),
+        ({"controls": {"dense": {}, "thin": {"kind": "thin", "model.width": 0.5}}}, "model.width: found 0.5, allowed"),
     ],
 )
 def test_a_grid_that_is_none_is_an_error_of_one_line(tmp_path: Path, changes: dict, said: str, capsys, monkeypatch):
@@ -410,6 +424,14 @@ def test_names_that_would_be_one_are_an_error(tmp_path: Path):
     methods = {"ramp": {"prune.method": "hard_ramp"}, "ramp_b": {"prune.method": "hard_ramp"}}
     with pytest.raises(ConfigError, match="two runs would be called ramp_b_a_s0"):
         plan_jobs(read_grid(write_grid(tmp_path, settings=settings, methods=methods, controls={"dense": {}})))
+
+
+def test_a_cut_of_a_pretrained_network_begins_with_the_cut_alone(tmp_path: Path):
+    grid = read_grid(write_grid(tmp_path, **ONLY_A_CUT), ["model.weights=w.pth"])
+    jobs = plan_jobs(grid)
+    model = final_config(jobs["cut_fr2_s0"], jobs, Disk(grid.out)).model
+    assert (model.weights, model.checkpoint) == (None, str(tmp_path / "out/made/cut_fr2_s0.pt"))
+    assert model.name == jobs["dense_s0"].config.model.name
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
