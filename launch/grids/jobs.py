@@ -44,6 +44,8 @@ def plan_jobs(grid: Grid) -> dict[str, Job]:
     """
     ordered = sorted(grid.entries.values(), key=lambda entry: (entry.name != DENSE, entry.of is not None))
     parsed = {(entry.name, setting): _parse(grid, entry, setting) for entry in ordered for setting in grid.settings}
+    if pruning := [one.prune.method for (name, _), one in parsed.items() if name == DENSE and one.prune.shrinks]:
+        raise ConfigError(f"{grid.path}, {DENSE}: prune.method: found {pruning[0]}, allowed here: none")
     jobs: dict[str, Job] = {}
     for seed in grid.seeds:
         for setting in grid.settings:

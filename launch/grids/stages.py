@@ -1,6 +1,5 @@
 """What a run of a grid consists of: at most one command before it, and the training."""
 
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,9 +11,10 @@ import cup
 from data import DataConfig, prepare_data
 from data.images import list_splits
 from launch.grids.disk import NOTHING, Cost, Disk, read_json, write_json
+from launch.grids.grid import command_words
 from launch.grids.jobs import MADE_OF_ITS_COST, Job
 from train.config import RunConfig
-from train.errors import ConfigError, TrainError
+from train.errors import TrainError
 from train.files import write_durably
 from train.network.models import Architecture, build_model
 
@@ -53,19 +53,14 @@ def command_before(job: Job, disk: Disk) -> Command | None:
         out = disk.made(job.name, ".json")
         known = {
             "python": sys.executable,
-            "launch": ROOT / "launch",
-            "run": disk.run_dir(job.needs[0]).path if job.needs else "",
-            "config": disk.config(job.name),
+            "launch": str(ROOT / "launch"),
+            "run": str(disk.run_dir(job.needs[0]).path) if job.needs else "",
+            "config": str(disk.config(job.name)),
             "reduction": options.target_reduction,
             "seed": job.seed,
-            "out": out,
+            "out": str(out),
         }
-        try:
-            words = [word.format(**known) for word in shlex.split(job.entry.command)]
-        except (KeyError, IndexError, ValueError) as error:
-            allowed = ", ".join(f"{{{name}}}" for name in known)
-            raise ConfigError(f"{job.entry.name}.command: found {error}, allowed in braces: {allowed}") from error
-        return Command(words, out)
+        return Command(command_words(job.entry.command, known), out)
     return None
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import ClassVar
 
@@ -283,7 +284,7 @@ def test_killed_and_started_again_a_comparison_goes_on_where_it_was(tmp_path: Pa
     """compare.py by SIGKILL, then the training by SIGKILL, then compare.py by SIGTERM; real processes."""
     methods = {"ramp": {"prune.method": "hard_ramp"}}
     long = {"prune.method": "none", "run.device": "cpu", "train.epochs": 100_000, "prune.target_reduction": 2.0}
-    file = write_grid(tmp_path, methods=methods, controls={"dense": {}}, set=long, settings={"": {}})
+    file = write_grid(tmp_path, methods=methods, controls={"dense": {}}, set=long, settings={})
     command = [sys.executable, str(ROOT / "launch/compare.py"), str(file)]
     log = tmp_path / "out/runs/dense_s0/log.jsonl"
 
@@ -386,7 +387,7 @@ def test_a_folder_that_was_moved_holds_the_same_runs(finished: tuple[Path, list[
         ({"methods": {"ramp": {"train.epochs": "x"}, "cut": {}}}, "ramp: train.epochs"),
         ({"methods": {"ramp": {}, "cut": {}, "dense": {}}}, "dense: there twice"),
         (
-            {"set": {"prune.method": "none", "prune.target_reduction": None}, "settings": {"": {}}, **ONLY_A_CUT},
+            {"set": {"prune.method": "none", "prune.target_reduction": None}, "settings": {}, **ONLY_A_CUT},
             "cut: found no prune.target_reduction, allowed with kind cut",
         ),
         ({"before": {"net": {"kind": "cut"}}}, "before.net.kind: found cut, allowed here: train"),
@@ -395,6 +396,40 @@ def test_a_folder_that_was_moved_holds_the_same_runs(finished: tuple[Path, list[
             "allowed: an entry of before",
         ),
         ({"methods": {"ramp": {}, "cut": {"kind": "search"}}}, "methods.cut.command: found None"),
+        (
+            {"controls": {"dense": {}, "shape": {"kind": "shape", "of": [5]}}},
+            "controls.shape.of: found [5], allowed: a name, or a list",
+        ),
+        (
+            {"controls": {"dense": {}, "shape": {"kind": "shape", "of": [["ramp"]]}}},
+            "controls.shape.of: found [['ramp']]",
+        ),
+        ({"controls": {"dense": {}, "shape": {"kind": "shape", "of": [None]}}}, "controls.shape.of: found [None]"),
+        ({"methods": {"a": {"kind": "search", "command": 5}}}, "methods.a.command: found 5, allowed: text"),
+        ({"methods": {"ramp": {"published": ["x"]}}}, "methods.ramp.published: found ['x'], allowed: text"),
+        ({"out": 5}, "out: found 5, allowed: text"),
+        (
+            {"methods": {"a": {"kind": "search", "command": "x {foo}"}}},
+            "found 'x {foo}' ('foo'), allowed in braces: {python}",
+        ),
+        ({"methods": {"a": {"kind": "search", "command": "{python.foo}"}}}, "methods.a.command: found '{python.foo}'"),
+        (
+            {"methods": {"a": {"kind": "search", "command": " "}}},
+            "methods.a.command: found ' ', allowed: a command line",
+        ),
+        ({"seeds": [2**32]}, "from 0, below 2**32"),
+        ({"settings": {"": {}}}, "settings: found the name ''"),
+        ({"methods": {"": {}}}, "methods: found the name ''"),
+        (
+            {"set": {"data.path": date(2020, 1, 1)}},
+            "set: data.path: found datetime.date(2020, 1, 1), allowed: text (a date in quotes)",
+        ),
+        ({"set": {"data.path": {"a"}}}, "set: "),
+        ({"methods": {"ramp": {}, "cut": {}, "dense": {}}, "controls": {}}, "controls: found no dense"),
+        (
+            {"controls": {"dense": {"prune.method": "hard_ramp"}}},
+            "dense: prune.method: found hard_ramp, allowed here: none",
+        ),
         (
             {"controls": {"dense": {}, "random": {"kind": "same_schedule", "of": "cut"}}},
             "allowed: a method of kind train; for a cut, the control is {kind: cut, prune.criterion: random}",
@@ -417,6 +452,23 @@ def test_a_grid_that_is_none_is_an_error_of_one_line(tmp_path: Path, changes: di
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and said in error, error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["set: &a {prune: *a}", "set: {data.path: &a [*a]}", "set: {data.path: !!binary aGk=}"]
+)
+def test_yaml_that_no_setting_can_hold_is_an_error_of_one_line(tmp_path: Path, text: str):
+    file = tmp_path / "grid.yaml"
+    file.write_text(
+        f"base: {TINY}\nmethods: {{ramp: {{prune.method: hard_ramp}}}}\ncontrols: {{dense: {{}}}}\n{text}\n"
+    )
+    with pytest.raises(ConfigError, match=r"^\S+grid.yaml: .*found .*, allowed: [^\n]*$"):
+        read_grid(file)
+
+
+def test_a_change_on_the_command_line_that_is_no_yaml_is_an_error_of_one_line(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"^--set: found 'data.path=\['[^\n]*$"):
+        read_grid(write_grid(tmp_path), ["data.path=["])
 
 
 def test_names_that_would_be_one_are_an_error(tmp_path: Path):
