@@ -10,12 +10,11 @@ import yaml
 import cup
 from data import DataConfig, prepare_data
 from data.images import list_splits
-from launch.grids.disk import NOTHING, Cost, Disk, read_json, write_json
+from launch.grids.disk import NOTHING, Cost, Disk, read_json, write_json, write_text
 from launch.grids.grid import command_words
 from launch.grids.jobs import MADE_OF_ITS_COST, Job
 from train.config import RunConfig
 from train.errors import TrainError
-from train.files import write_durably
 from train.network.models import Architecture, build_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,12 +82,13 @@ def final_config(job: Job, jobs: dict[str, Job], disk: Disk) -> RunConfig:
 
 
 def prepare(job: Job, config: RunConfig, disk: Disk) -> None:
-    """Write the recipe that the training is started with, which runs it is made from, and a thin network's widths."""
+    """Write the recipe that the training is started with, which runs it is made from, and a thin network's widths.
+
+    Raises TrainError where they cannot be written.
+    """
     if job.entry.kind == "thin":
         write_json(disk.made(job.name, ".json"), thin_widths(job))
-    disk.config(job.name).parent.mkdir(parents=True, exist_ok=True)
-    recipe = yaml.safe_dump(config.to_dict(), sort_keys=False)
-    write_durably(disk.config(job.name), recipe.encode())
+    write_text(disk.config(job.name), yaml.safe_dump(config.to_dict(), sort_keys=False))
     origin = disk.origin_now(job)
     if read_json(disk.origin(job.name)) != origin:  # what a command has made is of no use any more
         disk.command(job.name).unlink(missing_ok=True)

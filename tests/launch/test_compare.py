@@ -14,20 +14,23 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+import torch
 import yaml
 from launching import ROOT, TINY, launch
+from rich.console import Console
 
 from launch import compare
 from launch.grids import runner
-from launch.grids.board import Progresses, _window, in_words
-from launch.grids.disk import Disk
+from launch.grids.board import LiveTable, Progresses, _window, in_words
+from launch.grids.disk import Disk, write_json
 from launch.grids.grid import read_grid
 from launch.grids.jobs import plan_jobs
+from launch.grids.processes import Child, last_words
 from launch.grids.runner import State, Status
-from launch.grids.stages import epochs_for, final_config, with_epochs
+from launch.grids.stages import Command, epochs_for, final_config, prepare, with_epochs
 from train.checkpoint.file import load_checkpoint
 from train.config import parse_config
-from train.errors import ConfigError
+from train.errors import ConfigError, TrainError
 from train.log.rundir import RunDir, read_log
 
 RECIPES = sorted((ROOT / "launch/configs/compare").glob("*.yaml"))
@@ -469,6 +472,62 @@ def test_yaml_that_no_setting_can_hold_is_an_error_of_one_line(tmp_path: Path, t
 def test_a_change_on_the_command_line_that_is_no_yaml_is_an_error_of_one_line(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"^--set: found 'data.path=\['[^\n]*$"):
         read_grid(write_grid(tmp_path), ["data.path=["])
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_of_one_line(tmp_path: Path, quick: list, capsys):
+    (tmp_path / "out").write_text("a file")
+    assert compare.main([str(write_grid(tmp_path))]) == 1
+    assert capsys.readouterr().err.startswith(f"error: cannot write {tmp_path / 'out/lock'}: ")
+    (tmp_path / "out").unlink()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/configs").write_text("a file")
+    with pytest.raises(TrainError, match=r"cannot write .*dense_s0\.yaml"):
+        grid = read_grid(write_grid(tmp_path))
+        job = plan_jobs(grid)["dense_s0"]
+        prepare(job, job.config, Disk(grid.out))
+
+
+def test_a_log_that_cannot_be_opened_is_an_error_of_one_line(tmp_path: Path):
+    (tmp_path / "log.jsonl").mkdir()
+    with pytest.raises(TrainError, match=r"cannot open .*log\.jsonl: Is a directory"):
+        runner.is_held(RunDir(tmp_path))
+
+
+def test_a_live_table_that_has_shown_nothing_closes(tmp_path: Path):
+    jobs = plan_jobs(read_grid(write_grid(tmp_path)))
+    LiveTable(Console(quiet=True), Progresses(jobs, Disk(tmp_path / "out")), 1).close()
+
+
+def test_a_command_is_found_on_the_path_and_one_that_is_not_says_so(tmp_path: Path):
+    codes = []
+    for argv in (["true"], ["no-such-program"]):
+        child = Child(argv, tmp_path / "output.txt", {})
+        wait_for(lambda child=child: child.poll() is not None)
+        codes.append(child.poll())
+    assert codes == [0, 1]
+    said = "error: cannot start no-such-program: No such file or directory"
+    assert last_words(tmp_path / "output.txt") == said
+
+
+@pytest.mark.parametrize(
+    ("ours", "second"), [(None, "2,3"), ("4,5,6,7", "6,7"), ("GPU-a,GPU-b,GPU-c,GPU-d", "GPU-c,GPU-d")]
+)
+def test_gpus_are_shared_out_among_runs(tmp_path: Path, monkeypatch, ours: str | None, second: str):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if ours is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ours)
+    found = runner.Runner({}, Disk(tmp_path), at_a_time=2, ranks=2)
+    assert found._environment(1) == {"CUDA_VISIBLE_DEVICES": second}
+
+
+def test_a_command_whose_file_is_gone_runs_again(tmp_path: Path):
+    disk, made = Disk(tmp_path), tmp_path / "widths.json"
+    write_json(disk.command("search"), {"wall_s": 1.0, "cpu_s": 1.0, "finished": True})
+    found = runner.Runner({}, disk, at_a_time=1, ranks=1)
+    assert not found._has_run("search", Command(["x"], made))
+    made.touch()
+    assert found._has_run("search", Command(["x"], made))
 
 
 def test_names_that_would_be_one_are_an_error(tmp_path: Path):
