@@ -124,6 +124,7 @@ class LiveTable:
         self._live = Live(console=console, auto_refresh=False)
         self._live.start()
         self._looked_at = float("-inf")
+        self._statuses: Mapping[str, Status] = {}
 
     def show(self, statuses: Mapping[str, Status]) -> None:
         if time.monotonic() - self._looked_at < LOOK_EVERY_S:
@@ -134,7 +135,8 @@ class LiveTable:
 
     def close(self) -> None:
         self._looked_at = float("-inf")
-        self.show(self._statuses)
+        if self._statuses:
+            self.show(self._statuses)
         self._live.stop()
 
     def _drawn(self, statuses: Mapping[str, Status]) -> Group:

@@ -19,7 +19,7 @@ from launch.grids.jobs import TO_A_TARGET, Job
 from train.config import RunConfig, differing_keys
 from train.config_file import read_config
 from train.errors import TrainError
-from train.files import write_durably
+from train.files import why_unwritten, write_durably
 from train.log.rundir import RunDir
 from train.start import changed_settings
 
@@ -127,15 +127,20 @@ def _as_placed(config: RunConfig, stored: dict[str, Any]) -> RunConfig:
 
 
 def hold(path: Path) -> Any:
-    """The open lock file; TrainError where another process holds it. It is let go when this process ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("a")
+    """The open lock file; TrainError where another process holds it, or it cannot be made.
+
+    It is let go when this process ends.
+    """
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise TrainError(
             f"{path.parent}: another compare.py works on this comparison; wait for it, or stop it"
         ) from error
+    except OSError as error:
+        raise TrainError(f"cannot write {path}: {why_unwritten(error, path)}") from error
     return file
 
 
@@ -150,5 +155,13 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, content: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_durably(path, (json.dumps(content, indent=2) + "\n").encode())
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: Path, content: str) -> None:
+    """The file and the folders above it; TrainError where it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(path, content.encode())
+    except OSError as error:
+        raise TrainError(f"cannot write {path}: {why_unwritten(error, path)}") from error

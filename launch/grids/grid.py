@@ -22,7 +22,9 @@ kind: how it is made, one of KINDS. of: the method that a control belongs to, or
 run that a search reads. published: what the authors' slides call it. command: of kind search.
 """
 
+import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -51,6 +53,16 @@ DENSE = "dense"
 MAX_BYTES = 1 << 20
 TOP = ("base", "out", "set", "seeds", "settings", "before", "methods", "controls")
 WORDS = ("kind", "of", "published", "command")
+COMMAND_EXAMPLE = {
+    "python": "python",
+    "launch": "launch",
+    "run": "run",
+    "config": "run.yaml",
+    "reduction": 2.0,
+    "seed": 0,
+    "out": "out.json",
+}
+"""What a command may have in braces, with values of the types that it will get."""
 SECTIONS = ("run", "model", "data", "optim", "train", "prune")
 OWN = tuple(f"run.{name}" for name in ("name", "root", "seed", "resume"))
 """Settings that follow from the grid."""
@@ -118,6 +130,8 @@ def read_grid(path: Path, changes: Sequence[str] = (), out: Path | None = None) 
         grid = _grid(path, content, changes)
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: found a mapping that holds itself, by an alias, allowed: none") from error
     return grid if out is None else replace(grid, out=out)
 
 
@@ -138,7 +152,8 @@ def _grid(path: Path, content: Any, changes: Sequence[str]) -> Grid:
         names = [entry.name for entry in entries]
         raise ValueError(f"{next(name for name in names if names.count(name) > 1)}: there twice, allowed: once")
     _require_controls(by_name)
-    settings = _mapping(content.get("settings", {"": {}}), "settings")
+    settings = _mapping(content.get("settings") or {}, "settings")
+    _require_text(content, ["out"], "")
     return Grid(
         path=path,
         base=path.parent / content["base"],
@@ -147,7 +162,8 @@ def _grid(path: Path, content: Any, changes: Sequence[str]) -> Grid:
         seeds=_seeds(content.get("seeds", [0, 1, 2])),
         settings={
             _name(name, "settings"): _flat(_mapping(one, name), f"settings.{name}") for name, one in settings.items()
-        },
+        }
+        or {"": {}},
         entries=by_name,
     )
 
@@ -158,6 +174,7 @@ def _entries(content: Any, where: str, role: Role) -> list[Entry]:
         place = f"{where}.{name}"
         values = _mapping({} if values is None else values, place)
         words = {key: values[key] for key in WORDS if key in values}
+        _require_text(words, ["published", "command"], f"{place}.")
         settings = _flat({key: value for key, value in values.items() if key not in WORDS}, place)
         entry = Entry(name=_name(name, where), settings=settings, role=role, **(words | {"of": None}))
         _require_consistent(entry, words, place)
@@ -169,22 +186,42 @@ def _entries(content: Any, where: str, role: Role) -> list[Entry]:
     return entries
 
 
+def command_words(command: str, known: Mapping[str, Any]) -> list[str]:
+    """The words of a command line with what stands in braces put in; ValueError for a line that cannot be read."""
+    try:
+        words = [word.format(**known) for word in shlex.split(command)]
+    except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
+        allowed = ", ".join(f"{{{name}}}" for name in known)
+        raise ValueError(f"command: found {command!r} ({error}), allowed in braces: {allowed}") from error
+    if not words:
+        raise ValueError(f"command: found {command!r}, allowed: a command line")
+    return words
+
+
 def _require_consistent(entry: Entry, words: Settings, place: str) -> None:
     if entry.kind not in KINDS:
         raise ValueError(f"{place}.kind: found {entry.kind!r}, allowed: {', '.join(KINDS)}")
     if entry.role == "before" and entry.kind != "train":
         raise ValueError(f"{place}.kind: found {entry.kind}, allowed here: train")
+    of = words.get("of")
+    if not (of is None or _is_text(of) or (isinstance(of, list) and of and all(map(_is_text, of)))):
+        raise ValueError(f"{place}.of: found {of!r}, allowed: a name, or a list of names")
     if entry.kind != "search" and bool(words.get("of")) != (entry.kind in OF_A_METHOD):
         needed = "a method's name, or a list of names" if entry.kind in OF_A_METHOD else "nothing"
         raise ValueError(f"{place}.of: found {words.get('of')!r}, allowed with kind {entry.kind}: {needed}")
     if (entry.command is not None) != (entry.kind == "search"):
         needed = "a command line" if entry.kind == "search" else "nothing"
         raise ValueError(f"{place}.command: found {entry.command!r}, allowed with kind {entry.kind}: {needed}")
+    if entry.command is not None:
+        try:
+            command_words(entry.command, COMMAND_EXAMPLE)
+        except ValueError as error:
+            raise ValueError(f"{place}.{error}") from error
 
 
 def _require_controls(entries: Mapping[str, Entry]) -> None:
     dense = entries.get(DENSE)
-    if dense is None or dense.kind != "train":
+    if dense is None or dense.kind != "train" or not dense.is_control:
         raise ValueError(
             f"controls: found no {DENSE}, allowed: an entry {DENSE}: {{}}, which the others are measured against"
         )
@@ -195,6 +232,11 @@ def _require_controls(entries: Mapping[str, Entry]) -> None:
         allowed = before if entry.kind == "search" else methods
         if entry.of is not None and entry.of not in allowed:
             raise ValueError(f"{name}.of: found {entry.of!r}, allowed: {', '.join(allowed) or 'an entry of before'}")
+        if entry.kind == "same_schedule" and entries[entry.of].kind not in (*OF_A_METHOD, "train"):
+            raise ValueError(
+                f"{name}.of: found {entry.of}, of kind {entries[entry.of].kind}, which cuts nothing while it trains; "
+                "allowed: a method of kind train; for a cut, the control is {kind: cut, prune.criterion: random}"
+            )
         if entry.of is not None and entries[entry.of].kind in OF_A_METHOD:
             raise ValueError(
                 f"{name}.of: found {entry.of}, which is made from another method; allowed: one that is not"
@@ -202,9 +244,9 @@ def _require_controls(entries: Mapping[str, Entry]) -> None:
 
 
 def _seeds(found: Any) -> tuple[int, ...]:
-    ok = isinstance(found, list) and found and all(type(seed) is int and seed >= 0 for seed in found)
+    ok = isinstance(found, list) and found and all(type(seed) is int and 0 <= seed < 2**32 for seed in found)
     if not ok:
-        raise ValueError(f"seeds: found {found!r}, allowed: a list of whole numbers from 0")
+        raise ValueError(f"seeds: found {found!r}, allowed: a list of whole numbers from 0, below 2**32")
     if len(set(found)) < len(found):
         raise ValueError(f"seeds: found {found}, allowed: each once, for a seed's second run trains the same network")
     return tuple(found)
@@ -216,7 +258,10 @@ def _changes(texts: Sequence[str]) -> Settings:
         key, equals, value = text.partition("=")
         if not equals:
             raise ConfigError(f"--set: found {text!r}, allowed: KEY=VALUE, such as data.path=datasets/cifar10")
-        changed |= _flat({key: yaml.safe_load(value)}, "--set")
+        try:
+            changed |= _flat({key: yaml.safe_load(value)}, "--set")
+        except (yaml.YAMLError, RecursionError) as error:
+            raise ConfigError(f"--set: found {text!r}, whose value is no YAML, allowed: KEY=VALUE") from error
     return changed
 
 
@@ -229,6 +274,12 @@ def _flat(values: Mapping[str, Any], place: str) -> Settings:
             raise ValueError(f"{place}: found {key}, allowed: {allowed}, and in an entry {', '.join(WORDS)}")
         if key in OWN:
             raise ValueError(f"{place}: found {key}, which follows from the names and seeds of this file: leave it out")
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:  # a date, a set, bytes, a list that holds itself by an alias
+            raise ValueError(
+                f"{place}: {key}: found {value!r}, allowed: text (a date in quotes), numbers, true, false, null, lists"
+            ) from error
         flat[key] = value
     return flat
 
@@ -248,9 +299,20 @@ def _mapping(found: Any, what: str) -> dict[str, Any]:
 
 
 def _name(found: str, where: str) -> str:
-    if found and not re.fullmatch(NAME, found):
+    if not re.fullmatch(NAME, found):
         raise ValueError(f"{where}: found the name {found!r}, allowed: letters, digits, '.', '_' and '-'")
     return found
+
+
+def _is_text(found: Any) -> bool:
+    return isinstance(found, str) and found != ""
+
+
+def _require_text(values: Mapping[str, Any], keys: Sequence[str], where: str) -> None:
+    """Of those keys that are there."""
+    for key in keys:
+        if key in values and not _is_text(values[key]):
+            raise ValueError(f"{where}{key}: found {values[key]!r}, allowed: text")
 
 
 def _require_known(values: Mapping[str, Any], known: Sequence[str], where: str) -> None:

@@ -6,13 +6,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from launch.grids.grid import DENSE, Entry, Grid, Settings
-from train.config import RunConfig, parse_config
+from train.config import ModelConfig, RunConfig, parse_config
 from train.errors import ConfigError
 from train.methods import PruneConfig
 
 TO_A_TARGET = ("cut", "search", "thin")
 MADE_OF_ITS_COST = ("cut", "search")
 """Kinds that cost what the run that they need did, too."""
+FROM_SCRATCH = ("search", "thin", "shape")
+"""Kinds that begin at widths of their own, with fresh weights."""
 STAYS_AS_IT_IS = ("cut", "search", "thin", "shape", "equal_hours")
 """Kinds whose training cuts nothing."""
 
@@ -42,6 +44,8 @@ def plan_jobs(grid: Grid) -> dict[str, Job]:
     """
     ordered = sorted(grid.entries.values(), key=lambda entry: (entry.name != DENSE, entry.of is not None))
     parsed = {(entry.name, setting): _parse(grid, entry, setting) for entry in ordered for setting in grid.settings}
+    if pruning := [one.prune.method for (name, _), one in parsed.items() if name == DENSE and one.prune.shrinks]:
+        raise ConfigError(f"{grid.path}, {DENSE}: prune.method: found {pruning[0]}, allowed here: none")
     jobs: dict[str, Job] = {}
     for seed in grid.seeds:
         for setting in grid.settings:
@@ -107,7 +111,34 @@ def _parse(grid: Grid, entry: Entry, setting: str) -> RunConfig:
         )
     if entry.kind in TO_A_TARGET and config.prune.round_to == "measured":
         raise ConfigError(f"{grid.path}, {entry.name}: prune.round_to: found measured, allowed here: a whole number")
+    if entry.kind == "cut":
+        _require_known_to_a_cut(config.prune, f"{grid.path}, {entry.name}")
+    if entry.kind in FROM_SCRATCH:
+        _require_full_and_fresh(config.model, f"{grid.path}, {entry.name}")
     return config
+
+
+def _require_known_to_a_cut(prune: PruneConfig, place: str) -> None:
+    default = PruneConfig()
+    for name in ("fold", "use_bias", "sequential"):
+        found, allowed = getattr(prune, name), getattr(default, name)
+        if found != allowed:
+            raise ConfigError(
+                f"{place}: prune.{name}: found {json.dumps(found)}, allowed with kind cut: {json.dumps(allowed)}, for "
+                "launch/prune.py has no such option"
+            )
+
+
+def _require_full_and_fresh(model: ModelConfig, place: str) -> None:
+    """Widths go with fresh weights alone."""
+    default = ModelConfig()
+    for name in ("checkpoint", "weights", "width"):
+        found, allowed = getattr(model, name), getattr(default, name)
+        if found != allowed:
+            raise ConfigError(
+                f"{place}: model.{name}: found {found!r}, allowed with a kind that trains from scratch: "
+                f"{json.dumps(allowed)}, with model.name beside it"
+            )
 
 
 def arguments(settings: Settings) -> list[str]:

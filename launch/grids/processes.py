@@ -15,7 +15,10 @@ import ctypes, os, signal, sys
 parent, *argv = sys.argv[1:]
 ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 if os.getppid() == int(parent):
-    os.execv(argv[0], argv)
+    try:
+        os.execvp(argv[0], argv)
+    except OSError as error:
+        sys.exit(f"error: cannot start {argv[0]}: {error.strerror}")
 """
 
 
@@ -23,7 +26,7 @@ class Child:
     """A program that writes what it says to a file. In a session of its own, so that Ctrl-C reaches us alone."""
 
     def __init__(self, argv: list[str], output: Path, env: dict[str, str]) -> None:
-        """argv: the program's path first. output: is appended to."""
+        """argv: the program first, by its path or as PATH finds it. output: is appended to."""
         if sys.platform == "linux":
             argv = [sys.executable, "-c", WITH_PARENT, str(os.getpid()), *argv]
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ from launch.grids.jobs import Job
 from launch.grids.processes import Child, last_words
 from launch.grids.stages import Command, command_before, final_config, prepare, training
 from train.errors import TrainError
+from train.files import why_unwritten
 from train.log.rundir import RunDir
 from train.world import available_cores
 
@@ -115,8 +116,6 @@ class Runner:
             is_ready = found.state is State.WAITING and all(self._is_done(need) for need in job.needs)
             if not is_ready:
                 self.statuses[name] = found
-            elif is_held(self.disk.run_dir(name)):
-                self.statuses[name] = Status(State.ELSEWHERE)
             else:
                 self._start(job)
 
@@ -125,21 +124,29 @@ class Runner:
 
     def _start(self, job: Job) -> None:
         try:
+            if is_held(self.disk.run_dir(job.name)):
+                self.statuses[job.name] = Status(State.ELSEWHERE)
+                return
             prepare(job, final_config(job, self.jobs, self.disk), self.disk)
             command = command_before(job, self.disk)
+            if command is not None and self._has_run(job.name, command):
+                command = None
         except (TrainError, DataError, CupError) as error:
             self.statuses[job.name] = Status(State.FAILED, str(error))
             return
-        has_run = command is None or (read_json(self.disk.command(job.name)) or {}).get("finished", False)
         slots = {running.slot for running in self._running.values()}
         slot = next(number for number in range(self._at_a_time) if number not in slots)
-        self._spawn(job, slot, None if has_run else command)
+        self._spawn(job, slot, command)
+
+    def _has_run(self, name: str, command: Command) -> bool:
+        finished = (read_json(self.disk.command(name)) or {}).get("finished", False)
+        return finished and command.writes.exists()
 
     def _spawn(self, job: Job, slot: int, command: Command | None) -> None:
         argv = training(self.disk.config(job.name), self._ranks) if command is None else command.argv
-        if command is not None:
-            command.writes.parent.mkdir(parents=True, exist_ok=True)
         try:
+            if command is not None:
+                command.writes.parent.mkdir(parents=True, exist_ok=True)
             child = Child(argv, self.disk.output(job.name), self._environment(slot))
         except OSError as error:
             self.statuses[job.name] = Status(State.FAILED, f"cannot start {argv[0]}: {error.strerror}")
@@ -149,10 +156,12 @@ class Runner:
 
     def _environment(self, slot: int) -> dict[str, str]:
         """Cores or GPUs shared out among the runs of a time."""
-        gpus = torch.cuda.device_count()
-        if gpus >= self._at_a_time * self._ranks and "CUDA_VISIBLE_DEVICES" not in os.environ:
+        count = torch.cuda.device_count()
+        ours = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = [str(gpu) for gpu in range(count)] if ours is None else ours.split(",")[:count]
+        if len(gpus) >= self._at_a_time * self._ranks:
             first = slot * self._ranks
-            return {"CUDA_VISIBLE_DEVICES": ",".join(str(gpu) for gpu in range(first, first + self._ranks))}
+            return {"CUDA_VISIBLE_DEVICES": ",".join(gpus[first : first + self._ranks])}
         cores = max(1, available_cores() // (self._at_a_time * self._ranks))
         return {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(cores)}
 
@@ -194,7 +203,10 @@ class Runner:
 
 
 def is_held(run_dir: RunDir) -> bool:
-    """Whether some process trains this run: one that an earlier compare.py left, or a person started."""
+    """Whether some process trains this run: one that an earlier compare.py left, or a person started.
+
+    Raises TrainError where its log cannot be opened.
+    """
     try:
         with run_dir.log.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -203,3 +215,5 @@ def is_held(run_dir: RunDir) -> bool:
         return False
     except BlockingIOError:
         return True
+    except OSError as error:
+        raise TrainError(f"cannot open {run_dir.log}: {why_unwritten(error, run_dir.log)}") from error

@@ -1,6 +1,5 @@
 """What a run of a grid consists of: at most one command before it, and the training."""
 
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,11 +10,11 @@ import yaml
 import cup
 from data import DataConfig, prepare_data
 from data.images import list_splits
-from launch.grids.disk import NOTHING, Cost, Disk, read_json, write_json
+from launch.grids.disk import NOTHING, Cost, Disk, read_json, write_json, write_text
+from launch.grids.grid import command_words
 from launch.grids.jobs import MADE_OF_ITS_COST, Job
 from train.config import RunConfig
-from train.errors import ConfigError, TrainError
-from train.files import write_durably
+from train.errors import TrainError
 from train.network.models import Architecture, build_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,19 +52,14 @@ def command_before(job: Job, disk: Disk) -> Command | None:
         out = disk.made(job.name, ".json")
         known = {
             "python": sys.executable,
-            "launch": ROOT / "launch",
-            "run": disk.run_dir(job.needs[0]).path if job.needs else "",
-            "config": disk.config(job.name),
+            "launch": str(ROOT / "launch"),
+            "run": str(disk.run_dir(job.needs[0]).path) if job.needs else "",
+            "config": str(disk.config(job.name)),
             "reduction": options.target_reduction,
             "seed": job.seed,
-            "out": out,
+            "out": str(out),
         }
-        try:
-            words = [word.format(**known) for word in shlex.split(job.entry.command)]
-        except (KeyError, IndexError, ValueError) as error:
-            allowed = ", ".join(f"{{{name}}}" for name in known)
-            raise ConfigError(f"{job.entry.name}.command: found {error}, allowed in braces: {allowed}") from error
-        return Command(words, out)
+        return Command(command_words(job.entry.command, known), out)
     return None
 
 
@@ -76,7 +70,8 @@ def final_config(job: Job, jobs: dict[str, Job], disk: Disk) -> RunConfig:
         dense, method = job.needs
         return with_epochs(config, _epochs_that_cost(spent(jobs[method], jobs, disk), jobs[dense], disk))
     if kind == "cut":
-        model = {"checkpoint": str(disk.made(job.name, ".pt"))}
+        # what the dense network began with is in the checkpoint
+        model = {"checkpoint": str(disk.made(job.name, ".pt")), "weights": None, "width": 1.0, "widths": None}
     elif kind in ("search", "thin"):
         model = {"widths": str(disk.made(job.name, ".json"))}
     elif kind == "shape":
@@ -87,12 +82,13 @@ def final_config(job: Job, jobs: dict[str, Job], disk: Disk) -> RunConfig:
 
 
 def prepare(job: Job, config: RunConfig, disk: Disk) -> None:
-    """Write the recipe that the training is started with, which runs it is made from, and a thin network's widths."""
+    """Write the recipe that the training is started with, which runs it is made from, and a thin network's widths.
+
+    Raises TrainError where they cannot be written.
+    """
     if job.entry.kind == "thin":
         write_json(disk.made(job.name, ".json"), thin_widths(job))
-    disk.config(job.name).parent.mkdir(parents=True, exist_ok=True)
-    recipe = yaml.safe_dump(config.to_dict(), sort_keys=False)
-    write_durably(disk.config(job.name), recipe.encode())
+    write_text(disk.config(job.name), yaml.safe_dump(config.to_dict(), sort_keys=False))
     origin = disk.origin_now(job)
     if read_json(disk.origin(job.name)) != origin:  # what a command has made is of no use any more
         disk.command(job.name).unlink(missing_ok=True)

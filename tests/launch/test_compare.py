@@ -9,24 +9,28 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
+import torch
 import yaml
 from launching import ROOT, TINY, launch
+from rich.console import Console
 
 from launch import compare
 from launch.grids import runner
-from launch.grids.board import Progresses, _window, in_words
-from launch.grids.disk import Disk
+from launch.grids.board import LiveTable, Progresses, _window, in_words
+from launch.grids.disk import Disk, write_json
 from launch.grids.grid import read_grid
 from launch.grids.jobs import plan_jobs
+from launch.grids.processes import Child, last_words
 from launch.grids.runner import State, Status
-from launch.grids.stages import epochs_for, with_epochs
+from launch.grids.stages import Command, epochs_for, final_config, prepare, with_epochs
 from train.checkpoint.file import load_checkpoint
 from train.config import parse_config
-from train.errors import ConfigError
+from train.errors import ConfigError, TrainError
 from train.log.rundir import RunDir, read_log
 
 RECIPES = sorted((ROOT / "launch/configs/compare").glob("*.yaml"))
@@ -283,7 +287,7 @@ def test_killed_and_started_again_a_comparison_goes_on_where_it_was(tmp_path: Pa
     """compare.py by SIGKILL, then the training by SIGKILL, then compare.py by SIGTERM; real processes."""
     methods = {"ramp": {"prune.method": "hard_ramp"}}
     long = {"prune.method": "none", "run.device": "cpu", "train.epochs": 100_000, "prune.target_reduction": 2.0}
-    file = write_grid(tmp_path, methods=methods, controls={"dense": {}}, set=long, settings={"": {}})
+    file = write_grid(tmp_path, methods=methods, controls={"dense": {}}, set=long, settings={})
     command = [sys.executable, str(ROOT / "launch/compare.py"), str(file)]
     log = tmp_path / "out/runs/dense_s0/log.jsonl"
 
@@ -386,7 +390,7 @@ def test_a_folder_that_was_moved_holds_the_same_runs(finished: tuple[Path, list[
         ({"methods": {"ramp": {"train.epochs": "x"}, "cut": {}}}, "ramp: train.epochs"),
         ({"methods": {"ramp": {}, "cut": {}, "dense": {}}}, "dense: there twice"),
         (
-            {"set": {"prune.method": "none", "prune.target_reduction": None}, "settings": {"": {}}, **ONLY_A_CUT},
+            {"set": {"prune.method": "none", "prune.target_reduction": None}, "settings": {}, **ONLY_A_CUT},
             "cut: found no prune.target_reduction, allowed with kind cut",
         ),
         ({"before": {"net": {"kind": "cut"}}}, "before.net.kind: found cut, allowed here: train"),
@@ -395,6 +399,54 @@ def test_a_folder_that_was_moved_holds_the_same_runs(finished: tuple[Path, list[
             "allowed: an entry of before",
         ),
         ({"methods": {"ramp": {}, "cut": {"kind": "search"}}}, "methods.cut.command: found None"),
+        (
+            {"controls": {"dense": {}, "shape": {"kind": "shape", "of": [5]}}},
+            "controls.shape.of: found [5], allowed: a name, or a list",
+        ),
+        (
+            {"controls": {"dense": {}, "shape": {"kind": "shape", "of": [["ramp"]]}}},
+            "controls.shape.of: found [['ramp']]",
+        ),
+        ({"controls": {"dense": {}, "shape": {"kind": "shape", "of": [None]}}}, "controls.shape.of: found [None]"),
+        ({"methods": {"a": {"kind": "search", "command": 5}}}, "methods.a.command: found 5, allowed: text"),
+        ({"methods": {"ramp": {"published": ["x"]}}}, "methods.ramp.published: found ['x'], allowed: text"),
+        ({"out": 5}, "out: found 5, allowed: text"),
+        (
+            {"methods": {"a": {"kind": "search", "command": "x {foo}"}}},
+            "found 'x {foo}' ('foo'), allowed in braces: {python}",
+        ),
+        ({"methods": {"a": {"kind": "search", "command": "{python.foo}"}}}, "methods.a.command: found '{python.foo}'"),
+        (
+            {"methods": {"a": {"kind": "search", "command": " "}}},
+            "methods.a.command: found ' ', allowed: a command line",
+        ),
+        ({"seeds": [2**32]}, "from 0, below 2**32"),
+        ({"settings": {"": {}}}, "settings: found the name ''"),
+        ({"methods": {"": {}}}, "methods: found the name ''"),
+        (
+            {"set": {"data.path": date(2020, 1, 1)}},
+            "set: data.path: found datetime.date(2020, 1, 1), allowed: text (a date in quotes)",
+        ),
+        ({"set": {"data.path": {"a"}}}, "set: "),
+        ({"methods": {"ramp": {}, "cut": {}, "dense": {}}, "controls": {}}, "controls: found no dense"),
+        (
+            {"controls": {"dense": {"prune.method": "hard_ramp"}}},
+            "dense: prune.method: found hard_ramp, allowed here: none",
+        ),
+        (
+            {"controls": {"dense": {}, "random": {"kind": "same_schedule", "of": "cut"}}},
+            "allowed: a method of kind train; for a cut, the control is {kind: cut, prune.criterion: random}",
+        ),
+        (
+            {"methods": {"cut": {"kind": "cut", "prune.fold": True}}, "controls": {"dense": {}}},
+            "cut: prune.fold: found true, allowed with kind cut: false",
+        ),
+        (
+            {"methods": {"cut": {"kind": "cut", "prune.sequential": False}}, "controls": {"dense": {}}},
+            "cut: prune.sequential: found false, allowed with kind cut: true",
+        ),
+        ({"controls": {"dense": {}, "thin": {"kind": "thin", "model.weights": "w.pth"}}}, "model.weights: found 'w.pt"),
+        ({"controls": {"dense": {}, "thin": {"kind": "thin", "model.width": 0.5}}}, "model.width: found 0.5, allowed"),
     ],
 )
 def test_a_grid_that_is_none_is_an_error_of_one_line(tmp_path: Path, changes: dict, said: str, capsys, monkeypatch):
@@ -405,11 +457,92 @@ def test_a_grid_that_is_none_is_an_error_of_one_line(tmp_path: Path, changes: di
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "text", ["set: &a {prune: *a}", "set: {data.path: &a [*a]}", "set: {data.path: !!binary aGk=}"]
+)
+def test_yaml_that_no_setting_can_hold_is_an_error_of_one_line(tmp_path: Path, text: str):
+    file = tmp_path / "grid.yaml"
+    file.write_text(
+        f"base: {TINY}\nmethods: {{ramp: {{prune.method: hard_ramp}}}}\ncontrols: {{dense: {{}}}}\n{text}\n"
+    )
+    with pytest.raises(ConfigError, match=r"^\S+grid.yaml: .*found .*, allowed: [^\n]*$"):
+        read_grid(file)
+
+
+def test_a_change_on_the_command_line_that_is_no_yaml_is_an_error_of_one_line(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"^--set: found 'data.path=\['[^\n]*$"):
+        read_grid(write_grid(tmp_path), ["data.path=["])
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_of_one_line(tmp_path: Path, quick: list, capsys):
+    (tmp_path / "out").write_text("a file")
+    assert compare.main([str(write_grid(tmp_path))]) == 1
+    assert capsys.readouterr().err.startswith(f"error: cannot write {tmp_path / 'out/lock'}: ")
+    (tmp_path / "out").unlink()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/configs").write_text("a file")
+    with pytest.raises(TrainError, match=r"cannot write .*dense_s0\.yaml"):
+        grid = read_grid(write_grid(tmp_path))
+        job = plan_jobs(grid)["dense_s0"]
+        prepare(job, job.config, Disk(grid.out))
+
+
+def test_a_log_that_cannot_be_opened_is_an_error_of_one_line(tmp_path: Path):
+    (tmp_path / "log.jsonl").mkdir()
+    with pytest.raises(TrainError, match=r"cannot open .*log\.jsonl: Is a directory"):
+        runner.is_held(RunDir(tmp_path))
+
+
+def test_a_live_table_that_has_shown_nothing_closes(tmp_path: Path):
+    jobs = plan_jobs(read_grid(write_grid(tmp_path)))
+    LiveTable(Console(quiet=True), Progresses(jobs, Disk(tmp_path / "out")), 1).close()
+
+
+def test_a_command_is_found_on_the_path_and_one_that_is_not_says_so(tmp_path: Path):
+    codes = []
+    for argv in (["true"], ["no-such-program"]):
+        child = Child(argv, tmp_path / "output.txt", {})
+        wait_for(lambda child=child: child.poll() is not None)
+        codes.append(child.poll())
+    assert codes == [0, 1]
+    said = "error: cannot start no-such-program: No such file or directory"
+    assert last_words(tmp_path / "output.txt") == said
+
+
+@pytest.mark.parametrize(
+    ("ours", "second"), [(None, "2,3"), ("4,5,6,7", "6,7"), ("GPU-a,GPU-b,GPU-c,GPU-d", "GPU-c,GPU-d")]
+)
+def test_gpus_are_shared_out_among_runs(tmp_path: Path, monkeypatch, ours: str | None, second: str):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if ours is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ours)
+    found = runner.Runner({}, Disk(tmp_path), at_a_time=2, ranks=2)
+    assert found._environment(1) == {"CUDA_VISIBLE_DEVICES": second}
+
+
+def test_a_command_whose_file_is_gone_runs_again(tmp_path: Path):
+    disk, made = Disk(tmp_path), tmp_path / "widths.json"
+    write_json(disk.command("search"), {"wall_s": 1.0, "cpu_s": 1.0, "finished": True})
+    found = runner.Runner({}, disk, at_a_time=1, ranks=1)
+    assert not found._has_run("search", Command(["x"], made))
+    made.touch()
+    assert found._has_run("search", Command(["x"], made))
+
+
 def test_names_that_would_be_one_are_an_error(tmp_path: Path):
     settings = {"a": {"prune.target_reduction": 2.0}, "b_a": {"prune.target_reduction": 3.0}}
     methods = {"ramp": {"prune.method": "hard_ramp"}, "ramp_b": {"prune.method": "hard_ramp"}}
     with pytest.raises(ConfigError, match="two runs would be called ramp_b_a_s0"):
         plan_jobs(read_grid(write_grid(tmp_path, settings=settings, methods=methods, controls={"dense": {}})))
+
+
+def test_a_cut_of_a_pretrained_network_begins_with_the_cut_alone(tmp_path: Path):
+    grid = read_grid(write_grid(tmp_path, **ONLY_A_CUT), ["model.weights=w.pth"])
+    jobs = plan_jobs(grid)
+    model = final_config(jobs["cut_fr2_s0"], jobs, Disk(grid.out)).model
+    assert (model.weights, model.checkpoint) == (None, str(tmp_path / "out/made/cut_fr2_s0.pt"))
+    assert model.name == jobs["dense_s0"].config.model.name
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
