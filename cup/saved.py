@@ -179,7 +179,8 @@ def _to_json(saved: SavedNetwork, digest: str) -> dict[str, Any]:
         "input_size": list(saved.input_size),
         "fixed_input_size": False,
         "interpolation": saved.interpolation,
-        "crop_pct": side / saved.resize_size,
+        # timm resizes to floor(side / crop_pct), and a rounded quotient may be above the true one.
+        "crop_pct": math.nextafter(side / saved.resize_size, 0),
         "crop_mode": saved.crop_mode,
         "mean": list(saved.mean),
         "std": list(saved.std),

@@ -362,7 +362,10 @@ def _resized_shape(shape_hw, config: DataConfig):
 def _interpolation(config: DataConfig):
     from nvidia.dali import types
 
-    return types.INTERP_CUBIC if config.interpolation == "bicubic" else types.INTERP_LINEAR
+    known = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
+    if config.interpolation not in known:
+        raise DataError(f"data.interpolation: found {config.interpolation!r}, allowed: {' or '.join(known)}")
+    return known[config.interpolation]
 
 
 def _read(config: DataConfig, step_inputs: _StepInputs):

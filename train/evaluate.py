@@ -91,4 +91,7 @@ def evaluation_config(source: Source, changes: DataChanges) -> tuple[RunConfig, 
         data = dataclasses.replace(config.data, **given)
     except ValueError as error:
         raise ConfigError(f"data.{error}") from error
-    return dataclasses.replace(config, data=settled(data, own)), images_note(data, own, whose)
+    try:
+        return dataclasses.replace(config, data=settled(data, own)), images_note(data, own, whose)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error

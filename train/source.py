@@ -70,7 +70,7 @@ def source_of(path: Path, stored: StoredNetwork) -> Source:
 
 def _of_folder(path: Path, factory: str | None) -> Source:
     saved = cup.read_saved(path)
-    own = preprocessing_of_saved(saved), str(path)
+    own = _preprocessing(saved, path), str(path)
     build = None if factory is None else partial(build_model, factory)
     return Source(path, cup.load(path, build), saved.input_size, saved.num_classes, saved.classes, own)
 
@@ -92,5 +92,12 @@ def _of_onnx(path: Path, image_size: int | None) -> Source:
     if side is None:
         raise ConfigError(f"{path} takes images of any size, and does not say of which it should: give --image-size")
     classes = saved and saved.classes
-    own = (preprocessing_of_saved(saved).at_size(side), str(path)) if saved else (None, "nobody")
+    own = (_preprocessing(saved, path).at_size(side), str(path)) if saved else (None, "nobody")
     return Source(path, model, (channels, side, side), model.num_classes, classes, own, known_cost=cost)
+
+
+def _preprocessing(saved: cup.SavedNetwork, path: Path) -> Preprocessing:
+    try:
+        return preprocessing_of_saved(saved)
+    except TrainError as error:
+        raise TrainError(f"{path}: {error}") from error

@@ -16,6 +16,7 @@ from PIL import ExifTags, Image
 
 from data.batch import DataConfig, DataError
 from data.build import build_loaders
+from data.dali import _interpolation
 from data.images import SPLITS, list_split, list_splits, list_validation, numbered_classes, with_classes
 from data.prepare import index_shards, prepare_shards
 
@@ -274,6 +275,12 @@ def test_flip_and_crop_follow_the_options(tmp_path, loader):
         assert (trained - expected).abs().max() < 0.05
         train.close()
         val.close()
+
+
+@needs_dali
+def test_dali_takes_no_unknown_interpolation_for_another():
+    with pytest.raises(DataError, match=r"interpolation: found 'lanczos', allowed: bilinear or bicubic"):
+        _interpolation(DataConfig(interpolation="lanczos"))
 
 
 @needs_dali

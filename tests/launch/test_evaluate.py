@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 import re
 import shutil
 from pathlib import Path
@@ -140,6 +141,14 @@ def test_what_is_no_network_is_refused_in_one_line(tmp_path: Path, capfd: pytest
     assert export.main([str(tmp_path / "net.pt"), "--format", "onnx"]) == 0
     (tmp_path / "junk.onnx").write_bytes(b"junk")
     (tmp_path / "empty").mkdir()
+    for name, changes in (
+        ("wide", {"input_size": [1, 28, 56]}),
+        ("deep", {"input_size": [2, 28, 28], "mean": [0, 0], "std": [1, 1]}),
+        ("lanczos", {"interpolation": "lanczos"}),
+    ):
+        config = json.loads((shutil.copytree(tmp_path / "net", tmp_path / name) / "config.json").read_text())
+        config["pretrained_cfg"] |= changes
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
     images = str(write_image_folder(tmp_path / "images"))
     for arguments, words in [
         (["junk.onnx", "--data", images], "cannot be run as ONNX"),
@@ -148,6 +157,9 @@ def test_what_is_no_network_is_refused_in_one_line(tmp_path: Path, capfd: pytest
         (["net.onnx"], "give --data FOLDER"),
         (["net"], "give --data FOLDER"),
         (["net.onnx", "--data", images], "'class0' is not the network's"),
+        (["wide", "--data", images], "wide: input_size: found (1, 28, 56), allowed: 1 or 3 channels, height equal"),
+        (["deep", "--data", images], "deep: input_size: found (2, 28, 28), allowed: 1 or 3 channels"),
+        (["lanczos", "--data", images], "lanczos: interpolation: found 'lanczos', allowed in evaluation: bilinear or"),
         (["net", "--data", images, "--loader", "plain"], "invalid choice: 'plain'"),
     ]:
         capfd.readouterr()

@@ -103,6 +103,16 @@ def test_what_computes_something_else_is_an_error_and_is_not_kept(
     assert sorted(path.name for path in cut.parent.iterdir()) == ["cut.pt", "full.pt"]
 
 
+def test_a_file_that_cannot_be_written_is_one_line_also_where_the_system_gives_no_reason(
+    cut: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+):
+    def fails(*_: object) -> None:
+        raise OSError("the disk is away")
+
+    monkeypatch.setattr(train.export.program, "_write_torch", fails)
+    assert "cut.pt2: the disk is away" in error_of([str(cut), "--format", "torch"], capfd)
+
+
 def test_missing_packages_are_named_with_the_command_that_installs_them(
     cut: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ):

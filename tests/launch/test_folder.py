@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ import torchvision
 from launching import EVERY_STEP, ROOT, broken_off, train, write_network
 
 import cup
+from cup.saved import _to_json
 from launch import export, prune
 from train.checkpoint.network import load_network, save_network
 
@@ -86,6 +88,15 @@ def test_timm_reads_the_folder_of_its_own_network(tmp_path: Path):
     images = torch.randn(2, *cup.read_saved(tmp_path / "net").input_size)
     assert torch.equal(model(images), network.model.eval()(images))
     assert model.pretrained_cfg["label_names"] == ["cat", "dog", "owl"]
+
+
+def test_timm_resizes_to_the_size_that_is_saved():
+    """As its `transforms_imagenet_eval` computes it; 240 / 357 rounds to a little more than it is."""
+    for side in (32, 224, 240, 299):
+        for resize in range(side, 2 * side):
+            images = {"num_classes": 3, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+            saved = cup.SavedNetwork(name="resnet18", input_size=(3, side, side), resize_size=resize, **images)
+            assert math.floor(side / _to_json(saved, "")["pretrained_cfg"]["crop_pct"]) == resize
 
 
 @pytest.mark.parametrize("name", ["timm:test_resnet", "resnet18"])

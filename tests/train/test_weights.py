@@ -121,6 +121,16 @@ TRAINING = {"optimizer": {"state": {}}, "epoch": 9, "args": argparse.Namespace(l
             "took state_dict_ema (the moving average), left out: state_dict, args, unread: argparse.Namespace, pathlib",
         ),
         (lambda weights: {"state_dict": weights, "state_dict_ema": None}, "took state_dict, left out: state_dict_ema"),
+        (lambda weights: {"model": weights, "ema": {"decay": 0.9, "updates": 5}}, "took model, left out: ema"),
+        (lambda weights: {"model": weights, "model_ema": {}}, "took model, left out: model_ema"),
+        (
+            lambda weights: {"model": zeroed(weights), "ema": {"decay": 0.9, "module": weights}},
+            "took ema.module (the moving average), left out: model, decay",
+        ),
+        (
+            lambda weights: {"model": zeroed(weights), "model_ema": {"shadow": weights}},
+            "took model_ema.shadow (the moving average), left out: model",
+        ),
     ],
 )
 def test_what_training_scripts_wrap_around_weights_comes_off_and_is_said(tmp_path: Path, wrap, note: str):

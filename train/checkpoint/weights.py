@@ -22,6 +22,7 @@ Weights = Mapping[str, torch.Tensor]
 # Under which training scripts store weights: torchvision's and timm's own, Lightning's, tutorials'.
 OF_AVERAGE = ("model_ema", "state_dict_ema", "ema_state_dict", "ema")
 OF_MODEL = ("state_dict", "model_state_dict", "model")
+WITHIN_AVERAGE = ("module", "shadow")
 MAX_WRAPPINGS = 4
 
 WRAPPERS = ("module.", "model.")
@@ -56,9 +57,10 @@ def read_weights_file(path: Path) -> WeightsFile:
             f"{path} is a checkpoint of this program, which names its network: no model name needed (in training it is "
             "model.checkpoint)"
         )
-    weights, taken, left_out = _unwrapped(content)
-    if not isinstance(weights, dict) or not weights or not _are_tensors(weights):
+    found = _unwrapped(content)
+    if found is None:
         raise CheckpointError(f"{path}: found no weights, allowed: names and tensors, as state_dict() gives them")
+    weights, taken, left_out = found
     if not taken:
         return WeightsFile(weights)
     average = " (the moving average)" if taken[0] in OF_AVERAGE else ""
@@ -140,19 +142,21 @@ def _as_named_today(model: nn.Module, weights: Weights) -> Weights:
     return renamed(weights, rename)
 
 
-def _unwrapped(content: Any) -> tuple[Any, list[str], list[str]]:
-    """The innermost weights of a training state, the keys that lead to them, and what lies beside them."""
-    taken: list[str] = []
-    left_out: list[str] = []
-    for _ in range(MAX_WRAPPINGS):
-        found = content if isinstance(content, dict) else {}
-        key = next((key for key in (*OF_AVERAGE, *OF_MODEL) if isinstance(found.get(key), dict)), None)
-        if key is None:
-            break
-        taken.append(key)
-        left_out += [str(name) for name in content if name != key]
-        content = content[key]
-    return content, taken, left_out
+def _unwrapped(content: Any, taken: tuple[str, ...] = ()) -> tuple[Any, tuple[str, ...], list[str]] | None:
+    """The innermost weights of a training state, the keys that lead to them, and what lies beside them.
+
+    A key that leads to no weights is passed over. None where none does. taken: the keys that led here.
+    """
+    if not isinstance(content, dict):
+        return None
+    if len(taken) < MAX_WRAPPINGS:
+        within = WITHIN_AVERAGE if taken and taken[-1] in OF_AVERAGE else ()
+        for key in (*OF_AVERAGE, *OF_MODEL, *within):
+            found = _unwrapped(content.get(key), (*taken, key))
+            if found is not None:
+                weights, keys, left_out = found
+                return weights, keys, [*(str(name) for name in content if name != key), *left_out]
+    return (content, taken, []) if content and _are_tensors(content) else None
 
 
 def _are_tensors(weights: dict[Any, Any]) -> bool:

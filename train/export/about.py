@@ -3,10 +3,11 @@
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 from cup import Complexity, CupError, SavedNetwork
 from data import Preprocessing
+from data.batch import NORMALISATION, Interpolation
 from train.checkpoint.network import StoredNetwork
 from train.errors import TrainError
 from train.preprocessing import own_preprocessing, usual_preprocessing
@@ -57,7 +58,17 @@ def from_metadata(metadata: Mapping[str, str]) -> tuple[SavedNetwork | None, dic
 
 
 def preprocessing_of_saved(saved: SavedNetwork) -> Preprocessing:
-    """The images that a saved network wants, in our words."""
+    """The images that a saved network wants, in our words. Raises TrainError for images that no loader makes."""
+    channels, height, width = saved.input_size
+    if channels not in NORMALISATION or height != width:
+        raise TrainError(
+            f"input_size: found {saved.input_size}, allowed: 1 or 3 channels, height equal to width, in evaluation"
+        )
+    if saved.interpolation not in get_args(Interpolation):
+        raise TrainError(
+            f"interpolation: found {saved.interpolation[:100]!r}, allowed in evaluation: "
+            f"{' or '.join(get_args(Interpolation))}"
+        )
     [resized_side] = [side for side, mode in CROP_MODES.items() if mode == saved.crop_mode]
     return Preprocessing(
         image_size=saved.input_size[-1],

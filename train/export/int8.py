@@ -15,6 +15,7 @@ import torch
 
 from train.export.onnx_network import OnnxNetwork, first_line, require_packages
 from train.export.program import ExportError
+from train.files import why_unwritten
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def quantise(source: Path, path: Path, batches: list[torch.Tensor], metadata: Ma
         size_bytes = temporary.stat().st_size
         temporary.replace(path)
     except OSError as error:
-        raise ExportError(f"could not write {path}: {error.strerror}") from error
+        raise ExportError(f"could not write {path}: {why_unwritten(error, path)}") from error
     finally:
         temporary.unlink(missing_ok=True)
     images = sum(map(len, batches))

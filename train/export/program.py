@@ -14,6 +14,7 @@ from torch.export import Dim, ExportedProgram
 
 from train.errors import TrainError
 from train.export.onnx_network import PACKAGES, OnnxNetwork, first_line, require_packages
+from train.files import why_unwritten
 
 Format = Literal["onnx", "torch"]
 SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2"}
@@ -71,7 +72,7 @@ def export_network(
         size_bytes = temporary.stat().st_size
         temporary.replace(path)
     except OSError as error:
-        raise ExportError(f"could not write {path}: {error.strerror}") from error
+        raise ExportError(f"could not write {path}: {why_unwritten(error, path)}") from error
     finally:
         temporary.unlink(missing_ok=True)
     return Exported(path, difference, size_bytes)
