@@ -55,6 +55,11 @@ def network_from_weights(
     channels, side, _ = native_input_shape(name)
     side = image_size or (own.image_size if own else side)
     classes = num_classes or given.num_classes
+    if classes is None:
+        raise ConfigError(
+            f"{source}: found no classifier of {name}, so the number of classes cannot be told; allowed: weights of "
+            "the whole network"
+        )
     architecture = Architecture(name=name, num_classes=classes, input_shape=(channels, side, side))
     model = build_model(name, classes, side)
     load_weights(model, given.weights)

@@ -1,5 +1,6 @@
 """Weights for a network by name: where they come from, under its own names, and of how many classes they are."""
 
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,14 +23,15 @@ COUNTER = "num_batches_tracked"
 class GivenWeights:
     """What `model.weights` stands for.
 
-    source: as configured. name: of the network. weights: under its own names. num_classes: that they tell apart.
+    source: as configured. name: of the network. weights: under its own names. num_classes: that they tell apart; None
+    where they hold no classifier.
     published: what is known of them; None where nothing is. note: what of a file was not taken; empty if all was.
     """
 
     source: str
     name: str
     weights: Weights
-    num_classes: int
+    num_classes: int | None
     published: Published | None
     note: str
 
@@ -63,7 +65,11 @@ def start_from_weights(model: nn.Module, given: GivenWeights, architecture: Arch
         there = f"{given.num_classes} classes" if set(head) & given.weights.keys() else "no classifier"
         notes.append(f"{given.source}: {there} there, {classes} classes here: {', '.join(head)} begin anew")
         fresh = model.state_dict()
-        load_weights(model, {**given.weights, **{key: fresh[key] for key in head}})
+        weights = OrderedDict(given.weights)
+        weights.update({key: fresh[key] for key in head})
+        if hasattr(given.weights, "_metadata"):
+            weights._metadata = given.weights._metadata
+        load_weights(model, weights)
     else:
         notes.append(f"{given.source}: its {classes} classes are taken to be those of the data, in its order")
         load_weights(model, given.weights)
@@ -76,18 +82,18 @@ def classifier_names(name: str, num_classes: int) -> list[str]:
     return [key for key, shape in ours.items() if shape != others[key]]
 
 
-def fitted_weights(name: str, weights: Weights) -> tuple[Weights, int]:
+def fitted_weights(name: str, weights: Weights) -> tuple[Weights, int | None]:
     """The weights under the names that the network gives them today, and for how many classes they are.
 
-    What does not fit stays as it is: `load_weights` names it. Raises ConfigError for an unknown network and where the
-    number of classes cannot be told.
+    None for weights without a classifier. What does not fit stays as it is: `load_weights` names it. Raises
+    ConfigError for an unknown network and where parts of the classifier are for different numbers of classes.
     """
     own = shapes_of(name, PROBE_CLASSES)
     weights = fit_names(weights, own)
     absent = own.keys() - weights.keys()
     if name.startswith("timm:") and any(not key.endswith(COUNTER) for key in absent):
         weights = _as_timm_reads(name.removeprefix("timm:"), weights)
-    return weights, _classes_in(weights, own)
+    return weights, _classes_in(weights, own, classifier_names(name, PROBE_CLASSES))
 
 
 def shapes_of(name: str, num_classes: int) -> dict[str, torch.Size]:
@@ -112,8 +118,11 @@ def _as_timm_reads(name: str, weights: Weights) -> Weights:
         return weights
 
 
-def _classes_in(weights: Weights, own: dict[str, torch.Size]) -> int:
-    """The number of classes that the weights tell apart: the one size in which they differ from a probing network's."""
+def _classes_in(weights: Weights, own: dict[str, torch.Size], head: list[str]) -> int | None:
+    """The number of classes that the weights tell apart: the one size in which they differ from a probing network's.
+
+    None without any of the classifier's weights, whose names are `head`.
+    """
     differing = {
         len(weights[key])
         for key, shape in own.items()
@@ -121,7 +130,9 @@ def _classes_in(weights: Weights, own: dict[str, torch.Size]) -> int:
     }
     if len(differing) > 1:
         raise ConfigError(f"the weights do not say how many classes they tell apart ({differing}): give --num-classes")
-    return differing.pop() if differing else PROBE_CLASSES
+    if differing:
+        return differing.pop()
+    return PROBE_CLASSES if weights.keys() & set(head) else None
 
 
 def _differ_in_rows(one: torch.Size, other: torch.Size) -> bool:

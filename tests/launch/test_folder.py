@@ -20,6 +20,7 @@ import cup
 from cup.saved import _to_json
 from launch import export, prune
 from train.checkpoint.network import load_network, save_network
+from train.export.card import _example
 
 
 def error_of(arguments: list[str], capfd: pytest.CaptureFixture) -> str:
@@ -118,6 +119,19 @@ def test_the_example_on_the_card_runs(tmp_path: Path, monkeypatch: pytest.Monkey
         exec(code, names)
         logits.append(names["model"].eval()(images))
     assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize(("name", "side"), [("googlenet", 64), ("vit_b_32", 64), ("resnet18", 48)])
+def test_the_call_on_the_card_builds_the_saved_network(name: str, side: int):
+    images = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "resize_size": side}
+    saved = cup.SavedNetwork(name=name, num_classes=3, widths={"a": 1}, input_size=(3, side, side), **images)
+    example = _example(saved)
+    assert f"torch.zeros(1, 3, {side}, {side}))" in example
+    with torch.device("meta"):
+        [call] = re.findall(r"^model = (torchvision.*)$", example, re.MULTILINE)
+        built = eval(call, {"torchvision": torchvision, "config": {"architecture": name, "num_classes": 3}})
+        expected = cup.networks.build_network(name, 3, side)
+    assert {k: t.shape for k, t in built.state_dict().items()} == {k: t.shape for k, t in expected.state_dict().items()}
 
 
 def test_the_card_compares_with_the_full_network_where_both_are_known(tmp_path: Path):

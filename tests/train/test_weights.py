@@ -20,8 +20,8 @@ from launch import evaluate, export, prune
 from train.checkpoint.archive import CheckpointError
 from train.checkpoint.network import load_network
 from train.checkpoint.weights import load_weights, read_weights_file
-from train.network.models import build_model
-from train.weights import fitted_weights
+from train.network.models import Architecture, build_model
+from train.weights import GivenWeights, fitted_weights, start_from_weights
 
 # RegNets cannot be built without memory for their weights: the smallest of each kind stands for them.
 NETWORKS = [
@@ -102,6 +102,7 @@ TRAINING = {"optimizer": {"state": {}}, "epoch": 9, "args": argparse.Namespace(l
             "took state_dict",
         ),
         (lambda weights: prefixed("_orig_mod.module.", weights), ""),
+        (lambda weights: {"state_dict": prefixed("net.", weights)}, "took state_dict"),
         (lambda weights: prefixed("module._orig_mod.", weights) | {"n_averaged": torch.tensor(3)}, ""),
         (lambda weights: {"model": {"state_dict": weights}}, "took model.state_dict"),
         (
@@ -160,6 +161,28 @@ def test_torch_s_own_averaged_model_and_compiled_model(tmp_path: Path):
         weights, classes = fitted_weights("mnasnet0_5", file.weights)
         assert classes == 3 and weights._metadata[""]["version"] == 2
         load_weights(build_model("mnasnet0_5", 3), weights)
+
+
+def test_weights_without_a_classifier_tell_no_number_of_classes(tmp_path: Path, capsys: pytest.CaptureFixture):
+    weights = build_model("mlp", 7).state_dict()
+    assert fitted_weights("mlp", weights)[1] == 7
+    backbone = {key: tensor for key, tensor in weights.items() if not key.startswith("fc3.")}
+    assert fitted_weights("mlp", backbone)[1] is None
+    path = in_file(tmp_path / "a.pth", backbone)
+    assert prune.main(["mlp", "--weights", str(path), "--t", "0.45", "--out", str(tmp_path / "c.pt")]) != 0
+    assert "found no classifier of mlp" in capsys.readouterr().err
+
+
+def test_a_new_classifier_keeps_the_version_of_the_weights():
+    """MNASNet's weights of version 1 are of wider first layers, which its loader builds for them."""
+    name, versions = "mnasnet0_5", []
+    weights = build_model(name, 3).state_dict()
+    weights._metadata = OrderedDict({**weights._metadata, "": {"version": 2, "mark": "kept"}})
+    model = build_model(name, 5)
+    model.register_load_state_dict_pre_hook(lambda module, state, prefix, metadata, *_: versions.append(metadata))
+    given = GivenWeights("a.pth", name, weights, 3, None, "")
+    start_from_weights(model, given, Architecture(name=name, num_classes=5, input_shape=(3, 32, 32)))
+    assert [version.get("mark") for version in versions] == ["kept"]
 
 
 def test_safetensors_with_the_names_of_a_wrapper(tmp_path: Path):

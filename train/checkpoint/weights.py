@@ -25,7 +25,7 @@ OF_MODEL = ("state_dict", "model_state_dict", "model")
 WITHIN_AVERAGE = ("module", "shadow")
 MAX_WRAPPINGS = 4
 
-WRAPPERS = ("module.", "model.")
+WRAPPERS = ("module.", "model.", "net.")
 """What DDP and AveragedModel, and Lightning's modules put before every name. torch.compile's is `_orig_mod.`."""
 
 AUXILIARY = {GoogLeNet: ("aux1.", "aux2."), Inception3: ("AuxLogits.",)}

@@ -64,11 +64,12 @@ def _example(saved: SavedNetwork) -> str:
     if build is None:
         return "\n".join(load)
     package, call = build
-    shrink = ['cup.shrink_to(model, config["cup"]["widths"])'] if saved.widths else []
+    images = f"torch.zeros(1, {', '.join(map(str, saved.input_size))})"
+    shrink = [f'cup.shrink_to(model, config["cup"]["widths"], {images})'] if saved.widths else []
     by_hand = [
         "",
         f"# or with {package}'s own class",
-        f"import json, safetensors.torch, {package}",
+        f"import json, safetensors.torch, torch, {package}",
         "",
         f'config = json.load(open("FOLDER/{CONFIG_FILE}"))',
         f"model = {call}",
@@ -79,12 +80,14 @@ def _example(saved: SavedNetwork) -> str:
 
 
 def _build_call(saved: SavedNetwork) -> tuple[str, str] | None:
-    """The package that has the full network, and its call; None for one of the library's own."""
+    """The package that has the full network, and its call; None for one of the library's own or of the user's."""
     arguments = 'config["architecture"], num_classes=config["num_classes"]'
     if saved.name.startswith("timm:"):
         return "timm", f"timm.create_model({arguments})"
-    return (
-        None
-        if saved.name in OWN_MODELS or ":" in saved.name
-        else ("torchvision", f"torchvision.models.get_model({arguments})")
-    )
+    if saved.name in OWN_MODELS or ":" in saved.name:
+        return None
+    if saved.name in ("googlenet", "inception_v3"):
+        arguments += ", aux_logits=False, init_weights=False"
+    if saved.name.startswith("vit_"):
+        arguments += f", image_size={saved.input_size[-1]}"
+    return "torchvision", f"torchvision.models.get_model({arguments})"
