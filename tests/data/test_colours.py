@@ -56,7 +56,7 @@ def levels(path, loader: str, channels: int, split: str) -> torch.Tensor:
 def test_check_calls_broken_what_the_loaders_read_differently_and_nothing_else(every_kind):
     _, broken = every_kind
     assert {name.removeprefix("val/one/").removesuffix(".jpg") for name in broken if name.startswith("val/")} == BROKEN
-    assert all("DALI" in reason for reason in broken.values())
+    assert all("DALI" in reason for name, reason in broken.items() if "YCbCr" not in name)
 
 
 @needs_dali
