@@ -48,7 +48,7 @@ FAMILIES = {
     "timm:selecsls42b": (42, 41, 41),
     "timm:ghostnet_050": (32, 25, 31),
     "timm:nf_regnet_b0": (33, 16, 16),
-    "timm:rexnet_100": (47, 31, 31),
+    "timm:rexnet_100": (36, 31, 31),
     "timm:poolformer_s12": (29, 12, 12),
     "timm:eca_resnet33ts": (29, 14, 18),
     "timm:pit_xs_224": (54, 12, 12),
