@@ -144,8 +144,10 @@ def _read(folder: str | Path) -> tuple[SavedNetwork, str]:
         return _from_json(config), str(config["cup"]["weights_sha256"])
     except CupError as error:
         raise CupError(f"{path}: {error}") from error
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CupError(f"{path}: {error} missing or not as cup.save writes it") from error
+    except KeyError as error:
+        raise CupError(f"{path}: {error} is missing: no network's description as cup.save writes it") from error
+    except (TypeError, AttributeError) as error:
+        raise CupError(f"{path}: a value is of another type than cup.save writes ({error})") from error
 
 
 def _check_weights(path: Path, digest: str) -> None:
