@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
@@ -11,10 +11,11 @@ from data import Loader
 from launch.grids.board import in_words
 from launch.grids.disk import Disk
 from launch.grids.grid import DENSE
-from launch.grids.jobs import Job
+from launch.grids.jobs import MADE_OF_ITS_COST, Job
 from launch.grids.runner import State, Status
 from train.build import build_split_loaders
 from train.config import RunConfig
+from train.errors import ConfigError
 from train.log.cpu import cpu_seconds
 from train.loop.step import training_step
 from train.network.models import build_model
@@ -35,7 +36,7 @@ BEFORE = {
 
 @dataclass(frozen=True)
 class Pace:
-    """What the dense network takes, on one process, as the machine is now. Seconds; cpu_s: of the process's CPU time.
+    """What the dense network takes on one rank, as the machine is now. Seconds; cpu_s: of the process's CPU time.
 
     evaluation: of a step, its forward pass alone.
     """
@@ -65,55 +66,70 @@ def plan_in_words(
     table = _table(
         [
             ("run", "state", "epochs", "before its training"),
-            *(_line(job, statuses[job.name], disk) for job in jobs.values()),
+            *(_line(job, jobs, statuses[job.name], disk) for job in jobs.values()),
         ]
     )
-    left = {name: _epochs_left(jobs[name], disk) for name, one in statuses.items() if one.state is State.WAITING}
+    left = {name: _epochs_left(jobs[name], jobs, disk) for name, one in statuses.items() if one.state is State.WAITING}
     if not any(left.values()):
         return f"{table}\n\nnothing is left to run"
     dense = next(job for job in jobs.values() if job.entry.name == DENSE)
-    pace = _measure(dense.config, at_a_time * ranks)
-    return f"{table}\n\n{_cost(pace, sum(left.values()), len(left), at_a_time, dense)}"
+    pace = _measure(dense.config, at_a_time, ranks)
+    return f"{table}\n\n{_cost(pace, sum(left.values()), len(left), at_a_time, ranks, dense)}"
 
 
-def _line(job: Job, status: Status, disk: Disk) -> tuple[str, str, str, str]:
+def _line(job: Job, jobs: Mapping[str, Job], status: Status, disk: Disk) -> tuple[str, str, str, str]:
     options = job.options
     values = {"target": options.target_reduction, "criterion": options.criterion}
     before = BEFORE.get(job.entry.kind, "").format(*job.needs, **values)
-    epochs = job.config.train.epochs
-    done = epochs - _epochs_left(job, disk)
+    epochs = _epochs(job, jobs)
+    done = epochs - _epochs_left(job, jobs, disk)
     state = f"begun, {done} epochs" if status.state is State.WAITING and done else status.state.value
     return job.name, state if not status.why else f"{state}: {status.why}", str(epochs), before
 
 
-def _epochs_left(job: Job, disk: Disk) -> int:
+def _epochs(job: Job, jobs: Mapping[str, Job]) -> int:
+    """Of its training; where they follow from a method's cost, what that is in dense epochs at most."""
+    if job.entry.kind != "equal_hours":
+        return job.config.train.epochs
+    method = jobs[job.needs[1]]
+    counted = [method.name, *(method.needs if method.entry.kind in MADE_OF_ITS_COST else ())]
+    return sum(_epochs(jobs[name], jobs) for name in counted)
+
+
+def _epochs_left(job: Job, jobs: Mapping[str, Job], disk: Disk) -> int:
     done = [event["epoch"] for event in disk.events(job.name) if event["event"] == "epoch"]
-    return max(0, job.config.train.epochs - max(done, default=0))
+    return max(0, _epochs(job, jobs) - max(done, default=0))
 
 
-def _cost(pace: Pace, epochs: int, runs: int, at_a_time: int, dense: Job) -> str:
-    wall, cpu = epochs * pace.an_epoch_s, epochs * pace.an_epoch_cpu_s
-    currency = f"{cpu / 3600:,.2f} CPU hours" if pace.device == "cpu" else f"{wall / 3600:,.2f} GPU hours"
+def _cost(pace: Pace, epochs: int, runs: int, at_a_time: int, ranks: int, dense: Job) -> str:
+    wall, cpu = epochs * pace.an_epoch_s, ranks * epochs * pace.an_epoch_cpu_s
+    currency = f"{cpu / 3600:,.2f} CPU hours" if pace.device == "cpu" else f"{ranks * wall / 3600:,.2f} GPU hours"
+    together = "" if ranks == 1 else f" of {ranks} processes each, waiting for each other not counted,"
     return (
-        f"measured: {TIMED} steps of {dense.config.model.name}, batch {dense.config.data.batch_size}, on one process, "
+        f"measured: {TIMED} steps of {dense.config.model.name}, batch {dense.config.data.batch_size // ranks}, on one "
+        "process, "
         f"{pace.device}, {pace.threads} threads, as the machine is now: {1000 * pace.step_s:.0f} ms each "
         f"({1000 * pace.step_cpu_s:.0f} ms of CPU time), data included; a forward pass "
         f"{1000 * pace.evaluation_s:.0f} ms\n"
-        f"projected: {runs} runs, {epochs:,} epochs of {pace.steps:,} steps and {pace.val_steps:,} of validation, all "
-        f"counted as dense: at most {currency}, which take {in_words(wall / at_a_time)} with {at_a_time} at a time and "
-        "the machine as it is now\n"
+        f"projected: {runs} runs,{together} {epochs:,} epochs of {pace.steps:,} steps and {pace.val_steps:,} "
+        f"of validation, all counted as dense: at most {currency}, which take {in_words(wall / at_a_time)} with "
+        f"{at_a_time} at a time and the machine as it is now\n"
         "Shrinking and thin networks need less. Not counted: starting the processes, and commands before a training."
     )
 
 
-def _measure(config: RunConfig, processes: int) -> Pace:
-    """processes: among how many the cores will be shared."""
+def _measure(config: RunConfig, at_a_time: int, ranks: int) -> Pace:
+    """Of one rank of a run, the cores shared among the ranks of all runs of a time."""
     world = open_world(config.run.device, config.run.timeout_minutes)
     if world.device.type == "cpu":
-        torch.set_num_threads(max(1, available_cores() // processes))
+        torch.set_num_threads(max(1, available_cores() // (at_a_time * ranks)))
+    if config.data.batch_size < ranks:
+        raise ConfigError(f"data.batch_size: found {config.data.batch_size}, allowed: at least --ranks ({ranks})")
+    config = replace(config, data=replace(config.data, batch_size=config.data.batch_size // ranks))
     train, val = build_split_loaders(config, world, ("train", "val"))
     try:
-        return _timed(config, world, train, val)
+        pace = _timed(config, world, train, val)
+        return replace(pace, steps=max(1, pace.steps // ranks), val_steps=-(-pace.val_steps // ranks))
     finally:
         train.close()
         val.close()

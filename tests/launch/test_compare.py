@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import ClassVar
@@ -20,7 +21,7 @@ from launching import ROOT, TINY, launch
 from rich.console import Console
 
 from launch import compare
-from launch.grids import runner
+from launch.grids import estimate, runner
 from launch.grids.board import LiveTable, Progresses, _window, in_words
 from launch.grids.disk import Disk, write_json
 from launch.grids.grid import read_grid
@@ -266,6 +267,19 @@ def test_a_plan_says_every_run_what_it_needs_and_what_it_costs(tmp_path, capsys)
     assert "cut of dense_s1 to FR 2 by l1" in said and "epochs that cost what ramp_fr2_s0 did" in said
     assert "projected: 16 runs, 32 epochs of 4 steps and 1 of validation, all counted as dense: at most" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_counts_ranks_and_the_epochs_that_equal_hours_may_take(tmp_path: Path):
+    controls = {"dense": {}, "equal": {"kind": "equal_hours", "of": ["ramp", "cut"]}}
+    jobs = plan_jobs(read_grid(write_grid(tmp_path, controls=controls)))
+    epochs = {name: estimate._epochs(job, jobs) for name, job in jobs.items()}
+    assert (epochs["equal_of_ramp_fr2_s0"], epochs["equal_of_cut_fr2_s0"], epochs["cut_fr2_s0"]) == (2, 4, 2)
+    dense = jobs["dense_s0"]
+    one, two = (estimate._measure(dense.config, 1, ranks) for ranks in (1, 2))
+    assert (one.steps, one.val_steps) == (two.steps, two.val_steps)
+    pace = replace(one, step_s=1800.0, step_cpu_s=3600.0, evaluation_s=0.0, evaluation_cpu_s=0.0, steps=1)
+    assert "at most 20.00 CPU hours, which take 5 h 00 min" in estimate._cost(pace, 10, 5, 1, 2, dense)
+    assert "at most 10.00 GPU hours" in estimate._cost(replace(pace, device="cuda"), 10, 5, 1, 2, dense)
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
@@ -557,5 +571,6 @@ def test_a_recipe_of_a_comparison_has_runs_after_those_that_they_need(recipe: Pa
         assert set(job.needs) <= seen
         seen.add(name)
     kinds = {entry.kind for entry in grid.controls}
-    assert {"train", "thin", "same_schedule", "shape", "equal_hours"} == kinds
+    assert {"train", "cut", "thin", "same_schedule", "shape", "equal_hours"} == kinds
+    assert {entry.settings["prune.criterion"] for entry in grid.controls if entry.kind == "cut"} == {"random"}
     assert len(grid.seeds) >= 3 and f"launch/configs/compare/{recipe.name}" in recipe.read_text()

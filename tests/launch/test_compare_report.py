@@ -12,7 +12,7 @@ from launch.grids.grid import Entry, Grid
 from launch.grids.jobs import Job
 from launch.reports.comparison.figure import _style, draw_front, pareto_front
 from launch.reports.comparison.results import Comparison, Point, Row, _currency
-from launch.reports.comparison.sentences import sentences
+from launch.reports.comparison.sentences import how_to_read, sentences
 from launch.reports.comparison.statistics import Difference, difference, ratio
 from launch.reports.comparison.tables import all_rows, slides_table
 from launch.reports.read import Run
@@ -156,3 +156,8 @@ def test_the_figure_shows_every_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Axes, "scatter", scatter)
     draw_front(comparison(), tmp_path / "front.png")
     assert sorted(drawn) == sorted(pair for name in HOURS for pair in zip(HOURS[name], ACCURACIES[name], strict=True))
+
+
+def test_only_sentences_with_an_interval_count_among_those_that_chance_may_decide():
+    assert "of 2 such sentences some 0.1 would find" in how_to_read(comparison())
+    assert "of 0 such sentences" in how_to_read(comparison(seeds=1))

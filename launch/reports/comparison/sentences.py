@@ -17,7 +17,9 @@ def sentences(comparison: Comparison) -> list[tuple[str, list[str]]]:
 
 
 def how_to_read(comparison: Comparison) -> str:
-    count = sum(len(ones) for _, ones in sentences(comparison))
+    pairs = [(method, control) for method in comparison.methods for control in comparison.controls_of(method)]
+    accuracies = [difference(method.by_seed(top1), control.by_seed(top1)) for method, control in pairs]
+    count = sum(found.low is not None for found in accuracies)
     return (
         f"Intervals are at {CONFIDENCE:.0%} confidence, of the mean difference seed by seed (Student's t): runs of one "
         "seed share initial weights, order of images and augmentation, and some are made from each other, so they are "
