@@ -231,7 +231,12 @@ def test_the_cut_line_lies_at_t_or_between_the_merges_of_a_rounded_width():
         (["lenet", "--weights", "missing.safetensors", "--t", "1"], 1, ["no file at missing.safetensors"]),
         (["lenet", "--weights", "junk.pt", "--t", "1"], 1, ["junk.pt", "nothing in it was run"]),
         (["lenet", "--weights", "full.pt", "--t", "1"], 1, ["full.pt is a checkpoint of this program"]),
-        (["mlp", "--weights", "plain.pth", "--t", "1"], 1, ["missing: fc3.weight", "unexpected: conv1.weight", "fc1"]),
+        (["mlp", "--weights", "plain.pth", "--t", "1"], 2, ["plain.pth: found no classifier of mlp"]),
+        (
+            ["mlp", "--weights", "plain.pth", "--num-classes", "10", "--t", "1"],
+            1,
+            ["missing: fc3.weight", "unexpected: conv1.weight", "fc1"],
+        ),
         (["lenet", "--weights", "plain.pth", "--num-classes", "4", "--t", "1"], 1, ["fc2.weight (10, 500)"]),
         (["lenet", "--weights", "plain.pth", "--image-size", "64", "--t", "1"], 1, ["(1, 64, 64)"]),
     ],
