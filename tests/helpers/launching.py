@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -180,6 +180,15 @@ def start(
             os.killpg(process.pid, signal.SIGKILL)
         raise
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def error_of(main: Callable[[list[str]], int], arguments: list[str], capfd: pytest.CaptureFixture) -> str:
+    """The one line on stderr with which a script, run in this process, refuses its arguments."""
+    capfd.readouterr()
+    assert main(arguments) != 0
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
 
 
 def rank_lines(stderr: str) -> list[str]:

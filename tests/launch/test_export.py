@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import write_network
+from launching import error_of, write_network
 
 import cup
 import train.export.program
@@ -26,14 +26,6 @@ def cut(tmp_path: Path) -> Path:
     write_network(tmp_path / "full.pt")
     assert prune.main([str(tmp_path / "full.pt"), "--t", "0.3", "--out", str(tmp_path / "cut.pt")]) == 0
     return tmp_path / "cut.pt"
-
-
-def error_of(arguments: list[str], capfd: pytest.CaptureFixture) -> str:
-    capfd.readouterr()
-    assert export.main(arguments) != 0
-    lines = capfd.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), lines
-    return lines[0]
 
 
 def test_torch_s_exported_program_takes_any_batch_and_computes_the_same(cut: Path, capsys: pytest.CaptureFixture):
@@ -99,7 +91,7 @@ def test_what_computes_something_else_is_an_error_and_is_not_kept(
         return lambda images: change(run(images))
 
     monkeypatch.setattr(train.export.program, "_read_torch", corrupted)
-    assert "exported, i" in error_of([str(cut), "--format", "torch"], capfd)
+    assert "exported, i" in error_of(export.main, [str(cut), "--format", "torch"], capfd)
     assert sorted(path.name for path in cut.parent.iterdir()) == ["cut.pt", "full.pt"]
 
 
@@ -110,7 +102,7 @@ def test_a_file_that_cannot_be_written_is_one_line_also_where_the_system_gives_n
         raise OSError("the disk is away")
 
     monkeypatch.setattr(train.export.program, "_write_torch", fails)
-    assert "cut.pt2: the disk is away" in error_of([str(cut), "--format", "torch"], capfd)
+    assert "cut.pt2: the disk is away" in error_of(export.main, [str(cut), "--format", "torch"], capfd)
 
 
 def test_missing_packages_are_named_with_the_command_that_installs_them(
@@ -118,13 +110,13 @@ def test_missing_packages_are_named_with_the_command_that_installs_them(
 ):
     honest = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else honest(name))
-    assert "pip install onnxscript" in error_of([str(cut), "--format", "onnx"], capfd)
+    assert "pip install onnxscript" in error_of(export.main, [str(cut), "--format", "onnx"], capfd)
 
 
 def test_what_is_there_is_overwritten_with_force_alone(cut: Path, capfd: pytest.CaptureFixture):
     (cut.parent / "mine.pt2").write_text("years of work")
     arguments = [str(cut), "--format", "torch", "--out", str(cut.parent / "mine.pt2")]
-    assert "--force" in error_of(arguments, capfd)
+    assert "--force" in error_of(export.main, arguments, capfd)
     assert (cut.parent / "mine.pt2").read_text() == "years of work"
     assert export.main([*arguments, "--force"]) == 0
     assert torch.export.load(cut.parent / "mine.pt2").module()(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
@@ -134,7 +126,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, capfd: pytest.C
     network = write_network(tmp_path / "nan.pt")
     network.model.fc2.weight.data[0, 0] = float("nan")
     save_network(tmp_path / "nan.pt", network, widths={})
-    assert "not finite" in error_of([str(tmp_path / "nan.pt"), "--format", "torch"], capfd)
+    assert "not finite" in error_of(export.main, [str(tmp_path / "nan.pt"), "--format", "torch"], capfd)
 
 
 @pytest.mark.parametrize(
@@ -152,10 +144,10 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, capfd: pytest.C
     ],
 )
 def test_a_wrong_command_is_one_line(cut: Path, capfd: pytest.CaptureFixture, arguments: list[str], words: str):
-    assert words in error_of([str(cut), *arguments], capfd)
+    assert words in error_of(export.main, [str(cut), *arguments], capfd)
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture):
     (tmp_path / "junk.pt").write_bytes(b"not a checkpoint")
     for name in ("junk.pt", "missing.pt"):
-        assert name in error_of([str(tmp_path / name), "--format", "torch"], capfd)
+        assert name in error_of(export.main, [str(tmp_path / name), "--format", "torch"], capfd)

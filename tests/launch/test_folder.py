@@ -14,21 +14,13 @@ import huggingface_hub
 import pytest
 import torch
 import torchvision
-from launching import EVERY_STEP, ROOT, broken_off, train, write_network
+from launching import EVERY_STEP, ROOT, broken_off, error_of, train, write_network
 
 import cup
 from cup.saved import _to_json
 from launch import export, prune
 from train.checkpoint.network import load_network, save_network
 from train.export.card import _example
-
-
-def error_of(arguments: list[str], capfd: pytest.CaptureFixture) -> str:
-    capfd.readouterr()
-    assert export.main(arguments) != 0
-    lines = capfd.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), lines
-    return lines[0]
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +221,7 @@ def test_what_computes_something_else_is_not_kept(cut: Path, tmp_path: Path, mon
 
     monkeypatch.setattr(cup, "load", corrupted)
     assert "exported, its logits differ" in error_of(
-        [str(cut), "--format", "timm", "--out", str(tmp_path / "net")], capfd
+        export.main, [str(cut), "--format", "timm", "--out", str(tmp_path / "net")], capfd
     )
     assert list((tmp_path / "net").iterdir()) == []
 
@@ -237,7 +229,7 @@ def test_what_computes_something_else_is_not_kept(cut: Path, tmp_path: Path, mon
 def test_other_files_in_the_folder_stay_and_force_replaces_its_own(cut: Path, folder: Path, capfd):
     (folder / "notes.txt").write_text("mine")
     arguments = [str(cut), "--format", "timm", "--out", str(folder)]
-    assert "--force" in error_of(arguments, capfd)
+    assert "--force" in error_of(export.main, arguments, capfd)
     (folder / "config.json").write_text("old")
     assert export.main([*arguments, "--force"]) == 0
     cup.load(folder)
@@ -271,7 +263,7 @@ def test_push_uploads_the_three_files_to_a_private_repository(cut: Path, tmp_pat
         ("create", "org/net", {"private": True, "exist_ok": True}),
         ("upload", "org/net", ["README.md", "config.json", "model.safetensors"]),
     ]
-    assert "to wrong: no such namespace" in error_of([*arguments, "wrong", "--force"], capfd)
+    assert "to wrong: no such namespace" in error_of(export.main, [*arguments, "wrong", "--force"], capfd)
 
 
 def test_push_without_the_client_is_refused_before_anything_is_written(cut: Path, tmp_path: Path, monkeypatch, capfd):
@@ -279,5 +271,5 @@ def test_push_without_the_client_is_refused_before_anything_is_written(cut: Path
     hidden = "huggingface_hub"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == hidden else honest(name))
     arguments = [str(cut), "--format", "timm", "--out", str(tmp_path / "net"), "--push", "org/net"]
-    assert "pip install huggingface_hub" in error_of(arguments, capfd)
+    assert "pip install huggingface_hub" in error_of(export.main, arguments, capfd)
     assert not (tmp_path / "net").exists()

@@ -5,6 +5,7 @@ The x axis is the epoch everywhere. A resume goes on in the tracker's run of the
 
 import os
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -72,7 +73,7 @@ class Tracked:
         return f"{self.name}-{self.run_id[:8]}"
 
 
-class Tracker:
+class Tracker(ABC):
     """What all trackers have in common. They ask for no live progress."""
 
     name: str
@@ -84,13 +85,18 @@ class Tracker:
             self._add(values, event)
 
     def progress(self, what: str, step: int, steps: int) -> None:
-        pass
+        return  # nothing is shown between epochs
 
+    @abstractmethod
+    def close(self) -> None: ...
+
+    @abstractmethod
     def _configure(self, config: dict[str, Any]) -> None:
-        raise NotImplementedError
+        """Show the run's resolved settings."""
 
+    @abstractmethod
     def _add(self, values: dict[str, float], event: Event) -> None:
-        raise NotImplementedError
+        """Add points, tag -> value, at the event's epoch and time."""
 
 
 class TensorBoard(Tracker):
