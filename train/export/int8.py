@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 from train.export.onnx_network import OnnxNetwork, first_line, require_packages
-from train.export.program import ExportError
-from train.files import why_unwritten
+from train.export.program import ExportError, whole_or_not_at_all
 
 
 @dataclass(frozen=True)
@@ -35,17 +34,11 @@ def quantise(source: Path, path: Path, batches: list[torch.Tensor], metadata: Ma
     Raises ExportError, with nothing left at `path` that was not there before.
     """
     require_packages("onnx", "onnxruntime")
-    temporary = path.with_name(path.name + ".part")
-    try:
+    with whole_or_not_at_all(path) as temporary:
         _write(source, temporary, batches, metadata)
         float_network, int8_network = OnnxNetwork(source), OnnxNetwork(temporary)
         equal = sum(int((float_network(b).argmax(1) == int8_network(b).argmax(1)).sum()) for b in batches)
         size_bytes = temporary.stat().st_size
-        temporary.replace(path)
-    except OSError as error:
-        raise ExportError(f"could not write {path}: {why_unwritten(error, path)}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
     images = sum(map(len, batches))
     return Quantised(path, 100 * equal / images, images, size_bytes)
 

@@ -3,7 +3,8 @@
 Nothing is believed unseen: what was written is read back, run, and compared with the network that it came from.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -65,17 +66,24 @@ def export_network(
     write, read = (_write_onnx, OnnxNetwork) if form == "onnx" else (_write_torch, _read_torch)
     samples = samples_of(model.eval(), input_shape)
     program = _trace(model, samples[0].images.expand(2, *input_shape))  # 1 would be taken for a constant
-    temporary = path.with_name(path.name + ".part")
-    try:
+    with whole_or_not_at_all(path) as temporary:
         write(program, temporary, metadata)
         difference = max(compared(read(temporary), sample) for sample in samples)
         size_bytes = temporary.stat().st_size
+    return Exported(path, difference, size_bytes)
+
+
+@contextmanager
+def whole_or_not_at_all(path: Path) -> Iterator[Path]:
+    """A name to write under inside; afterwards the file is `path`, or gone after any error. OSError -> ExportError."""
+    temporary = path.with_name(path.name + ".part")
+    try:
+        yield temporary
         temporary.replace(path)
     except OSError as error:
         raise ExportError(f"could not write {path}: {why_unwritten(error, path)}") from error
     finally:
         temporary.unlink(missing_ok=True)
-    return Exported(path, difference, size_bytes)
 
 
 @dataclass(frozen=True, eq=False)
