@@ -38,6 +38,7 @@ from train.log.trackers import TRACKERS, Tracked, require_installed
 from train.loop.mixing import build_mixing
 from train.loop.nonfinite import StepGuard
 from train.loop.progress import Progress
+from train.loop.teacher import load_teacher
 from train.loop.trainer import Trainer, TrainLoop
 from train.loop.watch import Watch
 from train.methods import Method, PruneConfig, build_method
@@ -115,6 +116,10 @@ def build_run(config: RunConfig, start: Start, world: World, ledger: Ledger, sto
         world.on_every_rank(lambda: restore_method(stored, method, fitted.prune.method))
     world.on_every_rank(lambda: plain_state(method) and None)  # rather than at the first save, an epoch later
     compiler = _build_compiler(fitted, method, parts)
+    loader = parts.train_loader
+    teacher, teacher_notes = world.on_every_rank(
+        lambda: load_teacher(fitted.train, loader.num_classes, loader.classes, world.device)
+    )
     ledger.add_lost(**start.lost)
     ledger.add_startup(start.torchrun_s)
     world.on_rank_zero(lambda: create_run_dir(start.run_dir, config, start.run_id))
@@ -142,6 +147,7 @@ def build_run(config: RunConfig, start: Start, world: World, ledger: Ledger, sto
         method=method,
         ledger=ledger,
         guard=StepGuard(world.device) if fitted.train.nonfinite == "skip" else None,
+        teacher=teacher,
     )
     trainer = Trainer(
         loop=loop,
@@ -158,17 +164,9 @@ def build_run(config: RunConfig, start: Start, world: World, ledger: Ledger, sto
         image_size=lambda epoch: train_size(fitted.data, epoch - 1),
         save=saver.save,
     )
-    data_notes = _data_notes(fitted, parts)
-    notes = [
-        *start.notes,
-        *fitting_notes,
-        *config.without_effect(),
-        *data_notes,
-        *begun.notes,
-        *image_notes,
-        *width_notes,
-    ]
-    return Run(fitted, trainer, saver, notes + sink_notes)
+    notes = [*start.notes, *fitting_notes, *config.without_effect(), *_data_notes(fitted, parts)]
+    notes += [*begun.notes, *image_notes, *width_notes, *teacher_notes, *sink_notes]
+    return Run(fitted, trainer, saver, notes)
 
 
 def build_split_loaders(

@@ -220,6 +220,7 @@ class RunConfig:
             (prune.target_speedup is None, ["prune.device"], "prune.target_speedup: null"),
             (self.optim.schedule == "cosine", ["optim.milestones", "optim.gamma"], "optim.schedule: cosine"),
             (self.optim.name == "apex_lamb", ["optim.momentum", "optim.nesterov"], "optim.name: apex_lamb"),
+            (self.train.teacher is None, ["train.teacher_share", "train.teacher_temperature"], "train.teacher: null"),
             (self.train.compile == "none", ["train.compile_steps"], "train.compile: none"),
             (data.loader == "synthetic", _of_data(*ON_DISK, *AUGMENTING, *OF_PIXELS), "data.loader: synthetic"),
             (data.loader == "folder", _of_data("mmap"), "data.loader: folder"),

@@ -36,6 +36,12 @@ class TrainConfig:
     shorter are worth a minute)."""
     ema_decay: float = 0.0
     """Decay of the moving average of the weights a step, evaluated instead of them; 0 = none."""
+    teacher: str | None = None
+    """Checkpoint whose network teaches this one: its predictions are learned beside the labels. null = labels alone."""
+    teacher_share: float = 0.5
+    """The teacher's share of the loss, above 0, up to 1."""
+    teacher_temperature: float = 2.0
+    """By which logits of teacher and network are divided before they are compared."""
     nonfinite: Literal["stop", "skip"] = "stop"
     """What a loss that is NaN or infinite does: stop = it ends the run; skip = a step whose gradients are not finite
     changes no weight, momentum or buffer on any rank (a moving average takes the unchanged weights once more)."""
@@ -53,6 +59,9 @@ class TrainConfig:
             ("clip_norm", self.clip_norm >= 0, "a number from 0"),
             ("compile_steps", self.compile_steps >= 1, "a whole number from 1"),
             ("ema_decay", 0 <= self.ema_decay < 1, "from 0 to below 1"),
+            ("teacher", self.teacher != "", "a file, or null"),
+            ("teacher_share", 0 < self.teacher_share <= 1, "above 0, up to 1"),
+            ("teacher_temperature", self.teacher_temperature > 0, "a number above 0"),
             ("nonfinite_limit", self.nonfinite_limit >= 1, "a whole number from 1"),
         ]
         for name, ok, allowed in checks:

@@ -111,7 +111,7 @@ def train_epoch(
             if step == first_step:
                 before_first_step(batch)
             images, labels = loop.mix(batch.images, batch.labels)
-            loss = training_step(state, images, labels, loop.config, loop.guard, loop.method)
+            loss = training_step(state, images, labels, loop.config, loop.guard, loop.method, loop.teacher)
             if loop.method.wants_loss:
                 loop.method.saw_loss(loop.world.all_reduce(loss.clone()).item() / loop.world.size)
             if loop.guard is not None:

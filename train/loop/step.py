@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from data import Batch
 from train.loop.config import TrainConfig
 from train.loop.nonfinite import StepGuard
+from train.loop.teacher import Teacher
 from train.methods import Dense, Method
 from train.network.state import MEMORY_FORMAT, TrainState
 from train.world import World, no_sync
@@ -22,15 +23,16 @@ def training_step(
     config: TrainConfig,
     guard: StepGuard | None = None,
     method: Method = NO_METHOD,
+    teacher: Teacher | None = None,
 ) -> torch.Tensor:
     """Forward, backward, optimizer step and EMA on one batch; returns this rank's loss, a detached scalar tensor.
 
     images: (B, C, H, W). labels: int64 (B,), or float (B, classes) where images were mixed. With config.accumulate the
     batch is split into micro-batches, whose gradients add up to the batch's; DDP reduces them once, with the last.
     guard: leaves the step out where gradients are not finite. method: its penalty is added to what is differentiated,
-    not to the loss that is returned; it may change the gradients.
+    not to the loss that is returned; it may change the gradients. teacher: takes its share of the loss.
     """
-    loss = compute_gradients(state, images, labels, config, method)
+    loss = compute_gradients(state, images, labels, config, method, teacher)
     method.after_backward(state.model)
     if guard is None:
         state.precision.step(state.optimizer, config.clip_norm)
@@ -42,7 +44,12 @@ def training_step(
 
 
 def compute_gradients(
-    state: TrainState, images: torch.Tensor, labels: torch.Tensor, config: TrainConfig, method: Method = NO_METHOD
+    state: TrainState,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    config: TrainConfig,
+    method: Method = NO_METHOD,
+    teacher: Teacher | None = None,
 ) -> torch.Tensor:
     """Forward and backward pass; returns the loss."""
     mean_loss = torch.zeros((), device=images.device)
@@ -54,6 +61,8 @@ def compute_gradients(
             with state.precision.autocast():
                 logits = state.parallel(some_images.contiguous(memory_format=MEMORY_FORMAT))
                 loss = F.cross_entropy(logits, some_labels, label_smoothing=config.label_smoothing)
+            if teacher is not None:
+                loss = teacher.taught(loss, some_images, logits)
             loss = loss * (len(some_labels) / len(labels))
             mean_loss += loss.detach()
             if is_last and (penalty := method.penalty(state.model)) is not None:

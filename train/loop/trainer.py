@@ -10,6 +10,7 @@ from train.loop.config import TrainConfig
 from train.loop.mixing import Mixing
 from train.loop.nonfinite import StepGuard
 from train.loop.progress import EpochSoFar, Progress
+from train.loop.teacher import Teacher
 from train.loop.watch import Watch
 from train.methods import Method
 from train.network.compiling import BlockCompiler
@@ -33,6 +34,8 @@ class TrainLoop:
     ledger: Ledger
     guard: StepGuard | None = None
     """Leaves out steps that are not finite; None with train.nonfinite: stop."""
+    teacher: Teacher | None = None
+    """Takes its share of the loss of each step."""
 
 
 @dataclass
