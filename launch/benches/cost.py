@@ -99,7 +99,7 @@ def measure(options: argparse.Namespace) -> None:
     if device is None:
         precision = Precision(options.precision, world.device)
         clock = CLOCKS[options.clock]
-        device = measured_device(precision, options.batch_size, options.image_size, world.device, clock)
+        device = measured_device(precision, options.batch_size, options.image_size, world.device, clock, passes=3)
     _print_device(device)
     cost = cup.device_cost(device, batch_size=options.batch_size)
     what = {"benchmark": "cost: modelled against timed", **asked, "machine": machine("torchvision")}
@@ -143,9 +143,15 @@ def _row(bench: StepBench, cost: cup.DeviceCost, options: argparse.Namespace) ->
 
 
 def _timer(bench: StepBench, state: TrainState, clock: Callable[[], float]) -> Callable[[], float]:
-    steps = 10 if bench.world.device.type == "cuda" else 1
+    """Seconds of one step of several in a row, after one that is not timed.
+
+    oneDNN keeps the kernels of the last 1,024 shapes that it compiled: twenty other networks have had their turn since
+    this one's, and each of its layers would be compiled anew (a ResNet-18's step then takes twice as long).
+    """
+    steps = 10 if bench.world.device.type == "cuda" else 3
 
     def seconds() -> float:
+        training_step(state, bench.images, bench.labels, bench.config)
         bench.world.synchronize()
         start = clock()
         for _ in range(steps):
