@@ -408,7 +408,7 @@ def test_modelled_steps_of_named_devices_stand_beside_each_other(tmp_path, capsy
 def test_the_cost_model_is_held_against_the_clock_and_goes_on_where_it_was_left(tmp_path, capsys, monkeypatch):
     rates = dict.fromkeys(cup.KERNELS, cup.Rate(1e10, 1e9))
     device, measured = cup.Device("made up", "fp32", rates, 0.0, 1, "", overlap=0.0), []
-    monkeypatch.setattr(cost, "measured_device", lambda *arguments: measured.append(arguments) or device)
+    monkeypatch.setattr(cost, "measured_device", lambda *arguments, passes: measured.append(arguments) or device)
     out = tmp_path / "cost.json"
     arguments = ["cost", "--widths", "2", "--rounds", "1", "--batch-size", "2", "--image-size", "32", "--out", str(out)]
     assert main([*arguments, "--models", "resnet20_cifar"]) == 0
