@@ -3,7 +3,7 @@
 python launch/prepare.py digits|mnist|cifar10|cifar100 datasets/NAME
 python launch/prepare.py imagenette datasets/imagenette [--size 160px]
 python launch/prepare.py imagenet ARCHIVES datasets/imagenet
-python launch/prepare.py shards SOURCE datasets/NAME-shards [--images-per-shard 1000]
+python launch/prepare.py shards SOURCE datasets/NAME-shards [--images-per-shard 1000] [--short-side 320 --quality 90]
 python launch/prepare.py index datasets/SHARDS
 python launch/prepare.py subset SOURCE datasets/NAME --train N --val N
 python launch/prepare.py check datasets/NAME [--all]
@@ -36,6 +36,7 @@ MAKERS = {
         images_per_shard=options.images_per_shard,
         seed=options.seed,
         exclude=options.exclude,
+        smaller=_smaller(options),
     ),
     "subset": lambda options: prepare.prepare_subset(options.source, options.path, options.train, options.val),
     "index": lambda options: prepare.index_shards(options.path),
@@ -82,6 +83,10 @@ def _parser() -> Parser:
     shards.add_argument("--images-per-shard", type=positive_int, default=1000, metavar="N", help="default: 1000")
     shards.add_argument("--seed", type=non_negative_int, default=0, metavar="N", help="of the order (default: 0)")
     shards.add_argument("--exclude", default="", metavar="FILE", help="default: SOURCE/exclude.txt, if it is there")
+    shards.add_argument(
+        "--short-side", type=positive_int, metavar="PIXELS", help="make larger training images so large, as JPEGs"
+    )
+    shards.add_argument("--quality", type=positive_int, metavar="N", help="of these JPEGs (default: 90)")
 
     check.add_argument("path", type=Path, metavar="FOLDER", help="data set: image folder, file lists or shards")
     check.add_argument("--exclude", default="", metavar="FILE", help="list to write (default: FOLDER/exclude.txt)")
@@ -90,6 +95,14 @@ def _parser() -> Parser:
     for command in commands.choices.values():
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
+
+
+def _smaller(options: argparse.Namespace) -> prepare.Smaller | None:
+    if options.short_side:
+        return prepare.Smaller(options.short_side, options.quality or prepare.Smaller.quality)
+    if options.quality:
+        raise DataError("--quality is that of images made smaller: give --short-side PIXELS, too")
+    return None
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -6,10 +6,12 @@ from data.prepare.dispatch import prepare_data
 from data.prepare.downloads import prepare_cifar10, prepare_cifar100, prepare_imagenette, prepare_mnist
 from data.prepare.imagenet import prepare_imagenet
 from data.prepare.shards import index_shards, prepare_shards
+from data.prepare.smaller import Smaller
 from data.prepare.subset import prepare_subset
 
 __all__ = [
     "CheckReport",
+    "Smaller",
     "check_data",
     "index_shards",
     "prepare_cifar10",

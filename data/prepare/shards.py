@@ -4,7 +4,8 @@ import io
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,8 +16,11 @@ from data.files import FULL, cannot_write, reading, why_not
 from data.images import SPLITS, ImageList, in_words, list_splits, numbered_classes, require_schemes
 from data.prepare.atomic import is_there, write_data_set
 from data.prepare.progress import tracked
+from data.prepare.smaller import Smaller
 from data.prepare.tars import find_label_kind, read_classes, write_index
 from data.shards import MANIFEST, listed_shards, read_manifest, read_shards, write_manifest
+
+JPEG_START = b"\xff\xd8"
 
 
 def prepare_shards(
@@ -26,11 +30,13 @@ def prepare_shards(
     images_per_shard: int = 1000,
     seed: int = 0,
     exclude: str | Path = "",
+    smaller: Smaller | None = None,
 ) -> bool:
     """Write PATH/{train,val}/*.tar with indices and manifests, from the data set at `source`; bytes stay as they are.
 
     images_per_shard: 1000 photographs of ImageNet are about 110 MB. seed: of the order; equal ones give equal files.
-    exclude: list of images to leave out; SOURCE/exclude.txt, if there is one, where empty. One rank calls it.
+    exclude: list of images to leave out; SOURCE/exclude.txt, if there is one, where empty. smaller: makes training
+    images smaller; validation images stay as they are, for accuracies are compared. One rank calls it.
     Returns whether it wrote: finished shards are left as they are. Raises DataError if the source is no data set or an
     image cannot be read, if something else is at `path`, the source included, or if the place cannot be written.
     """
@@ -41,7 +47,7 @@ def prepare_shards(
     require_schemes((), train, val)
 
     def write(root: Path) -> None:
-        _write_split(train, "train", root, images_per_shard, seed)
+        _write_split(train, "train", root, images_per_shard, seed, smaller)
         _write_split(val, "val", root, images_per_shard, seed)
 
     return write_data_set(path, write)
@@ -133,30 +139,53 @@ def _require_place_for_shards(source: Path, path: Path) -> None:
         )
 
 
-def _write_split(images: ImageList, split: Split, root: Path, images_per_shard: int, seed: int) -> None:
+def _write_split(
+    images: ImageList, split: Split, root: Path, images_per_shard: int, seed: int, smaller: Smaller | None = None
+) -> None:
     (root / split).mkdir()
-    order = np.random.Generator(np.random.PCG64([seed])).permutation(len(images.names))
+    order = np.random.Generator(np.random.PCG64([seed])).permutation(len(images.names)).tolist()
     parts = [order[first : first + images_per_shard] for first in range(0, len(order), images_per_shard)]
     tars = [root / split / f"{split}-{number:05d}.tar" for number in range(len(parts))]
     for tar, part in tracked(zip(tars, parts, strict=True), f"packing {split}", len(parts)):
         # GNU: names of any length in UTF-8. No header holds a time or a user, so equal images give equal files.
         with tarfile.open(tar, "w", format=tarfile.GNU_FORMAT) as file:
-            for index in part:
-                _add_sample(file, images, int(index))
+            for index, content in zip(part, _contents(images, part, smaller), strict=True):
+                _add_sample(file, images, index, content)
         write_index(tar)
     write_manifest(root / split, images.classes, images.labels, tars)
 
 
-def _add_sample(tar: tarfile.TarFile, images: ImageList, index: int) -> None:
+def _contents(images: ImageList, indices: Sequence[int], smaller: Smaller | None) -> Iterator[bytes]:
+    if smaller is None:
+        yield from (_read(images, index) for index in indices)
+    else:
+        with ThreadPoolExecutor() as pool:  # Pillow's work is outside of Python's lock
+            yield from pool.map(lambda index: _made_smaller(images, index, smaller), indices)
+
+
+def _made_smaller(images: ImageList, index: int, smaller: Smaller) -> bytes:
+    content = _read(images, index)
+    try:
+        return smaller.of(content)
+    except ValueError as error:
+        raise DataError(
+            f"{images.where(index)}: cannot be decoded ({error}): list what is broken with `launch/prepare.py check`"
+        ) from error
+
+
+def _read(images: ImageList, index: int) -> bytes:
+    try:
+        return images.read(index)
+    except OSError as error:
+        raise DataError(f"{images.where(index)}: cannot be read ({in_words(error)})") from error
+
+
+def _add_sample(tar: tarfile.TarFile, images: ImageList, index: int, content: bytes) -> None:
     """LABEL-CLASS/NUMBER-NAME.jpg and .cls. Readers end a key at the first dot, and an index at the first blank."""
     label, name = int(images.labels[index]), Path(images.names[index])
     key = f"{label}-{_key_part(images.classes[label])}/{index:07d}-{_key_part(name.stem)}"
-    try:
-        content = images.read(index)
-    except OSError as error:
-        raise DataError(f"{images.where(index)}: cannot be read ({in_words(error)})") from error
     extension = name.suffix.lower()[1:] or "jpg"  # a file list may name files without; decoders look at the content
-    extension = "jpg" if extension == "jpeg" else extension
+    extension = "jpg" if extension == "jpeg" or content.startswith(JPEG_START) else extension
     for suffix, data in ((extension, content), ("cls", str(label).encode())):
         member = tarfile.TarInfo(f"{key}.{suffix}")
         member.size = len(data)

@@ -23,7 +23,7 @@ from torchvision.transforms import v2
 from data import Batch, DataError, Loader, build_loaders
 from data.batch import MEAN_RGB, STD_RGB
 from data.images import list_splits
-from data.prepare import prepare_shards
+from data.prepare import Smaller, prepare_shards
 from launch.benches.measure import (
     data_config,
     machine,
@@ -40,11 +40,6 @@ from train.network.state import MEMORY_FORMAT
 from train.world import World, open_world
 
 IMAGES_PER_SHARD = 200
-OURS = (
-    ("DALI, folder", "folder", "dali"),
-    ("DALI, shards", "shards", "dali"),
-    ("our folder loader", "folder", "folder"),
-)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,6 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch-size", type=positive_int, default=64, metavar="N", help="default: 64")
     parser.add_argument("--image-size", type=positive_int, default=224, metavar="PIXELS", help="default: 224")
+    parser.add_argument(
+        "--short-side", type=positive_int, metavar="PIXELS", help="also from shards whose images were made so large"
+    )
     parser.add_argument("--network", metavar="NAME", help="also train it (resnet50) and measure how long it waits")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto = GPU if any")
 
@@ -64,12 +62,10 @@ def measure(options: argparse.Namespace) -> None:
     require_image_folder(options.data)
     world = open_world(options.device)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as opened:
-        shards = Path(folder) / "shards"
-        prepare_shards(options.data, shards, images_per_shard=IMAGES_PER_SHARD)
+        ours = _contenders(options, Path(folder))
         loaders: dict[str, Iterable[Batch]] = {}
         for threads in options.threads:
-            for name, path, kind in OURS:
-                path = shards if path == "shards" else options.data
+            for name, (path, kind) in ours.items():
                 loaders[f"{name}, {threads} thread(s)"] = _ours(options, path, kind, threads, world, opened)
             loaders[f"torchvision, {threads} worker(s)"] = _TorchvisionLoader(options, threads, world)
         rates = {name: partial(_images_per_s, loader, options, world) for name, loader in loaders.items()}
@@ -92,6 +88,22 @@ def measure(options: argparse.Namespace) -> None:
             **{m: {name: summary(values) for name, values in of.items()} for m, of in results.items()},
         }
         write_result(options.out, content)
+
+
+def _contenders(options: argparse.Namespace, folder: Path) -> dict[str, tuple[Path, str]]:
+    """Name -> data set and data.loader; shards are written to the folder."""
+    shards = folder / "shards"
+    prepare_shards(options.data, shards, images_per_shard=IMAGES_PER_SHARD)
+    contenders = {
+        "DALI, folder": (options.data, "dali"),
+        "DALI, shards": (shards, "dali"),
+        "our folder loader": (options.data, "folder"),
+    }
+    if options.short_side:
+        smaller = folder / "smaller"
+        prepare_shards(options.data, smaller, images_per_shard=IMAGES_PER_SHARD, smaller=Smaller(options.short_side))
+        contenders[f"DALI, shards of {options.short_side} pixels"] = (smaller, "dali")
+    return contenders
 
 
 def _ours(options: argparse.Namespace, path: Path, kind: str, threads: int, world: World, opened: ExitStack) -> Loader:
