@@ -29,7 +29,8 @@ class Effort:
     """How much is measured.
 
     network: as in model.name. image_side: pixels. batch_sizes: images a step of one rank, ascending. steps: timed at
-    each setting. photos: made for the loaders' checks, in each split. threads: decoding threads that are compared.
+    each setting. photos: made for the loaders' checks, for training. threads: decoding threads that are compared.
+    deaths: how a rank dies in a pair of them (ranks.py).
     """
 
     network: str
@@ -38,12 +39,13 @@ class Effort:
     steps: int
     photos: int
     threads: tuple[int, ...]
+    deaths: tuple[str, ...] = ("error", "kill")
 
 
 EFFORTS = {
-    ("cpu", "quick"): Effort("resnet20_cifar", 32, (16,), steps=5, photos=96, threads=(1, 2)),
+    ("cpu", "quick"): Effort("resnet20_cifar", 32, (16,), steps=5, photos=96, threads=(1, 2), deaths=("kill",)),
     ("cpu", "full"): Effort("resnet18", 64, (4, 8, 16), steps=3, photos=192, threads=(1, 2, 4)),
-    ("cuda", "quick"): Effort("resnet50", 224, (32, 256), steps=20, photos=2048, threads=(4,)),
+    ("cuda", "quick"): Effort("resnet50", 224, (32, 256), steps=20, photos=2048, threads=(4,), deaths=("kill",)),
     ("cuda", "full"): Effort("resnet50", 224, (32, 128, 256), steps=50, photos=8192, threads=(2, 4, 8)),
 }
 

@@ -32,19 +32,17 @@ WAYS = {"error": CAUSE, "kill": "lost another rank"}
 MAX_WORD_S, MAX_END_S = 10.0, 20.0
 """From the death of one rank to the other's line, and to the end of both."""
 POLL_S = 0.02
-GIVE_UP_S = 120.0
+GIVE_UP_S = 300.0
 DIED = re.compile(r"^died at (\d+\.\d+)$", re.MULTILINE)
 
 
 def dead_rank(machine: Machine) -> Figure:
-    """One of two ranks fails, or is killed, in a backward pass; rank 0 of the check-up starts them, on the CPU's gloo.
-
-    On a machine with two GPUs they get one each.
-    """
+    """One of two ranks fails, or is killed, in a backward pass. Rank 0 of the check-up starts them, with gloo on the
+    CPU, or with NCCL where there are two GPUs."""
     if not machine.world.is_main:
         return Figure("")
     device = "cuda" if torch.cuda.device_count() >= 2 else "cpu"
-    rows = [_ended_pair(way, device, machine.folder) for way in WAYS]
+    rows = [_ended_pair(way, device, machine.folder) for way in machine.effort.deaths]
     for row in rows:
         if not row["first_line_is_cause"]:
             raise Failed(f"after a rank's {row['way']} the other began with: {row['first_line'] or 'nothing'}")

@@ -120,6 +120,7 @@ def cuts(machine: Machine) -> Figure:
         one.parallel = machine.world.wrap(one.model)
     rows = [_cut_row(machine, dense, state, resizer)]
     for _ in range(CUTS):
+        _average_statistics(machine, state)
         outcome = resizer.act(_cut, state, machine.world)
         state.ema.begin()
         _require_strides(state)
@@ -241,6 +242,12 @@ def _cut_row(machine: Machine, dense: TrainState, state: TrainState, resizer: Re
         "dense_s": dense_s,
         "speed_up": dense_s / own_s,
     }
+
+
+def _average_statistics(machine: Machine, state: TrainState) -> None:
+    """As the trainer does before a cut: each rank's batch norm has seen other images."""
+    for model in (state.model, state.ema.module):
+        machine.world.average_buffers(model)
 
 
 def _require_strides(state: TrainState) -> None:
