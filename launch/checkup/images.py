@@ -72,7 +72,8 @@ def loaders_agree(machine: Machine) -> Figure:
     """Validation images through DALI and through torchvision's operations: labels, order, sizes, pixels."""
     _require_dali()
     with ExitStack() as opened:
-        dali, folder = (_loader(machine, "val", opened, kind) for kind in ("dali", "folder"))
+        kinds = (_config(machine, loader=kind, threads=1) for kind in ("dali", "folder"))
+        dali, folder = (_opened(config, machine, "val", opened) for config in kinds)
         mean, worst = pixel_difference(dali, folder, _config(machine).std)
     if mean > MAX_APART:
         raise Failed(f"DALI's images are {mean:.2f} of 255 from torchvision's, allowed {MAX_APART}")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import ALONE, error_of, launch
+from launching import ALONE, error_of, launch, start
 from made_images import needs_dali
 from torch.optim.swa_utils import AveragedModel
 
@@ -299,6 +299,19 @@ def test_the_script_takes_parts_of_names(tmp_path: Path, capfd: pytest.CaptureFi
     file = tmp_path / "file"
     file.touch()
     assert "cannot write in" in error_of(doctor.main, ["--only", "versions", "--root", str(file)], capfd)
+
+
+@pytest.mark.timeout(600)
+def test_the_quick_check_up_as_a_user_starts_it(tmp_path: Path):
+    """Beside other tests, times may be what they like: only checks that judge by them may fail."""
+    done = start("launch/doctor.py", ["--quick", "--device", "cpu", "--out", "out.json"], tmp_path, timeout=580)
+    checks = json.loads((tmp_path / "out.json").read_text())["checks"]
+    assert [check["name"] for check in checks] == [check.name for check in CHECKS if check.is_quick]
+    failed = {check["name"]: check["text"] for check in checks if check["status"] == "fail"}
+    assert failed.keys() <= {"three cuts", "ledger and clock", "a dead rank"}, failed
+    assert "_after_s is" in failed.get("a dead rank", "_after_s is"), failed
+    assert done.returncode == bool(failed), done.stderr
+    assert len(done.stdout.splitlines()) == len(checks) + 1
 
 
 def test_two_ranks_check_what_one_cannot(tmp_path: Path):
