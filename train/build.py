@@ -39,6 +39,7 @@ from train.loop.mixing import build_mixing
 from train.loop.nonfinite import StepGuard
 from train.loop.progress import Progress
 from train.loop.teacher import load_teacher
+from train.loop.readback import Readback
 from train.loop.trainer import Trainer, TrainLoop
 from train.loop.watch import Watch
 from train.methods import Method, PruneConfig, build_method
@@ -160,6 +161,7 @@ def build_run(config: RunConfig, start: Start, world: World, ledger: Ledger, sto
         is_resumed=stored is not None,
         sinks=sinks,
         watch=Watch(world, stop_wanted, 60 * config.run.save_every_minutes),
+        readback=Readback(world.device),
         batch_size=fitted.data.batch_size,
         image_size=lambda epoch: train_size(fitted.data, epoch - 1),
         save=saver.save,

@@ -27,6 +27,7 @@ from cup import PrunePlan
 from data import Batch
 from train.errors import TrainError
 from train.log.ledger import Kind
+from train.loop.config import TrainConfig
 from train.loop.evaluation import Evaluation, evaluate
 from train.loop.nonfinite import AFTER_NONFINITE, AFTER_SKIPPING
 from train.loop.pace import Moment, Pace
@@ -150,8 +151,8 @@ def _train(trainer: Trainer, epoch: int) -> tuple[float, float, float | None]:
     def after_step() -> None:
         nonlocal live
         progress.step += 1
-        if _poll(trainer, epoch) and trainer.world.is_main:  # the loss was waited for just now
-            loss = so_far.loss_sum.item() / so_far.step
+        loss = _poll(trainer, epoch)
+        if loss is not None and trainer.world.is_main:
             reduction = trainer.resizer.reduction
             live = pace.text(Moment(epoch, so_far.step, reduction, trainer.image_size(epoch), loss))
         trainer.sinks.progress(live, so_far.step, steps)
@@ -186,35 +187,58 @@ def _mean_loss(trainer: Trainer, epoch: int) -> float:
     raise TrainError(f"the loss is {loss} in epoch {epoch}: {AFTER_NONFINITE}")
 
 
-def _poll(trainer: Trainer, epoch: int) -> bool:
-    """After a step: save, stop or give up, if the ranks have agreed to; whether it was time for a look.
+def _poll(trainer: Trainer, epoch: int) -> float | None:
+    """After a step: save, stop or give up, if the ranks have agreed to.
 
+    Returns at a look, which comes about once a second, the mean loss of this rank's steps of this epoch, up to the
+    newest step that can be told of without waiting for the device; None where there is none, and between looks.
     Raises Stopped or TrainError on all ranks.
     """
-    guard = trainer.loop.guard
+    seen: tuple[list[float], tuple[int, int]] | None = None
 
     def is_broken() -> bool:
-        if guard is not None:
-            return bool(guard.longest >= trainer.config.nonfinite_limit)
-        return not bool(torch.isfinite(trainer.so_far.loss_sum))
+        nonlocal seen
+        seen = trainer.readback.exchange(_vital_signs(trainer), (epoch, trainer.so_far.step))
+        return seen is not None and _are_bad(seen[0], trainer.config)
 
     decision = trainer.watch.step(is_broken)
     if decision is None:
-        return False
-    where = f"in epoch {epoch}, at or before step {trainer.so_far.step}"
-    if decision.broken and guard is not None:
-        raise TrainError(
-            f"{trainer.config.nonfinite_limit} steps in a row were not finite {where} (train.nonfinite_limit): "
-            f"{AFTER_SKIPPING}"
-        )
-    if decision.broken:
-        raise TrainError(f"the loss is not finite {where}: {AFTER_NONFINITE}")
+        return None
+    broken = decision.broken
+    if not broken and (decision.save or decision.stop):  # which waits for the device anyway
+        [broken] = trainer.world.all_reduce_max([_are_bad(_vital_signs(trainer).tolist(), trainer.config)])
+    if broken:
+        raise TrainError(_diagnosis(trainer, epoch))
     if decision.save or decision.stop:
         with trainer.ledger.charge("save"):
             trainer.save(trainer, False)
     if decision.stop:
         raise Stopped
-    return True
+    if seen is None:
+        return None
+    (loss_sum, *_), (seen_epoch, seen_step) = seen
+    return loss_sum / seen_step if seen_epoch == epoch and seen_step else None
+
+
+def _vital_signs(trainer: Trainer) -> torch.Tensor:
+    """Sum of the epoch's losses so far, and with a guard the most steps left out in a row; float32, on the device."""
+    guard = trainer.loop.guard
+    signs = [trainer.so_far.loss_sum] if guard is None else [trainer.so_far.loss_sum, guard.longest]
+    return torch.stack(signs)
+
+
+def _are_bad(signs: list[float], config: TrainConfig) -> bool:
+    """Whether training cannot go on from there."""
+    loss_sum, *in_a_row = signs
+    return in_a_row[0] >= config.nonfinite_limit if in_a_row else not math.isfinite(loss_sum)
+
+
+def _diagnosis(trainer: Trainer, epoch: int) -> str:
+    where = f"in epoch {epoch}, at or before step {trainer.so_far.step}"
+    if trainer.loop.guard is not None:
+        limit = trainer.config.nonfinite_limit
+        return f"{limit} steps in a row were not finite {where} (train.nonfinite_limit): {AFTER_SKIPPING}"
+    return f"the loss is not finite {where}: {AFTER_NONFINITE}"
 
 
 def _finish_training(trainer: Trainer, epoch: int) -> None:

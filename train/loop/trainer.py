@@ -11,6 +11,7 @@ from train.loop.mixing import Mixing
 from train.loop.nonfinite import StepGuard
 from train.loop.progress import EpochSoFar, Progress
 from train.loop.teacher import Teacher
+from train.loop.readback import Readback
 from train.loop.watch import Watch
 from train.methods import Method
 from train.network.compiling import BlockCompiler
@@ -55,6 +56,7 @@ class Trainer:
     """From a resume until this process's first training step."""
     sinks: Sinks
     watch: Watch
+    readback: Readback
     batch_size: int
     """Images a step, all ranks together."""
     image_size: Callable[[int], int]
