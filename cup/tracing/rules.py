@@ -106,11 +106,10 @@ def layer_at(node: fx.Node, model: nn.Module) -> str | None:
     if node.op == "call_module":
         return node.target
     kind = LAYER_FUNCTIONS.get(node.target) if node.op == "call_function" else None
-    stack = list(node.meta.get("nn_module_stack") or ())
     value = node.args[0] if node.args else None
-    if kind is None or not stack or shape_of(value) is None or value.op == "get_attr":
+    if kind is None or not node.meta.get("nn_module_stack") or shape_of(value) is None or value.op == "get_attr":
         return None
-    owner = stack[-1]
+    owner = owner_of(node)
     layer = model.get_submodule(owner)
     read = {n.target for n in map(unscaled, node.all_input_nodes) if n.op == "get_attr"}
     own = {f"{owner}.{name}" for name in ("weight", "bias", "running_mean", "running_var")}
@@ -121,6 +120,13 @@ def layer_at(node: fx.Node, model: nn.Module) -> str | None:
     wanted = getattr(layer, name, None)
     as_layer = given == wanted or (isinstance(given, list | tuple) and tuple(given) == tuple(wanted))
     return owner if as_layer or (given is None and wanted == 1) else None
+
+
+def owner_of(node: fx.Node) -> str:
+    """Dotted name of the innermost module in whose forward pass the node is; "" for the network itself."""
+    # The keys are no names: those of a module's second call end in @1.
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return node.target if node.op == "call_module" else stack[-1][0] if stack else ""
 
 
 def unscaled(node: fx.Node) -> fx.Node:

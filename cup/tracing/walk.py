@@ -25,6 +25,7 @@ from cup.tracing.rules import (
     has_width,
     is_constant,
     layer_at,
+    owner_of,
     reads_no_width,
     shape_of,
     unscaled,
@@ -234,7 +235,7 @@ class _Walk:
                 values.append(Value(shape, 0 if is_constant(node) else TRACED_SAMPLES, *axis, parameter))
             reads = tuple(position[n] for n in node.all_input_nodes if n in position)
             if reads and node.op.startswith("call"):
-                operations.append(TracedOp(_operation_name(node, self.twin), _owner(node), reads, position.get(node)))
+                operations.append(TracedOp(_operation_name(node, self.twin), owner_of(node), reads, position.get(node)))
         return tuple(values), tuple(operations)
 
     def _group(self, entries: dict[str, Entries], reason: str, inner: bool, network: Network) -> ChannelGroup:
@@ -281,11 +282,6 @@ def _operation_name(node: fx.Node, twin: nn.Module) -> str:
     """As in `TracedOp.name`: one spelling for a module, a function and a method that do the same."""
     name = type(twin.get_submodule(node.target)).__name__ if node.op == "call_module" else title(node)
     return name.lower().replace("_", "")
-
-
-def _owner(node: fx.Node) -> str:
-    """Dotted name of the innermost module in whose forward pass the node is."""
-    return node.target if node.op == "call_module" else next(reversed(node.meta.get("nn_module_stack") or {}), "")
 
 
 def title(node: fx.Node) -> str:
