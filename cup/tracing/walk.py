@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from cup.tracing.groups import AxisName, Call, ChannelGroup, Network, Place, TracedOp, Value
+from cup.tracing.groups import OUTSIDE, AxisName, Call, ChannelGroup, Network, Place, TracedOp, Value
 from cup.tracing.labels import Channels, Labels
 from cup.tracing.meta import Sample
 from cup.tracing.rules import (
+    KEYWORD_OPERANDS,
     LAYER_FUNCTIONS,
     Operation,
     find_rule,
@@ -26,6 +27,7 @@ from cup.tracing.rules import (
     is_constant,
     layer_at,
     owner_of,
+    product_macs,
     reads_no_width,
     shape_of,
     unscaled,
@@ -59,9 +61,10 @@ class _Walk:
     def groups(self, sample: Sample) -> list[ChannelGroup]:
         for node in self.nodes:
             self.channels[node] = self._visit(node)
-            if self.layer_of[node] is not None and node.args and shape_of(node.args[0]) and shape_of(node):
+            if (self.layer_of[node] is not None or product_macs(node)) and node.args and shape_of(node.args[0]):
                 value = node.args[0]
-                self.calls.append((self.layer_of[node], value, self.channels[value], node, self.channels[node]))
+                if shape_of(node) and (self.layer_of[node] is not None or self.channels[node] is not None):
+                    self.calls.append((self.layer_of[node], value, self.channels[value], node, self.channels[node]))
         freeze_what_is_counted(self.nodes, self.trace.asked, self.channels, self.labels)
         for node, module in self.trace.hooked:
             self.labels.freeze([self.channels[node]], f"{module} has a forward hook, which may do anything")
@@ -215,7 +218,14 @@ class _Walk:
             return None if value is None else channel_of[value.labels_C]
 
         calls = tuple(
-            Call(layer, (1, *shape_of(read)[1:]), (1, *shape_of(written)[1:]), numbers(value), numbers(result))
+            Call(
+                OUTSIDE if layer is None else layer,
+                (1, *shape_of(read)[1:]),
+                (1, *shape_of(written)[1:]),
+                numbers(value),
+                numbers(result),
+                0 if layer is not None else product_macs(written) // TRACED_SAMPLES,
+            )
             for layer, read, value, written, result in self.calls
         )
         alive = np.ones(channel_of.max(initial=-1) + 1, dtype=bool)
@@ -272,6 +282,8 @@ class _Walk:
 
 def _tensor_keywords(node: fx.Node) -> bool:
     """Whether a tensor is passed by keyword: the rules look at positions, and at a layer's own weights by name."""
+    if node.target in KEYWORD_OPERANDS:
+        return False
     found: list[fx.Node] = []
     fx.map_arg(node.kwargs, found.append)
     values = [n for n in found if not (n.op == "get_attr" and node.target in LAYER_FUNCTIONS)]
