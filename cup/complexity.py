@@ -20,7 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cup.errors import CupError
 from cup.plan import PrunePlan
-from cup.tracing.groups import Call, ChannelGroup, alive_after, keep_masks
+from cup.tracing.groups import OUTSIDE, Call, ChannelGroup, alive_after, keep_masks
+from cup.tracing.heads import head_count
 from cup.tracing.layers import CONVS, TRANSPOSED_CONVS, find_layer, weight_of
 from cup.tracing.meta import (
     Sample,
@@ -32,8 +33,6 @@ from cup.tracing.meta import (
     sample_of,
     tensors_in,
 )
-
-OUTSIDE = "(products outside of layers)"
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ class FlopsByWidths:
         channels = len(network.alive)
         self._reads, self._fixed_reads = _counting([call.reads for call in calls], channels)
         self._writes, self._fixed_writes = _counting([call.writes for call in calls], channels)
-        self._rates = np.array([_rates(model.get_submodule(call.module), call) for call in calls], dtype=np.int64)
+        self._rates = np.array([_rates(model, call) for call in calls], dtype=np.int64)
         self._flops, self._macs = self._costs(network.alive)
 
     def after(self, kept: Mapping[str, Sequence[int]]) -> int:
@@ -150,11 +149,14 @@ def _counting(axes: Sequence[np.ndarray | None], channels: int) -> tuple[csr_arr
     return counts, np.array([axis is None for axis in axes], dtype=np.int64)
 
 
-def _rates(layer: nn.Module, call: Call) -> tuple[int, int, int]:
+def _rates(model: nn.Module, call: Call) -> tuple[int, int, int]:
     """MACs for each pair of a read and a written channel, MACs and other FLOPs for each written channel.
 
     An axis where no channel can go counts as one channel.
     """
+    if call.module == OUTSIDE:
+        return 0, call.macs // len(call.writes), 0
+    layer = model.get_submodule(call.module)
     flops, macs = _cost(layer, call.input_shape, call.output_shape)
     reads = 1 if call.reads is None else len(call.reads)
     writes = 1 if call.writes is None else len(call.writes)
@@ -175,8 +177,9 @@ def _removed_parameters(
     repeated = 0
     for name in dict.fromkeys(name for name, _ in masks):
         layer = find_layer(model, name)
-        if isinstance(layer, torch.Tensor) and not isinstance(layer, nn.Parameter):
-            continue  # a free buffer
+        is_buffer = isinstance(layer, torch.Tensor) and not isinstance(layer, nn.Parameter)
+        if is_buffer or (isinstance(layer, nn.Module) and head_count(layer) is not None):
+            continue
         stays = {axis: masks[name, axis] for axis in ("in", "out") if (name, axis) in masks}
         weight = weight_of(layer)
         before = after = 0 if weight is None else weight.numel()

@@ -16,13 +16,18 @@ Masks = dict[tuple[str, AxisName], np.ndarray]
 """(module, axis) -> bool over the axis, False where the channel at that index goes; axes that lose none are absent."""
 
 
+OUTSIDE = "(products outside of layers)"
+"""What a `Call` and a `LayerCost` name as the module of attention's products."""
+
+
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One call of a module in the forward pass, for counting what it costs at other widths.
+    """One call of a module in the forward pass, or one product of attention, for counting its cost at other widths.
 
     input_shape, output_shape: of one sample with its batch dimension, (1, ...), at the widths of the trace.
     reads, writes: int64, the trace's number of the channel at each index of the input's and the output's channel
         axis; None where no channel can go.
+    macs: of a product outside of layers, whose heads can go: multiply-adds for one sample at the widths of the trace.
     """
 
     module: str
@@ -30,6 +35,7 @@ class Call:
     output_shape: tuple[int, ...]
     reads: np.ndarray | None
     writes: np.ndarray | None
+    macs: int = 0
 
 
 @dataclass(frozen=True, eq=False)

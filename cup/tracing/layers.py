@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from cup.errors import CupError
+from cup.tracing.heads import head_count, set_head_count
 
 AxisName = Literal["in", "out"]
 
@@ -23,8 +24,8 @@ def find_layer(model: nn.Module, name: str) -> nn.Module | torch.Tensor:
 
 
 def weight_of(layer: nn.Module | torch.Tensor) -> torch.Tensor | None:
-    """The tensor with the layer's channels; None for a norm without weights."""
-    return layer if isinstance(layer, torch.Tensor) else layer.weight
+    """The tensor with the layer's channels; None for a norm without weights, and for a module that counts heads."""
+    return layer if isinstance(layer, torch.Tensor) else getattr(layer, "weight", None)
 
 
 def weight_dim(layer: nn.Module | torch.Tensor, axis: AxisName) -> int:
@@ -47,6 +48,8 @@ def axis_length(layer: nn.Module | torch.Tensor, axis: AxisName) -> int | None:
         return getattr(layer, written if axis == "out" else read)
     if isinstance(layer, nn.LayerNorm):
         return layer.normalized_shape[0]
+    if (heads := head_count(layer)) is not None:
+        return heads if axis == "out" else None
     names = ("num_features", "num_channels", "num_parameters")
     return next((getattr(layer, name) for name in names if hasattr(layer, name)), None) if axis == "out" else None
 
@@ -54,7 +57,7 @@ def axis_length(layer: nn.Module | torch.Tensor, axis: AxisName) -> int | None:
 def set_widths(layer: nn.Module, entries: int) -> None:
     """Bring a layer's attributes in line with its tensors after surgery.
 
-    entries: of the "out" axis of a norm, grouped convolution or PReLU; other layers' weights say it all.
+    entries: of the "out" axis of a norm, grouped convolution or PReLU, or heads; other layers' weights say it all.
     """
     if isinstance(layer, nn.Linear):
         layer.out_features, layer.in_features = layer.weight.shape
@@ -72,5 +75,7 @@ def set_widths(layer: nn.Module, entries: int) -> None:
         layer.normalized_shape = (entries,)
     elif isinstance(layer, nn.PReLU):
         layer.num_parameters = entries
+    elif head_count(layer) is not None:
+        set_head_count(layer, entries)
     else:
         layer.num_features = entries

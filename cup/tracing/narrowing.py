@@ -11,6 +11,7 @@ from torch import nn
 
 from cup.errors import CupError
 from cup.tracing.groups import Masks
+from cup.tracing.heads import head_count
 from cup.tracing.layers import AxisName, find_layer, set_widths, weight_dim
 
 
@@ -132,6 +133,8 @@ def _narrowed(
         return _NarrowedLayer(name, (_change(model, name, weight_axes, weight_merges, renewed),), {})
     if isinstance(layer, torch.Tensor):
         return _NarrowedLayer(name, (), {name: select(layer, weight_axes, weight_merges)})
+    if head_count(layer) is not None:
+        return _NarrowedLayer(name, (), {}, len(axes["out"]))
     changes = []
     if layer.weight is not None:
         changes.append(_change(model, f"{name}.weight", weight_axes, weight_merges, renewed))

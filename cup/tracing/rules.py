@@ -4,6 +4,7 @@ A rule gets the operation and the labels, and returns where the channels are in 
 none can be followed any more. What a rule is not sure of it freezes, with the reason.
 """
 
+import itertools
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from cup.tracing.heads import head_count
 from cup.tracing.labels import Channels, Labels
 
 
@@ -106,11 +108,10 @@ def layer_at(node: fx.Node, model: nn.Module) -> str | None:
     if node.op == "call_module":
         return node.target
     kind = LAYER_FUNCTIONS.get(node.target) if node.op == "call_function" else None
-    stack = list(node.meta.get("nn_module_stack") or ())
     value = node.args[0] if node.args else None
-    if kind is None or not stack or shape_of(value) is None or value.op == "get_attr":
+    if kind is None or not node.meta.get("nn_module_stack") or shape_of(value) is None or value.op == "get_attr":
         return None
-    owner = stack[-1]
+    owner = owner_of(node)
     layer = model.get_submodule(owner)
     read = {n.target for n in map(unscaled, node.all_input_nodes) if n.op == "get_attr"}
     own = {f"{owner}.{name}" for name in ("weight", "bias", "running_mean", "running_var")}
@@ -123,6 +124,13 @@ def layer_at(node: fx.Node, model: nn.Module) -> str | None:
     return owner if as_layer or (given is None and wanted == 1) else None
 
 
+def owner_of(node: fx.Node) -> str:
+    """Dotted name of the innermost module in whose forward pass the node is; "" for the network itself."""
+    # The keys are no names: those of a module's second call end in @1.
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return node.target if node.op == "call_module" else stack[-1][0] if stack else ""
+
+
 def unscaled(node: fx.Node) -> fx.Node:
     """A parameter that is multiplied with numbers (an equalised learning rate), or any other value itself."""
     while node.target in _SCALINGS and len(node.all_input_nodes) == 1 and is_constant(node):
@@ -133,8 +141,11 @@ def unscaled(node: fx.Node) -> fx.Node:
 def arguments_besides_width(node: fx.Node, model: nn.Module) -> str:
     """A node's arguments as text, without the number of groups or the shape that a layer hands to its function.
 
-    That number follows the layer's weights.
+    That number follows the layer's weights; and so does the size of a view that follows a module's heads.
     """
+    if (dim := node.meta.get("following")) is not None:
+        sizes = list(_spelt_out(node))
+        return f"{node.args[0]} {[*sizes[:dim], *sizes[dim + 1 :]]}"
     args, kwargs = list(node.args), dict(node.kwargs)
     position, name = _WIDTH_ARGUMENTS.get(node.target, (None, ""))
     if position is not None and layer_at(node, model) is not None:
@@ -164,7 +175,7 @@ def answers_no_width(node: fx.Node) -> bool:
 
 def gives_parts(node: fx.Node) -> bool:
     """Whether a node's several tensors are parts of its input, as a rule follows them."""
-    return node.target in _SPLITS
+    return node.target in (*_SPLITS, *_UNBINDS)
 
 
 def is_known(module: nn.Module) -> bool:
@@ -313,13 +324,15 @@ def _reshape(op: Operation, labels: Labels) -> Channels | None:
     value, before, after = op.value, op.input_shape, op.output_shape
     if value is None:
         return None
+    if (heads := _split_into_heads(op, labels)) is not None:
+        return heads
     ways = list(_joined(value, before, after))
     if not _is_view(op.node):
         if not ways:
             labels.freeze([value], f"{op.name} from {before[1:]} to {after[1:]} is not followed")
         return ways[0] if ways else None
     for channels in ways:
-        if _size_follows(op, labels, _size_at(op.node, channels.dim), channels):
+        if _size_follows(op, labels, _size_at(op.node, channels.dim), channels) or _joins_heads(op, channels.dim):
             return channels
     if (halves := _split_in_two(op, labels)) is not None:
         return halves
@@ -328,6 +341,45 @@ def _reshape(op: Operation, labels: Labels) -> Channels | None:
     shapes = f"from {before[1:]} to {after[1:]} is not followed"
     labels.freeze([value], f"{op.name} to {what}" if ways else f"{op.name} {shapes}")
     return None
+
+
+def _split_into_heads(op: Operation, labels: Labels) -> Channels | None:
+    """A view of the channels as the heads that the module counts, in front of each head's channels: whole heads go.
+
+    x.view(batch, tokens, 3, self.num_heads, self.head_dim), or -1 for any of the sizes.
+    """
+    value, after, owner = op.value, op.output_shape, owner_of(op.node)
+    heads, in_front = head_count(op.model.get_submodule(owner)), math.prod(op.input_shape[: value.dim])
+    if heads is None or not _is_view(op.node):
+        return None
+    for first, last in itertools.combinations(range(len(after)), 2):
+        if math.prod(after[:first]) != in_front or math.prod(after[first : last + 1]) != len(value.labels_C):
+            continue
+        sizes = [_size_at(op.node, dim) for dim in range(first, last + 1)]
+        counted = [dim for dim in range(first, last) if after[dim] == heads]
+        if not counted or not all(isinstance(size, int) for size in sizes):
+            continue
+        dim = counted[-1]
+        by_head_HX = np.moveaxis(value.labels_C.reshape(after[first : last + 1]), dim - first, 0).reshape(heads, -1)
+        labels_H = labels.bundle(by_head_HX.reshape(-1), heads)
+        labels.followers.append((owner, labels_H))
+        _note_follower(op.node, dim)
+        return Channels(dim, labels_H)
+    return None
+
+
+def _joins_heads(op: Operation, dim: int) -> bool:
+    """Whether a view joins the heads that the module counts to channels again, by a number of the module's."""
+    heads, size = head_count(op.model.get_submodule(owner_of(op.node))), _size_at(op.node, dim)
+    if not isinstance(size, int) or heads is None or op.input_shape[op.value.dim] != heads:
+        return False
+    _note_follower(op.node, dim)
+    return True
+
+
+def _note_follower(node: fx.Node, dim: int) -> None:
+    """The size that a view names there follows a module's number of heads; narrower copies show whether it does."""
+    node.meta["following"] = dim
 
 
 def _joined(value: Channels, before: tuple[int, ...], after: tuple[int, ...]) -> Iterator[Channels]:
@@ -470,7 +522,7 @@ def _add(op: Operation, labels: Labels) -> Channels | None:
 
 
 def _operands(op: Operation) -> list[fx.Node]:
-    return [argument for argument in op.node.args if shape_of(argument) is not None]
+    return [node for node in (*op.node.args, *op.node.kwargs.values()) if shape_of(node) is not None]
 
 
 def _elementwise(op: Operation, labels: Labels) -> Channels | None:
@@ -556,6 +608,36 @@ def _softmax(op: Operation, labels: Labels) -> Channels | None:
         labels.freeze([value], f"{op.name} works across channels")
         return None
     return value
+
+
+def _product(op: Operation, labels: Labels) -> Channels | None:
+    """A product of matrices, or attention: heads among the dimensions in front of the matrices are the same heads."""
+    known = [(op.channels[n], len(shape_of(n))) for n in _operands(op)]
+    inside = [value for value, rank in known if value is not None and value.dim >= rank - 2]
+    if inside or op.node.kwargs.get("enable_gqa"):
+        labels.freeze([value for value, _ in known], f"{op.name} works across channels")
+        return None
+    return _elementwise(op, labels)
+
+
+def product_macs(node: fx.Node) -> int:
+    """Multiply-adds of a product of matrices, or of attention's two; 0 for any other node."""
+    if _FUNCTIONS.get(node.target) is not _product or shape_of(node) is None:
+        return 0
+    written = math.prod(shape_of(node))
+    if node.target is F.scaled_dot_product_attention:
+        query, key = shape_of(node.args[0]), shape_of(node.args[1])
+        return key[-2] * (math.prod(query) + written)
+    return written * shape_of(node.args[0])[-1]
+
+
+def _unbind(op: Operation, labels: Labels) -> Channels | None:
+    """Tensors along one dimension, each with all the channels of the others; `_getitem` takes one."""
+    value, dim = op.value, op.argument(1, "dim", 0) % len(op.input_shape)
+    if value is None or dim == value.dim:
+        labels.freeze([value], f"{op.name} takes channels apart")
+        return None
+    return Channels(value.dim - (dim < value.dim), value.labels_C)
 
 
 def _stack(op: Operation, labels: Labels) -> Channels | None:
@@ -823,10 +905,13 @@ _WIDTHLESS = (
     *("dim", "ndim", "ndimension", "dtype", "device", "layout", "requires_grad", "is_cuda", "training"),
     *("is_floating_point", "is_complex", torch.is_floating_point, torch.is_complex, torch._assert),
 )
-_JOINING = (_add, _elementwise, _cat, _stack, _expand, _retyped)
+_JOINING = (_add, _elementwise, _product, _cat, _stack, _expand, _retyped)
 _SIZED = (torch.reshape, "view", "reshape")
 _CHUNKS = (torch.chunk, "chunk")
+_UNBINDS = (torch.unbind, "unbind")
 _SPLITS = (*_CHUNKS, torch.split, "split")
+KEYWORD_OPERANDS = (F.scaled_dot_product_attention,)
+"""Functions whose rule looks at tensors that are passed by keyword, too."""
 _FUNCTIONS: dict[Any, Rule] = {
     **dict.fromkeys(
         (
@@ -881,6 +966,9 @@ _FUNCTIONS: dict[Any, Rule] = {
     torch.stack: _stack,
     operator.getitem: _getitem,
     **dict.fromkeys(_SPLITS, _split),
+    **dict.fromkeys(_UNBINDS, _unbind),
+    **dict.fromkeys((torch.matmul, operator.matmul, torch.bmm, "matmul", "bmm"), _product),
+    F.scaled_dot_product_attention: _product,
     F.glu: _glu,
     F.channel_shuffle: _channel_shuffle,
     F.pixel_shuffle: _pixel_shuffle,

@@ -34,7 +34,7 @@ def channel_groups(model: nn.Module, example_input: Any = None, *, allow_hooks: 
     groups = groups_of(training, sample)
     groups = freeze_what_breaks(groups, lambda masks: _difference(training, twin.train(), masks, sample, hooked))
     evaluation = _trace(twin.eval(), sample, hooked)
-    if evaluation.steps() == training.steps():
+    if evaluation.steps(like=training) == training.steps():
         return groups
     evaluated = groups_of(evaluation, sample)
     groups = _told_apart(_allowed_in_both(groups, evaluated), evaluated)
@@ -50,7 +50,7 @@ def _difference(full: Trace, twin: nn.Module, masks: Masks, sample: Sample, hook
     narrow = copy.deepcopy(twin)
     try:
         narrow_layers(narrow, masks)
-        steps = trace_forward(narrow, sample, hooked).steps()
+        steps = trace_forward(narrow, sample, hooked).steps(like=full)
     except CupError as error:
         return f"without some of its channels the network does not run: {error}"
     if steps == full.steps():

@@ -46,9 +46,15 @@ class Trace:
     asked: list[fx.Node] = field(default_factory=list)
     hooked: list[tuple[fx.Node, str]] = field(default_factory=list)
 
-    def steps(self) -> list[tuple[str, str, str]]:
-        """(operation, what it is done to or by, arguments) of every node, comparable between traces of one network."""
+    def steps(self, like: "Trace | None" = None) -> list[tuple[str, str, str]]:
+        """(operation, what it is done to or by, arguments) of every node, comparable between traces of one network.
+
+        like: a trace whose walk has noted which sizes follow the widths; those are left out here, too.
+        """
         nodes = self.graph.nodes
+        for node, other in zip(nodes, () if like is None else like.graph.nodes, strict=False):
+            if "following" in other.meta:
+                node.meta["following"] = other.meta["following"]
         return [(node.op, self._target(node), arguments_besides_width(node, self.root)) for node in nodes]
 
     def _target(self, node: fx.Node) -> str:

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from cup.tracing.groups import AxisName, Call, ChannelGroup, Network, Place, TracedOp, Value
+from cup.tracing.groups import OUTSIDE, AxisName, Call, ChannelGroup, Network, Place, TracedOp, Value
 from cup.tracing.labels import Channels, Labels
 from cup.tracing.meta import Sample
 from cup.tracing.rules import (
+    KEYWORD_OPERANDS,
     LAYER_FUNCTIONS,
     Operation,
     find_rule,
@@ -25,6 +26,8 @@ from cup.tracing.rules import (
     has_width,
     is_constant,
     layer_at,
+    owner_of,
+    product_macs,
     reads_no_width,
     shape_of,
     unscaled,
@@ -58,9 +61,10 @@ class _Walk:
     def groups(self, sample: Sample) -> list[ChannelGroup]:
         for node in self.nodes:
             self.channels[node] = self._visit(node)
-            if self.layer_of[node] is not None and node.args and shape_of(node.args[0]) and shape_of(node):
+            if (self.layer_of[node] is not None or product_macs(node)) and node.args and shape_of(node.args[0]):
                 value = node.args[0]
-                self.calls.append((self.layer_of[node], value, self.channels[value], node, self.channels[node]))
+                if shape_of(node) and (self.layer_of[node] is not None or self.channels[node] is not None):
+                    self.calls.append((self.layer_of[node], value, self.channels[value], node, self.channels[node]))
         freeze_what_is_counted(self.nodes, self.trace.asked, self.channels, self.labels)
         for node, module in self.trace.hooked:
             self.labels.freeze([self.channels[node]], f"{module} has a forward hook, which may do anything")
@@ -214,7 +218,14 @@ class _Walk:
             return None if value is None else channel_of[value.labels_C]
 
         calls = tuple(
-            Call(layer, (1, *shape_of(read)[1:]), (1, *shape_of(written)[1:]), numbers(value), numbers(result))
+            Call(
+                OUTSIDE if layer is None else layer,
+                (1, *shape_of(read)[1:]),
+                (1, *shape_of(written)[1:]),
+                numbers(value),
+                numbers(result),
+                0 if layer is not None else product_macs(written) // TRACED_SAMPLES,
+            )
             for layer, read, value, written, result in self.calls
         )
         alive = np.ones(channel_of.max(initial=-1) + 1, dtype=bool)
@@ -234,7 +245,7 @@ class _Walk:
                 values.append(Value(shape, 0 if is_constant(node) else TRACED_SAMPLES, *axis, parameter))
             reads = tuple(position[n] for n in node.all_input_nodes if n in position)
             if reads and node.op.startswith("call"):
-                operations.append(TracedOp(_operation_name(node, self.twin), _owner(node), reads, position.get(node)))
+                operations.append(TracedOp(_operation_name(node, self.twin), owner_of(node), reads, position.get(node)))
         return tuple(values), tuple(operations)
 
     def _group(self, entries: dict[str, Entries], reason: str, inner: bool, network: Network) -> ChannelGroup:
@@ -271,6 +282,8 @@ class _Walk:
 
 def _tensor_keywords(node: fx.Node) -> bool:
     """Whether a tensor is passed by keyword: the rules look at positions, and at a layer's own weights by name."""
+    if node.target in KEYWORD_OPERANDS:
+        return False
     found: list[fx.Node] = []
     fx.map_arg(node.kwargs, found.append)
     values = [n for n in found if not (n.op == "get_attr" and node.target in LAYER_FUNCTIONS)]
@@ -281,11 +294,6 @@ def _operation_name(node: fx.Node, twin: nn.Module) -> str:
     """As in `TracedOp.name`: one spelling for a module, a function and a method that do the same."""
     name = type(twin.get_submodule(node.target)).__name__ if node.op == "call_module" else title(node)
     return name.lower().replace("_", "")
-
-
-def _owner(node: fx.Node) -> str:
-    """Dotted name of the innermost module in whose forward pass the node is."""
-    return node.target if node.op == "call_module" else next(reversed(node.meta.get("nn_module_stack") or {}), "")
 
 
 def title(node: fx.Node) -> str:

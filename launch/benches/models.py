@@ -12,29 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-import torchvision
 from torch import nn
 
 import cup
-from cup.tracing.layers import find_layer, weight_dim
-from cup.tracing.meta import meta_copy, meta_input
+from cup.tracing.meta import arguments, map_tensors, meta_copy, tensors_in
+from launch.benches import networks
 from launch.benches.measure import machine, write_result
+from launch.benches.twins import silence
 from train.errors import TrainError
-from train.network.models import build_model, check_model_name, native_input_shape
 
-TWIN_TOLERANCE = 1e-4
-"""Largest difference of the outputs to the masked twin's, relative to the largest output."""
+TWIN_TOLERANCE = 1e-6
+"""Largest difference to the masked twin's outputs and changes, relative to the largest of them; in float64."""
 
-TIMM = tuple(
-    f"timm:{name}"
-    for name in (
-        *("resnet26d", "resnetv2_50", "seresnet50", "skresnet18", "res2net50_26w_4s", "dla34", "dpn68", "vovnet39a"),
-        *("hrnet_w18_small", "cspresnet50", "densenet121", "regnety_008", "efficientnet_b0", "mobilenetv3_large_100"),
-        *("mobilenetv4_conv_small", "repvgg_a2", "xception41", "inception_v4", "convnext_atto", "selecsls42b"),
-    )
-)
-"""Twenty convolutional networks of different families."""
+SMALL_SIDE = 96
+"""Of the images that the passes are run on, in pixels, where the network takes such ones."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=["torchvision"],
         metavar="NAME",
-        help="as in model.name; torchvision = all its classification models, timm = twenty of timm's families",
+        help="as in model.name or SOURCE:NAME; all of a source: " + ", ".join(networks.SOURCES),
     )
     parser.add_argument("--reduction", type=float, default=2.0, metavar="FR", help="prune to this FR (default: 2)")
     parser.add_argument(
@@ -54,12 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def measure(options: argparse.Namespace) -> None:
     """Run every network, print a row each and the table at the end, write the result."""
-    sets = {"torchvision": torchvision.models.list_models(module=torchvision.models), "timm": list(TIMM)}
-    names = [name for given in options.models for name in sets.get(given, [given])]
+    names = list(dict.fromkeys(name for given in options.models for name in networks.names_of(given)))
     for name in names:
-        check_model_name(name)
+        networks.check_name(name)
     what = {"benchmark": "models", "reduction": options.reduction, "scope": options.scope}
-    what["machine"] = machine("torchvision", "timm", "scipy", "numpy")
+    what["machine"] = machine("torchvision", "timm", "transformers", "segmentation_models_pytorch", "scipy", "numpy")
     rows = _rows_of(options.resume, what) if options.resume else []
     for name in names:
         if any(row.name == name for row in rows):
@@ -91,7 +81,9 @@ class Row:
 
     groups, prunable: channel groups in all, and those in scope. frozen: reason -> groups. side: of the input, pixels.
     limit, reached: FR with one channel left of every prunable group, and FR of the plan. params: before and after.
-    twin_difference: of the outputs to the masked twin's, relative to the largest.
+    twin_difference, eval_difference: of the outputs to the masked twin's in training and in evaluation, relative to the
+        largest. step_difference: of the parameters' changes in one step with carried momentum, likewise.
+    round_trip: whether a copy that is shrunk to these widths and loads the weights gives the same, to the bit.
     seconds: of the processor, for trace, plan, and resize (apply and carry of momentum).
     failure: what went wrong, or "".
     """
@@ -105,6 +97,9 @@ class Row:
     reached: float = 1.0
     params: tuple[int, int] = (0, 0)
     twin_difference: float = 0.0
+    eval_difference: float = 0.0
+    step_difference: float = 0.0
+    round_trip: bool = True
     seconds: dict[str, float] = field(default_factory=dict)
     failure: str = ""
 
@@ -128,16 +123,17 @@ def run_model(name: str, reduction: float, scope: str) -> Row:
 
 def _run(row: Row, reduction: float, scope: str) -> None:
     torch.manual_seed(0)
-    model, shape = _build(row.name)
-    row.side, example, images = shape[-1], torch.empty(1, *shape), _small_images(model, shape)
+    model, example = networks.build(row.name)
+    # In float64, so that only mistakes count.
+    model, inputs = _without_chance(model).double(), map_tensors(_small(model, example), _as_double)
+    row.side = next(tensors_in(example)).shape[-1]
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-    _train_step(model, optimizer, images)  # fills the momentum and
+    _train_step(model, optimizer, inputs)  # fills the momentum and
     clock = _Clock()
     groups = cup.channel_groups(model, example)
     clock.stop("trace")
     row.groups, row.prunable = len(groups), len(cup.prunable_groups(groups, scope))
     row.frozen = dict(Counter(group.frozen for group in groups if group.frozen))
-    cup.describe(model, example)
     before = cup.complexity(model, example)
     row.seconds, row.params = clock.seconds, (before.params, before.params)
     if row.prunable == 0:
@@ -146,49 +142,58 @@ def _run(row: Row, reduction: float, scope: str) -> None:
     clock.start()
     plan = cup.plan_by_reduction(model, groups, reduction, cup.PlanOptions(scope=scope))
     clock.stop("plan")
-    twin = _masked_twin(model, groups, plan)
+    full, twin, twins_optimizer = copy.deepcopy(model), *copy.deepcopy((model, optimizer))
+    silence(twin, groups, plan.kept)
     clock.start()
     resized = cup.apply_plan(model, plan, groups)
     cup.carry_optimizer(optimizer, resized)
     clock.stop("resize")
     after = cup.complexity(model, example)
     row.reached, row.params = before.flops / after.flops, (before.params, after.params)
-    row.twin_difference = _difference(model, twin, images)
-    del twin
-    if not row.twin_difference <= TWIN_TOLERANCE:
-        row.failure = f"differs from its masked twin by {row.twin_difference:.1e}"
-    _train_step(model, optimizer, images)
+    row.twin_difference = _difference(model.train(), twin.train(), inputs)
+    row.eval_difference = _difference(model.eval(), twin.eval(), inputs)
+    row.round_trip = _comes_back(model, full, cup.plan_first_channels(groups, plan.new_widths), groups, inputs)
+    row.step_difference = _difference_of_steps((model, optimizer), (twin, twins_optimizer), resized, inputs)
+    row.failure = _mistake(row)
 
 
-def _build(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
-    """A network with all its heads and random weights, and the images that it was made for."""
-    if name in torchvision.models.list_models(module=torchvision.models):
-        options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-        model = torchvision.models.get_model(name, **options)
-    else:
-        model = build_model(name, num_classes=1000 if name.startswith("timm:") else 10)
-    return _without_chance(model), native_input_shape(name)
+def _mistake(row: Row) -> str:
+    for what in ("twin", "eval", "step"):
+        if not getattr(row, f"{what}_difference") <= TWIN_TOLERANCE:
+            where = {"twin": "in training", "eval": "in evaluation", "step": "in a step"}[what]
+            return f"differs from its masked twin {where} by {getattr(row, f'{what}_difference'):.1e}"
+    return "" if row.round_trip else "is another one after its weights were stored and loaded"
 
 
-def _small_images(model: nn.Module, shape: tuple[int, int, int]) -> torch.Tensor:
-    """Two images of half the side where the network takes them, for the passes that are run for real."""
-    half = (shape[0], shape[1] // 2, shape[2] // 2)
-    try:
-        with torch.no_grad(), torch.device("meta"):
-            meta_copy(model).train()(meta_input(half, batch=2))
-    except (AssertionError, RuntimeError):
-        half = shape
-    return torch.randn(2, *half)
+def _as_double(value: torch.Tensor) -> torch.Tensor:
+    return value.double() if value.is_floating_point() else value
+
+
+def _small(model: nn.Module, example: Any) -> Any:
+    """Smaller images where the network takes them, for the passes that are run for real."""
+    if not isinstance(example, torch.Tensor) or example.dim() != 4 or example.shape[-1] <= SMALL_SIDE:
+        return example
+    for side in (SMALL_SIDE, example.shape[-1] // 2):
+        smaller = example[..., :side, :side]
+        try:
+            with torch.no_grad(), torch.device("meta"):
+                meta_copy(model).train()(smaller.to("meta"))
+        except Exception:  # whatever a network says about images that are not for it
+            continue
+        return smaller
+    return example
 
 
 def _without_chance(model: nn.Module) -> nn.Module:
     """Dropout and stochastic depth off, and norms whose entries differ, so that a wrong index shows."""
     for module in model.modules():
-        if hasattr(module, "p") and isinstance(module.p, float):
-            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and (name == "p" or "drop" in name):
+                setattr(module, name, 0.0)
         if isinstance(module, _NORMS) and module.weight is not None:
             nn.init.uniform_(module.weight, 0.8, 1.2)
-            nn.init.uniform_(module.bias, -0.1, 0.1)
+            if module.bias is not None:
+                nn.init.uniform_(module.bias, -0.1, 0.1)
     return model
 
 
@@ -200,41 +205,62 @@ def _deepest(groups: Sequence[cup.ChannelGroup], scope: str) -> cup.PrunePlan:
     return cup.PrunePlan({group.name: (0,) for group in prunable}, {group.name: group.width for group in prunable})
 
 
-def _masked_twin(model: nn.Module, groups: Sequence[cup.ChannelGroup], plan: cup.PrunePlan) -> nn.Module:
-    """The network at full width in which no layer hears the channels that go."""
-    twin = copy.deepcopy(model)
-    for group in groups:
-        gone = set(range(group.width)) - set(plan.kept.get(group.name, range(group.width)))
-        for place in group.consumers:
-            layer = find_layer(twin, place.module)
-            silent = [index for index, channel in enumerate(place.channel_of_index.tolist()) if channel in gone]
-            layer.weight.data.index_fill_(weight_dim(layer, "in"), torch.tensor(silent, dtype=torch.int64), 0.0)
-    return twin
+def _run_on(network: nn.Module, inputs: Any) -> list[torch.Tensor]:
+    """All floating tensors that the network gives, those of auxiliary heads among them."""
+    positional, named = arguments(inputs)
+    return [value for value in tensors_in(network(*positional, **named)) if value.is_floating_point()]
 
 
 @torch.no_grad()
-def _difference(model: nn.Module, twin: nn.Module, images: torch.Tensor) -> float:
-    """In training mode, where batch norm keeps the signal alive after a deep cut, and in float64, so that only mistakes
-    count; the model comes back as float32.
+def _difference(model: nn.Module, twin: nn.Module, inputs: Any) -> float:
+    """The largest of the outputs, relative to the twin's largest entry."""
+    pairs = zip(_run_on(model, inputs), _run_on(twin, inputs), strict=True)
+    return max(float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-12)) for found, wanted in pairs)
+
+
+@torch.no_grad()
+def _comes_back(
+    model: nn.Module, full: nn.Module, plan: cup.PrunePlan, groups: Sequence[cup.ChannelGroup], inputs: Any
+) -> bool:
+    """Whether the full network, cut to the same widths, is the resized one once it has its weights."""
+    cup.apply_plan(full, plan, groups)
+    full.load_state_dict(model.state_dict())
+    return all(map(torch.equal, _run_on(full.eval(), inputs), _run_on(model.eval(), inputs)))
+
+
+def _difference_of_steps(
+    resized_pair: "tuple[nn.Module, torch.optim.Optimizer]",
+    twin_pair: "tuple[nn.Module, torch.optim.Optimizer]",
+    resized: cup.Resized,
+    inputs: Any,
+) -> float:
+    """How far a step with carried momentum changes parameters otherwise than one of the twin, relative to the largest
+    change.
     """
-    found, wanted = (_heads(network.double().train()(images.double()))[0] for network in (model, twin))
-    model.float()
-    return float((found - wanted).abs().max() / wanted.abs().max())
+    (model, optimizer), (twin, twins_optimizer) = resized_pair, twin_pair
+    axes = {change.name: change.axes for change in resized.changes}
+    twins = dict(twin.named_parameters(remove_duplicate=False))
+    before = {name: (p.detach().clone(), twins[name].detach().clone()) for name, p in model.named_parameters()}
+    _train_step(model, optimizer, inputs)
+    _train_step(twin, twins_optimizer, inputs)
+    largest, off = 1e-12, 0.0
+    for name, parameter in model.named_parameters():
+        moved, wanted = parameter.detach() - before[name][0], twins[name].detach() - before[name][1]
+        for dim, index in axes.get(name, {}).items():
+            wanted = wanted.index_select(dim, index)
+        off, largest = max(off, float((moved - wanted).abs().max())), max(largest, float(wanted.abs().max()))
+    return off / largest
 
 
-def _train_step(model: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor) -> None:
-    """One step on all heads; TrainError if it leaves a parameter that is not finite."""
-    labels = torch.zeros(len(images), dtype=torch.int64)
-    sum(F.cross_entropy(head, labels) for head in _heads(model.train()(images))).backward()
+def _train_step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Any) -> None:
+    """One step on all that the network gives; TrainError if it leaves a parameter that is not finite."""
+    dice = torch.Generator().manual_seed(0)
+    outputs = _run_on(model.train(), inputs)
+    sum((output * torch.randn(output.shape, generator=dice)).mean() for output in outputs).backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise TrainError("a training step left parameters that are not finite")
-
-
-def _heads(outputs: Any) -> list[torch.Tensor]:
-    """The logits, and those of auxiliary heads behind them."""
-    return [outputs] if isinstance(outputs, torch.Tensor) else [head for head in outputs if head is not None]
 
 
 class _Clock:
@@ -261,10 +287,11 @@ def _why_frozen(frozen: dict[str, int]) -> str:
 def _print_table(rows: Sequence[Row], reduction: float) -> None:
     whole = [row for row in rows if not row.failure]
     reached = sum(row.reached >= reduction * (1 - cup.REDUCTION_TOLERANCE) for row in whole)
-    print("| model | input | groups | may shrink | limit | FR | parameters (M) | CPU s | frozen, and why |")
-    print("|---|---:|---:|---:|---:|---:|---:|---:|---|")
+    print("| model | input | groups | may shrink | limit | FR | parameters (M) | twin | step | CPU s | frozen, and why |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|")
     for row in rows:
         cells = [row.name, row.side, row.groups, row.prunable, f"{row.limit:.4g}", f"{row.reached:.2f}"]
-        cells += [f"{row.params[0] / 1e6:.1f} to {row.params[1] / 1e6:.1f}", f"{sum(row.seconds.values()):.1f}"]
+        cells += [f"{row.params[0] / 1e6:.1f} to {row.params[1] / 1e6:.1f}", f"{max(row.twin_difference, row.eval_difference):.0e}"]
+        cells += [f"{row.step_difference:.0e}", f"{sum(row.seconds.values()):.1f}"]
         print(f"| {' | '.join(map(str, [*cells, row.failure or _why_frozen(row.frozen)]))} |")
     print(f"{len(whole)} of {len(rows)} pass, {reached} reach FR {reduction:g}")

@@ -51,8 +51,8 @@ FAMILIES = {
     "timm:rexnet_100": (36, 31, 31),
     "timm:poolformer_s12": (29, 12, 12),
     "timm:eca_resnet33ts": (29, 14, 18),
-    "timm:pit_xs_224": (54, 12, 12),
-    "timm:vit_tiny_patch16_224": (50, 12, 12),
+    "timm:pit_xs_224": (54, 24, 24),
+    "timm:vit_tiny_patch16_224": (50, 24, 24),
     "timm:mixer_s32_224": (34, 16, 16),
     "timm:lcnet_050": (18, 17, 17),
 }

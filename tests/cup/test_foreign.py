@@ -247,6 +247,7 @@ IDIOMS = {
     "a convolution used twice": lambda s, y, x: s.c2(F.relu(s.c2(y))),
     "a norm used twice": lambda s, y, x: s.norm(s.c2(s.norm(y))),
     "an equalised learning rate": lambda s, y, x: s.equal(y),
+    "an equalised convolution used twice": lambda s, y, x: s.equal(F.relu(s.equal(y))),
     "a scalar buffer": lambda s, y, x: y * s.step,
 }
 

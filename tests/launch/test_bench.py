@@ -41,7 +41,8 @@ def test_networks_go_through_all_of_the_library(tmp_path, capsys):
     for row in rows:
         assert row["failure"] == ""
         assert row["reached"] == pytest.approx(1.5, rel=0.02)
-        assert row["twin_difference"] < models.TWIN_TOLERANCE
+        assert max(row[f"{what}_difference"] for what in ("twin", "eval", "step")) < models.TWIN_TOLERANCE
+        assert row["round_trip"]
     assert capsys.readouterr().out.splitlines()[-1] == "2 of 2 pass, 2 reach FR 1.5"
 
 
@@ -59,15 +60,20 @@ def test_a_table_of_networks_goes_on_where_it_was_left(tmp_path, capsys, monkeyp
 
 
 def test_a_network_that_differs_from_its_twin_does_not_pass(monkeypatch):
-    monkeypatch.setattr(models, "_masked_twin", lambda model, groups, plan: copy.deepcopy(model))
-    assert "differs from its masked twin" in models.run_model("resnet20_cifar", 1.5, "inner").failure
+    monkeypatch.setattr(models, "silence", lambda model, groups, kept: model)
+    assert "differs from its masked twin in training" in models.run_model("resnet20_cifar", 1.5, "inner").failure
+
+
+def test_a_network_whose_momentum_is_lost_does_not_pass(monkeypatch):
+    monkeypatch.setattr(models.cup, "carry_optimizer", lambda optimizer, resized: optimizer.state.clear())
+    assert "in a step" in models.run_model("resnet20_cifar", 1.5, "inner").failure
 
 
 def test_a_network_that_breaks_is_a_row_and_not_the_end(monkeypatch):
     def broken(name):
         raise RuntimeError("no such\nlayer")
 
-    monkeypatch.setattr(models, "_build", broken)
+    monkeypatch.setattr(models.networks, "build", broken)
     assert models.run_model("lenet", 1.5, "inner").failure == "RuntimeError: no such layer"
 
 

@@ -1,0 +1,200 @@
+"""Attention heads as channels: whole heads go, and what the modules say of them follows. Twins in float64."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cup_twins import check_against_twin, plan_of, randomise
+from torch import nn
+
+import cup
+
+WIDTH, HEADS = 12, 3
+
+
+class Attention(nn.Module):
+    """timm's spelling: one layer for query, key and value, numbers from attributes."""
+
+    def __init__(self, fused=True):
+        super().__init__()
+        self.num_heads, self.head_dim, self.fused = HEADS, 5, fused
+        self.attn_dim, self.scale = HEADS * 5, 5**-0.5
+        self.qkv, self.proj = nn.Linear(WIDTH, 3 * self.attn_dim), nn.Linear(self.attn_dim, WIDTH)
+
+    def forward(self, x):
+        batch, tokens, _ = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        if self.fused:
+            x = F.scaled_dot_product_attention(q, k, v, dropout_p=0.0)
+        else:
+            x = ((q * self.scale) @ k.transpose(-2, -1)).softmax(-1) @ v
+        return self.proj(x.transpose(1, 2).reshape(batch, tokens, self.attn_dim))
+
+
+class Separate(nn.Module):
+    """Hugging Face's spelling: three layers, the number of heads is what is left, a mask that is the same for all."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_attention_heads, self.size = HEADS, 5
+        self.q, self.k, self.v = (nn.Linear(WIDTH, HEADS * 5) for _ in range(3))
+        self.out = nn.Linear(HEADS * 5, WIDTH)
+
+    def forward(self, x):
+        shape = (*x.shape[:-1], -1, self.size)
+        q, k, v = (layer(x).view(shape).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        mask = x.mean(-1)[:, None, None, :]
+        weights = F.softmax(torch.matmul(q, k.transpose(2, 3)) * 5**-0.5 + mask, dim=-1)
+        return self.out(torch.matmul(weights, v).transpose(1, 2).contiguous().reshape(*x.shape[:-1], -1))
+
+
+class Masked(Separate):
+    def forward(self, x):
+        shape = (*x.shape[:-1], -1, self.size)
+        q, k, v = (layer(x).view(shape).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        mask = x.mean(-1)[:, None, None, :].expand(-1, -1, x.shape[1], -1)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out(y.transpose(1, 2).reshape(*x.shape[:-1], -1))
+
+
+class Counted(Attention):
+    """The products of its two numbers instead of a third one; -1 for the channels of a head."""
+
+    def forward(self, x):
+        batch, tokens, _ = x.shape
+        q, k, v = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).reshape(batch, tokens, self.num_heads * self.head_dim))
+
+
+class Block(nn.Module):
+    """Attention and MLP on a residual stream that must stay."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.embed, self.position = nn.Linear(4, WIDTH), nn.Parameter(torch.rand(7, WIDTH))
+        self.norm1, self.attention, self.norm2 = nn.LayerNorm(WIDTH), attention, nn.LayerNorm(WIDTH)
+        self.fc1, self.fc2, self.fc = nn.Linear(WIDTH, 10), nn.Linear(10, WIDTH), nn.Linear(WIDTH, 5)
+
+    def forward(self, x):
+        x = self.embed(x) + self.position
+        x = x + self.attention(self.norm1(x))
+        x = x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        return self.fc(x.mean(1))
+
+
+FOLLOWED = {
+    "fused": lambda: Attention(),
+    "by hand": lambda: Attention(fused=False),
+    "separate": Separate,
+    "masked": Masked,
+    "counted": Counted,
+}
+
+
+def built(attention):
+    torch.manual_seed(0)
+    return randomise(Block(attention)), torch.randn(4, 7, 4)
+
+
+def heads_of(groups):
+    return next(group for group in groups if group.name.startswith("attention") and group.name != "attention.out")
+
+
+@pytest.mark.parametrize("case", list(FOLLOWED))
+def test_whole_heads_go(case):
+    model, tokens = built(FOLLOWED[case]())
+    group = heads_of(check_against_twin(copy.deepcopy(model), tokens))
+    assert (group.width, group.frozen, group.inner) == (HEADS, "", True)
+    assert {place.module for place in group.consumers} <= {"attention.proj", "attention.out"}
+    groups = cup.channel_groups(model, tokens)
+    before = cup.complexity(model, tokens)
+    plan = plan_of(groups, {group.name: (1,)})
+    expected = cup.complexity_after(model, groups, plan, before)
+    resized = cup.apply_plan(model, plan, groups)
+    assert cup.complexity(model, tokens) == expected
+    counts = [getattr(model.attention, name, None) for name in ("num_heads", "num_attention_heads")]
+    assert sorted(counts, key=str) == [1, None]
+    again = cup.channel_groups(model, tokens)
+    assert [(one.name, one.width) for one in again] == [(one.name, one.width) for one in resized.groups]
+
+
+def test_the_numbers_of_the_module_follow_and_a_heads_own_width_stays():
+    model, tokens = built(Attention())
+    groups = cup.channel_groups(model, tokens)
+    cup.apply_plan(model, plan_of(groups, {"attention.qkv": (0, 2)}), groups)
+    attention = model.attention
+    assert (attention.num_heads, attention.attn_dim, attention.head_dim, attention.scale) == (2, 10, 5, 5**-0.5)
+    assert attention.qkv.weight.shape == (30, WIDTH)
+    assert attention.proj.weight.shape == (WIDTH, 10)
+
+
+def test_a_carried_step_is_that_of_the_masked_twin():
+    model, tokens = built(Attention())
+    model, tokens = model.double(), tokens.double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+    def step(network, optimizer):
+        optimizer.zero_grad()
+        network(tokens).square().sum().backward()
+        optimizer.step()
+
+    step(model, optimizer)
+    groups = cup.channel_groups(model, tokens)
+    twin, twins = copy.deepcopy((model, optimizer))
+    with torch.no_grad():
+        twin.attention.proj.weight[:, 5:10] = 0  # nobody hears the second head
+    resized = cup.apply_plan(model, plan_of(groups, {"attention.qkv": (0, 2)}), groups)
+    cup.carry_optimizer(optimizer, resized)
+    step(model, optimizer)
+    step(twin, twins)
+    stays = [index for index in range(45) if index // 5 % 3 != 1]
+    assert torch.allclose(model.attention.qkv.weight, twin.attention.qkv.weight[stays], rtol=1e-9, atol=1e-12)
+    assert torch.allclose(model.attention.qkv.bias, twin.attention.qkv.bias[stays], rtol=1e-9, atol=1e-12)
+
+
+def test_the_ranking_of_a_head_is_that_of_all_its_rows():
+    model, tokens = built(Attention())
+    groups = cup.channel_groups(model, tokens)
+    with torch.no_grad():
+        model.attention.qkv.weight.view(3, HEADS, 5, WIDTH)[:, 1] *= 0.01
+    plan = cup.plan_by_counts(model, groups, {"attention.qkv": 2}, cup.PlanOptions(criterion="l1"))
+    assert plan.kept["attention.qkv"] == (0, 2)
+
+
+class FixedNumber(Attention):
+    def forward(self, x):
+        q, k, v = self.qkv(x).reshape(*x.shape[:2], 3, 3, 5).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class FromTheStream(Attention):
+    """A head's width is computed from the stream's, which stays when heads go."""
+
+    def forward(self, x):
+        batch, tokens, width = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, width * 5 // 4 // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Mixed(Attention):
+    """Talking heads: a head hears the others."""
+
+    def __init__(self):
+        super().__init__()
+        self.talk = nn.Linear(HEADS, HEADS)
+
+    def forward(self, x):
+        batch, tokens, _ = x.shape
+        q, k, v = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        weights = (q @ k.transpose(-2, -1)).softmax(-1).softmax(1)
+        return self.proj((weights @ v).transpose(1, 2).reshape(batch, tokens, self.attn_dim))
+
+
+@pytest.mark.parametrize("attention", [FixedNumber, FromTheStream, Mixed])
+def test_heads_that_cannot_go_stay(attention):
+    model, tokens = built(attention())
+    assert heads_of(check_against_twin(model, tokens)).frozen
