@@ -136,7 +136,8 @@ class DataConfig:
 
     path: str = "datasets/imagenet"
     """Image folder (PATH/train/CLASS/*.jpg and PATH/val/CLASS/*.jpg, JPEG or PNG), file lists (PATH/train.txt and
-    PATH/val.txt, a line each `FILE CLASS`; DALI takes s3:// and gs:// files too), or shards by launch/prepare.py."""
+    PATH/val.txt, a line each `FILE CLASS`; DALI takes s3:// and gs:// files too), shards by launch/prepare.py, or a
+    Hugging Face set (hf:FOLDER, Arrow or Parquet)."""
     exclude: str = ""
     """List of images to leave out, as `launch/prepare.py check` writes it; empty = PATH/exclude.txt, if it is there."""
     held_out: int = 0

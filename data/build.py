@@ -19,6 +19,7 @@ from data.batch import (
     preprocessing_of,
     with_preprocessing,
 )
+from data.classes import is_number
 from data.folder import FolderSource
 from data.images import (
     DALI_SCHEMES,
@@ -26,7 +27,6 @@ from data.images import (
     ImageList,
     has_split,
     hold_out,
-    is_number,
     list_splits,
     list_validation,
     require_schemes,
@@ -199,7 +199,7 @@ def _surprises(config: DataConfig, listed: dict[Split, ImageList], *, order_is_g
                 f"output 0 is class {numbers[0]}, its last one ({len(numbers) - 1}) class {numbers[-1]}"
             )
     if not config.mmap and images.places is not None:
-        notes.append("data.mmap has no effect with shards, which are always read")
+        notes.append("data.mmap has no effect with shards and Hugging Face sets, which are always read")
     return notes
 
 

@@ -1,4 +1,4 @@
-"""Which images a data set holds and where their bytes lie: image folders, file lists and shards, listed alike."""
+"""Which images a data set holds and where their bytes lie: folders, lists, shards, Hugging Face sets, listed alike."""
 
 import codecs
 import hashlib
@@ -14,9 +14,11 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from data import hf
 from data.batch import DataError, Split
+from data.classes import numbered_classes
 from data.files import MAX_IMAGE_BYTES, lines_of, read_bounded, reading, why_not
-from data.shards import MANIFEST, MAX_DIGITS, TarPlaces, read_shards
+from data.shards import MANIFEST, Places, read_shards
 
 EXCLUDE_FILE = "exclude.txt"
 SPLITS: tuple[Split, ...] = ("train", "val")
@@ -37,8 +39,8 @@ class ImageList:
     labels: np.ndarray
     """int64 (N,), index into `classes`."""
     classes: list[str]
-    places: TarPlaces | None = None
-    """Where the images lie in shards; None where each is a file."""
+    places: Places | None = None
+    """Where the images lie within larger files; None where each is a file."""
     num_excluded: int = 0
     """Images that an exclude list took out."""
     unmatched: tuple[str, ...] = ()
@@ -72,7 +74,7 @@ class ImageList:
 
     @property
     def shard_sizes(self) -> tuple[int, ...]:
-        """Images of each shard; empty where each image is a file."""
+        """Images of each shard or Arrow file; empty where each image is a file."""
         return () if self.places is None else self.places.shard_sizes
 
     @cached_property
@@ -143,14 +145,21 @@ def list_validation(path: str | Path, exclude: str | Path = "") -> ImageList:
 
 def has_split(path: str | Path, split: str) -> bool:
     """Whether a data set has this split, in whatever form."""
-    with reading(Path(path)):
+    with reading(folder_of(path)):
+        if hf.is_set(path):
+            return hf.has_split(folder_of(path), split)
         return any((Path(path) / name).exists() for name in (split, f"{split}.txt"))
 
 
 def list_split(path: str | Path, split: str) -> ImageList:
     """All images of one split as they are found, classes without images included; DataError if there are none."""
-    with reading(Path(path)):
-        return _list_split(path, split)
+    with reading(folder_of(path)):
+        return _list_rows(folder_of(path), split) if hf.is_set(path) else _list_split(path, split)
+
+
+def folder_of(path: str | Path) -> Path:
+    """Where a data set lies."""
+    return hf.folder_of(path) if hf.is_set(path) else Path(path)
 
 
 def _list_split(path: str | Path, split: str) -> ImageList:
@@ -168,12 +177,14 @@ def _list_split(path: str | Path, split: str) -> ImageList:
     if (root / MANIFEST).is_file():
         names, labels, classes, places = read_shards(root)
         return ImageList(root=root, names=names, labels=labels, classes=classes, places=places)
+    if hf.has_split(Path(path), split):
+        raise DataError(f"{path}: is a Hugging Face set: call it {hf.PREFIX}{path}")
     return _list_folder(root)
 
 
 def exclude_file(path: str | Path, exclude: str | Path) -> Path:
     """Where the exclude list of a data set is, or would be."""
-    return Path(exclude) if exclude else Path(path) / EXCLUDE_FILE
+    return Path(exclude) if exclude else folder_of(path) / EXCLUDE_FILE
 
 
 def read_exclude_list(file: Path, must_exist: bool) -> dict[str, str]:
@@ -242,6 +253,12 @@ def in_words(error: Exception) -> str:
     return " ".join(str(error).split()).split(" <_io.BytesIO")[0] or type(error).__name__
 
 
+def _list_rows(folder: Path, split: str) -> ImageList:
+    """A split of a Hugging Face set, row by row."""
+    names, labels, classes, places = hf.read_rows(folder, split)
+    return ImageList(root=folder / split, names=names, labels=labels, classes=classes, places=places)
+
+
 def _list_folder(root: Path) -> ImageList:
     """ROOT/CLASS/FILE in sorted order, without hidden ones."""
     if not root.is_dir():
@@ -308,19 +325,6 @@ def _without_mark(lines: Iterator[bytes]) -> Iterator[bytes]:
     return (line.removeprefix(codecs.BOM_UTF8) if number == 0 else line for number, line in enumerate(lines))
 
 
-def is_number(class_name: str) -> bool:
-    """Whether a class is called by a number, which sorts as such."""
-    return class_name.isdecimal() and len(class_name) <= MAX_DIGITS
-
-
-def numbered_classes(found: list[str]) -> tuple[list[str], np.ndarray]:
-    """The classes in sorted order, those that are all numbers by number, and the label int64 (N,) of each image."""
-    numeric = all(map(is_number, found))
-    classes = sorted(set(found), key=lambda name: (int(name) if numeric else 0, name))  # 1 and 01 are two classes
-    label_of = {class_name: label for label, class_name in enumerate(classes)}
-    return classes, np.array([label_of[class_name] for class_name in found], dtype=np.int64)
-
-
 def with_classes(images: ImageList, classes: list[str]) -> ImageList:
     """The images with labels that are places in `classes`, which may be theirs in another order.
 
@@ -372,6 +376,10 @@ def _without(images: ImageList, split: str, excluded: dict[str, str]) -> ImageLi
             raise DataError(
                 f"{images.root / class_name}: cannot be read ({images.unreadable[class_name]}); mend it, or let "
                 "launch/prepare.py check leave the class out"
+            )
+        if count == 0 and images.places is not None:
+            raise DataError(
+                f"{images.root}: found no image of class {class_name!r}; launch/prepare.py check can leave it out"
             )
         if count == 0:
             raise DataError(

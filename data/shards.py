@@ -24,6 +24,7 @@ import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from data.batch import DataError
+from data.classes import MAX_DIGITS
 from data.files import MAX_IMAGE_BYTES, lines_of, read_bounded, why_not, write_whole
 
 MANIFEST = "manifest.json"
@@ -37,19 +38,18 @@ LABEL_EXTENSIONS = ("cls", "json", "txt", "index")
 """Of the files that may hold a sample's class: what counts first, first. Ours have .cls files."""
 MAX_MANIFEST_BYTES = 1 << 28
 OPEN_SHARDS = 64
-MAX_DIGITS = 18
 
 
 @dataclass(frozen=True, kw_only=True)
-class TarPlaces:
-    """Where images lie in shards."""
+class Places:
+    """Where images lie within larger files: shards, or the Arrow files of a Hugging Face set (data/hf.py)."""
 
     shards: list[str]
-    """Paths of the tar files."""
+    """Paths of the files."""
     shard: np.ndarray
     """int64 (N,), index into `shards`; ascending where training deals the images out."""
     offset: np.ndarray
-    """int64 (N,), bytes from the beginning of the tar file."""
+    """int64 (N,), bytes from the beginning of the file."""
     size: np.ndarray
     """int64 (N,), bytes."""
 
@@ -79,17 +79,17 @@ class TarPlaces:
                 file, offset, size = _opened(self.shard_path(index)), int(self.offset[index]), int(self.size[index])
                 os.posix_fadvise(file.descriptor, offset, size, os.POSIX_FADV_WILLNEED)
 
-    def only(self, kept: list[int]) -> "TarPlaces":
+    def only(self, kept: list[int]) -> "Places":
         return replace(self, shard=self.shard[kept], offset=self.offset[kept], size=self.size[kept])
 
 
-def read_shards(root: Path) -> tuple[list[str], np.ndarray, list[str], TarPlaces]:
+def read_shards(root: Path) -> tuple[list[str], np.ndarray, list[str], Places]:
     """Names, labels int64 (N,), classes and places of the images in ROOT's shards.
 
     DataError if a shard or its index is missing, cut short, or not what the manifest says, or if it does not list one.
     """
     manifest = read_manifest(root)
-    _opened.cache_clear()  # other files may lie there by now
+    forget_files()
     tars = listed_shards(root, manifest)
     classes = [entry["name"] for entry in manifest["classes"]]
     names: list[str] = []
@@ -115,7 +115,7 @@ def read_shards(root: Path) -> tuple[list[str], np.ndarray, list[str], TarPlaces
     if counts != [entry["images"] for entry in manifest["classes"]]:
         raise DataError(f"{root}: the images of each class are not as many as {MANIFEST} says: {_remedy(root)}")
     shard, offset, size = np.array(places, dtype=np.int64).reshape(-1, 3).T
-    return names, labels_N, classes, TarPlaces(shards=[*map(str, tars)], shard=shard, offset=offset, size=size)
+    return names, labels_N, classes, Places(shards=[*map(str, tars)], shard=shard, offset=offset, size=size)
 
 
 def read_manifest(root: Path) -> dict[str, Any]:
@@ -279,6 +279,11 @@ def _label_in(name: str, num_classes: int) -> int:
 
 def _is_entry(entry: Any, types: dict[str, type]) -> bool:
     return isinstance(entry, dict) and all(type(entry.get(name)) is expected for name, expected in types.items())
+
+
+def forget_files() -> None:
+    """Let what is read next be opened anew: other files may lie there by now."""
+    _opened.cache_clear()
 
 
 class _OpenFile:

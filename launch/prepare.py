@@ -72,7 +72,7 @@ def _parser() -> Parser:
     check = commands.add_parser("check", help="decode every image, list what training must leave out, compare classes")
 
     imagenet.add_argument("archives", type=Path, metavar="ARCHIVES", help="folder of the three official archives")
-    shards.add_argument("source", type=Path, metavar="SOURCE", help="data set: image folder, file lists or shards")
+    shards.add_argument("source", type=Path, metavar="SOURCE", help="data set in any form, also hf:FOLDER")
     subset.add_argument("source", type=Path, metavar="SOURCE", help="image folder")
     subset.add_argument("--train", type=positive_int, required=True, metavar="N", help="images of training")
     subset.add_argument("--val", type=positive_int, required=True, metavar="N", help="images of validation")
@@ -88,7 +88,7 @@ def _parser() -> Parser:
     )
     shards.add_argument("--quality", type=positive_int, metavar="N", help="of these JPEGs (default: 90)")
 
-    check.add_argument("path", type=Path, metavar="FOLDER", help="data set: image folder, file lists or shards")
+    check.add_argument("path", type=Path, metavar="FOLDER", help="data set in any form, also hf:FOLDER")
     check.add_argument("--exclude", default="", metavar="FILE", help="list to write (default: FOLDER/exclude.txt)")
     check.add_argument("--all", action="store_true", help="name all unusual images and files, not some of each kind")
     check.add_argument("--threads", type=non_negative_int, default=0, metavar="N", help="default: some more than cores")

@@ -48,3 +48,10 @@ def test_reading_logs_needs_no_torch():
     code = "import sys, launch.report; print([n for n in ('torch', 'cup', 'data') if n in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_ranks_times_wall_time_has_one_name():
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "launch").rglob("*.html")]
+    others = ("process hours", "Process hours", "rank hours", "'process'} hours")
+    assert files_naming(others) == set()
+    assert not [page.name for page in pages if any(name in page.read_text() for name in others)]

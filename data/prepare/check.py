@@ -123,7 +123,7 @@ def _unusual(content: bytes, suffix: str) -> str:
     """What is unusual about a sound image, in words; empty if nothing is."""
     with Image.open(io.BytesIO(content)) as image:
         notes = []
-        if Image.registered_extensions().get(suffix.lower()) != image.format:
+        if suffix and Image.registered_extensions().get(suffix.lower()) != image.format:
             notes.append(f"{image.format} named {suffix}")
         if image.mode != "RGB":
             notes.append(f"{MODES.get(image.mode, image.mode)}, converted")

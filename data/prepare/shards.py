@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from data.batch import DataError, Split
+from data.classes import numbered_classes
 from data.files import FULL, cannot_write, reading, why_not
-from data.images import SPLITS, ImageList, in_words, list_splits, numbered_classes, require_schemes
+from data.images import SPLITS, ImageList, in_words, list_splits, require_schemes
 from data.prepare.atomic import is_there, write_data_set
 from data.prepare.progress import tracked
 from data.prepare.smaller import Smaller

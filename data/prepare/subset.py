@@ -20,7 +20,7 @@ def prepare_subset(source: str | Path, path: str | Path, train: int, val: int) -
     counts = {"train": train, "val": val}
     for split, images in splits.items():
         if images.places is not None or images.root != Path(source) / split:
-            raise DataError(f"{source}: found file lists or shards, allowed: an image folder")
+            raise DataError(f"{source}: found file lists, shards or a Hugging Face set, allowed: an image folder")
         if not len(images.classes) <= counts[split] <= len(images.names):
             allowed = f"{len(images.classes):,} (one a class) to {len(images.names):,}"
             raise DataError(f"{source}: found {counts[split]:,} images of {split} asked for, allowed: {allowed}")

@@ -9,7 +9,7 @@ import yaml
 
 import cup
 from data import DataConfig, prepare_data
-from data.images import list_splits
+from data.images import folder_of, list_splits
 from launch.grids.disk import NOTHING, Cost, Disk, read_json, write_json, write_text
 from launch.grids.grid import command_words
 from launch.grids.jobs import MADE_OF_ITS_COST, Job
@@ -158,7 +158,7 @@ def _num_classes(data: DataConfig) -> int:
     if data.loader == "synthetic":
         return data.synthetic_classes
     prepare_data(data)
-    if not Path(data.path).exists():
+    if not folder_of(data.path).exists():
         raise TrainError(f"data.path: nothing is at {data.path}: prepare the data set first (launch/prepare.py)")
     return len(list_splits(data.path, data.exclude)[0].classes)
 

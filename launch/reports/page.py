@@ -106,7 +106,7 @@ def _subtitle(runs: list[Run]) -> str:
 
 def _headline(row: Row) -> dict[str, Any]:
     numbers = [
-        ("process hours saved" if row.on_cpu else "GPU hours saved", row.saving, lambda value: f"{value:.1f}%", 1),
+        (f"{_hours(row)} saved", row.saving, lambda value: f"{value:.1f}%", 1),
         ("FLOPs reduction", row.reduction, lambda value: f"{value:.2f}x", 2),
         ("top-1 against dense", row.change1, lambda value: f"{value:+.2f} points", 2),
     ]
@@ -124,15 +124,18 @@ def _headline(row: Row) -> dict[str, Any]:
     }
 
 
+def _hours(row: Row) -> str:
+    return "GPU hours (CPU)" if row.on_cpu else "GPU hours"
+
+
 def _repetitions(row: Row) -> str:
     return "" if row.count == 1 else ", " + row.runs.replace(str(row.count), f"{row.count} runs", 1)
 
 
 def _not_told_apart(row: Row) -> str:
-    hours = "Process hours" if row.on_cpu else "GPU hours"
     return (
-        f"{hours}: {row.saving.mean:+.1f}% of saving, and the dense run's own epochs vary by {row.scatter.mean:.1f}%: "
-        "this machine does not tell them apart."
+        f"{_hours(row)}: {row.saving.mean:+.1f}% of saving, and the dense run's own epochs vary by "
+        f"{row.scatter.mean:.1f}%: this machine does not tell them apart."
     )
 
 

@@ -16,8 +16,9 @@ from PIL import ExifTags, Image
 
 from data.batch import DataConfig, DataError
 from data.build import build_loaders
+from data.classes import numbered_classes
 from data.dali import _interpolation
-from data.images import SPLITS, list_split, list_splits, list_validation, numbered_classes, with_classes
+from data.images import SPLITS, list_split, list_splits, list_validation, with_classes
 from data.prepare import index_shards, prepare_shards
 
 

@@ -138,7 +138,7 @@ def test_cpu_hours_are_taken_only_where_every_run_has_them():
     assert currency.name == "CPU hours" and currency.hours(points[0]) == 10.0
     uncounted = Point(points[0].job, points[0].run, Cost(20.0, None))
     currency = _currency([*points[1:], uncounted])
-    assert currency.name == "process hours" and currency.hours(uncounted) == 20.0
+    assert currency.name == "GPU hours" and currency.hours(uncounted) == 20.0
     on_gpus = [one for row in comparison(device="cuda").rows for one in row.points]
     assert _currency(on_gpus).name == "GPU hours" and _currency(on_gpus).hours(on_gpus[0]) == 20.0
 

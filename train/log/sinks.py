@@ -264,7 +264,7 @@ class ConsoleSink:
         self._print(
             f"top-1 {event['top1']:.2f}% (best {event['best_top1']:.2f}%), top-5 {event['top5']:.2f}%, "
             f"{event['resizes']} resizes, {event['time_s']:.1f} s, {event['gpu_hours']:.4f} "
-            f"{'GPU' if event['device'] == 'cuda' else 'process'} hours"
+            f"GPU hours{'' if event['device'] == 'cuda' else ' (CPU)'}"
         )
         self._print(f"log, curves and checkpoints: {event['directory']}")
 

@@ -126,7 +126,7 @@ def _currency(points: list[Point]) -> Currency:
         note = "CPU time of all processes, for all runs were on CPUs: other work changes it less than wall time"
         return Currency("CPU hours", note, lambda point: point.cost.cpu)
     if "cpu" in devices:
-        name, why = "process hours", "not every run was on a GPU, nor is every run's CPU time known"
+        name, why = "GPU hours", "not every run was on a GPU, nor is every run's CPU time known"
         return Currency(
             name, f"{why}: wall time x ranks, in which other work on the machine shows", lambda p: p.cost.wall
         )
