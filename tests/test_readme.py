@@ -13,7 +13,7 @@ from launching import ROOT, train
 from pages import anchors, broken_links, code_blocks, commands
 
 import cup
-from launch import bench, compare, evaluate, export, prepare, prune, report, search
+from launch import bench, compare, evaluate, export, plan, prepare, prune, report, search
 from train.checkpoint.file import load_checkpoint
 from train.config import parse_config
 from train.errors import ConfigError
@@ -30,6 +30,7 @@ SCRIPTS = {
     "compare": compare,
     "evaluate": evaluate,
     "export": export,
+    "plan": plan,
     "prepare": prepare,
     "prune": prune,
     "report": report,

@@ -38,8 +38,8 @@ from train.log.trackers import TRACKERS, Tracked, require_installed
 from train.loop.mixing import build_mixing
 from train.loop.nonfinite import StepGuard
 from train.loop.progress import Progress
-from train.loop.teacher import load_teacher
 from train.loop.readback import Readback
+from train.loop.teacher import load_teacher
 from train.loop.trainer import Trainer, TrainLoop
 from train.loop.watch import Watch
 from train.methods import Method, PruneConfig, build_method

@@ -6,13 +6,13 @@ by one factor, and the time planner's, whose speed-up is looked for that has thi
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 import cup
 from launch.benches.measure import write_result
+from launch.projections.network import Network
 from train.cli import positive_int
 from train.network.models import build_model, native_input_shape
 
@@ -26,26 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arithmetic", action="store_true", help="print the seconds of each kind of kernel, too")
 
 
-@dataclass(frozen=True, eq=False)
-class Network:
-    """A fresh network whose widths are looked for."""
-
-    model: torch.nn.Module
-    groups: list[cup.ChannelGroup]
-    dense: cup.Complexity
-
-    def reduction(self, widths: Mapping[str, int]) -> float:
-        kept = {name: tuple(range(width)) for name, width in widths.items()}
-        plan = cup.PrunePlan(kept, {group.name: group.width for group in self.groups if group.name in widths})
-        return self.dense.flops / cup.flops_after(self.model, self.groups, plan, self.dense)
-
-
 def measure(options: argparse.Namespace) -> None:
     """Print the table, write the result."""
     torch.manual_seed(0)
     model = build_model(options.model, options.classes)
-    example = torch.empty(1, *native_input_shape(options.model))
-    network = Network(model, cup.channel_groups(model, example), cup.complexity(model, example))
+    network = Network.of(model, native_input_shape(options.model))
     inner = cup.plan_by_reduction(model, network.groups, options.reduction, cup.PlanOptions(round_to=8)).new_widths
     everywhere = cup.uniform_widths_at(
         cup.View(model, network.groups, network.dense, network.dense),
@@ -55,7 +40,7 @@ def measure(options: argparse.Namespace) -> None:
     rows = []
     print(
         f"modelled, not measured: a training step of {options.model}, batch {options.batch_size}, "
-        f"{example.shape[-1]} pixels; times over the dense step, all plans at FR {options.reduction:g}"
+        f"{network.shape[-1]} pixels; times over the dense step, all plans at FR {options.reduction:g}"
     )
     print("| device | | dense, images/s | inner groups, one height | all groups, one factor | time planner | its FR |")
     print("|---|---|---:|---:|---:|---:|---:|")

@@ -9,6 +9,8 @@ has the widths of the run's epoch 1 + floor((j - 1) R / E), R being the epochs o
 A step of the whole batch counts as many steps of the measured one as there are images in it: the hours are those of one
 device. With --compile blocks every stretch runs compiled, whatever train.compile_steps says. Not in it: all-reduce,
 waiting for data, startup, checkpoints. They come on top of the dense run's hours as well as the shrinking one's.
+
+With --device and a name of cup.DEVICES nothing is timed, and no run is read: savings_modelled.py.
 """
 
 import argparse
@@ -21,8 +23,11 @@ from typing import Any
 
 import torch
 
+import cup
 from launch.benches.measure import machine, rounds_in_turn, write_result
+from launch.benches.savings_modelled import measure_modelled
 from launch.benches.step import (
+    LOCAL,
     StepBench,
     Table,
     Widths,
@@ -32,6 +37,7 @@ from launch.benches.step import (
     steps_at_once,
     tables,
 )
+from launch.projections.schedule import Costs, Schedule, Segment, hours, segments
 from train.checkpoint.file import load_checkpoint
 from train.checkpoint.network import stored_architecture
 from train.cli import non_negative_int, positive_int
@@ -42,7 +48,7 @@ from train.world import open_world
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="the CUP-SS run whose widths are taken")
+    parser.add_argument("--run", type=Path, metavar="DIR", help="the CUP-SS run whose widths are taken")
     parser.add_argument(
         "--images", type=positive_int, default=1281167, metavar="N", help="default: 1281167, ImageNet's"
     )
@@ -59,57 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="project also with the run's FR brought back after rounding, all groups narrowed by one factor: about "
         "what a run with that round_to and the same target comes to",
     )
-    add_device_arguments(parser)
-
-
-@dataclass(frozen=True)
-class Costs:
-    """What was measured of one network: seconds of a training step, of a validation batch, of the very first step."""
-
-    step_s: float
-    val_s: float
-    first_s: float
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Epochs first..last at equal widths, and what they cost. resize_s: the resize before it, and its slow first step.
-
-    steps, val_steps: of the measured batch size, all epochs of the segment together.
-    """
-
-    first: int
-    last: int
-    flops_reduction: float
-    step_s: float
-    steps: int
-    val_s: float
-    val_steps: int
-    resize_s: float
-
-    @property
-    def hours(self) -> float:
-        return (self.step_s * self.steps + self.val_s * self.val_steps + self.resize_s) / 3600
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The training that is projected; batch_size is the measured one, steps count in it."""
-
-    epochs: int
-    images: int
-    val_images: int
-    step_images: int
-    batch_size: int
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Training drops what does not fill a step of the whole batch."""
-        return self.images // self.step_images * self.step_images // self.batch_size
-
-    @property
-    def val_steps_per_epoch(self) -> int:
-        return math.ceil(self.val_images / self.batch_size)
+    parser.add_argument("--reduction", type=float, default=2.2, metavar="FR", help="of a named device (default: 2.2)")
+    add_device_arguments(parser, (*LOCAL, *cup.DEVICES))
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -119,6 +76,13 @@ def measure(options: argparse.Namespace) -> None:
     """
     if options.images < options.batch_size:
         raise ConfigError(f"--images: found {options.images}, allowed: from --batch-size ({options.batch_size})")
+    if options.device not in LOCAL:
+        if options.run is not None:
+            raise ConfigError(f"--run: found {options.run}, allowed: none with --device {options.device}, for it plans")
+        measure_modelled(options)
+        return
+    if options.run is None:
+        raise ConfigError(f"--run: found none, allowed: a run's directory; or --device {', '.join(cup.DEVICES)}")
     lines = epochs_of_run(options.run)
     _check_path(options.run)
     world = open_world(options.device)
@@ -189,37 +153,6 @@ def at_equal_reduction(bench: StepBench, widths: Widths, table: Table) -> dict[s
         if abs(flops - wanted) < abs(bench.cost(nearest).flops - wanted):
             nearest = narrowed
     return nearest
-
-
-def segments(
-    path: Sequence[Widths],
-    costs: Callable[[Widths], Costs],
-    reduction: Callable[[Widths], float],
-    schedule: Schedule,
-    resize_s: float,
-) -> list[Segment]:
-    """The epochs of a schedule, those at equal widths together. path: the widths of each epoch."""
-    starts = [j for j in range(len(path)) if j == 0 or path[j] != path[j - 1]]
-    found = []
-    for start, end in zip(starts, [*starts[1:], len(path)], strict=True):
-        cost = costs(path[start])
-        found.append(
-            Segment(
-                first=start + 1,
-                last=end,
-                flops_reduction=reduction(path[start]),
-                step_s=cost.step_s,
-                steps=(end - start) * schedule.steps_per_epoch,
-                val_s=cost.val_s,
-                val_steps=(end - start) * schedule.val_steps_per_epoch,
-                resize_s=max(0.0, cost.first_s - cost.step_s) + (resize_s if start > 0 else 0.0),
-            )
-        )
-    return found
-
-
-def hours(parts: Sequence[Segment]) -> float:
-    return sum(part.hours for part in parts)
 
 
 def mean_resize_s(run: Path) -> float:

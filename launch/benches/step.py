@@ -49,6 +49,9 @@ RoundTo = int | str
 Table = int | dict[str, list[int]]
 Widths = Mapping[str, int]
 
+LOCAL = ("auto", "cpu", "cuda")
+"""Devices that can be timed."""
+
 OUR_LOOP, BARE_LOOP, TORCHVISION_LOOP = "our train_epoch", "bare PyTorch loop", "torchvision-style loop"
 
 
@@ -64,8 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=positive_int, metavar="N", help="a measurement (default: 1; 20 on a GPU)")
 
 
-def add_device_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `step` and `savings` have in common: how a step is made and measured."""
+def add_device_arguments(parser: argparse.ArgumentParser, devices: Sequence[str] = LOCAL) -> None:
+    """What `step` and `savings` have in common: how a step is made and measured, and on which devices."""
     parser.add_argument(
         "--round-to",
         type=round_to,
@@ -81,7 +84,7 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compile", choices=("none", "blocks"), default="none", help="as train.compile (default: none)"
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto = GPU if any")
+    parser.add_argument("--device", choices=devices, default="auto", help="auto = GPU if any")
     parser.add_argument("--rounds", type=positive_int, default=5, metavar="N", help="after a warm-up (default: 5)")
 
 

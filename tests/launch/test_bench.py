@@ -14,6 +14,7 @@ import cup
 from launch.bench import main
 from launch.benches import cost, models, savings, step
 from launch.benches.measure import machine, rounds_in_turn
+from launch.projections.schedule import Costs
 from train.loop.config import TrainConfig
 from train.network.models import build_model
 
@@ -232,18 +233,6 @@ def test_the_epochs_of_a_run_are_spread_over_a_schedule_in_proportion():
     assert savings.spread("abcdef", 3) == list("ace")
 
 
-def test_hours_are_steps_times_seconds_with_evaluation_resizes_and_warm_up():
-    schedule = savings.Schedule(epochs=4, images=1000, val_images=90, step_images=64, batch_size=16)
-    assert (schedule.steps_per_epoch, schedule.val_steps_per_epoch) == (960 // 16, 6)
-    costs = {20: savings.Costs(step_s=2.0, val_s=1.0, first_s=2.5), 10: savings.Costs(1.0, 0.5, 4.0)}
-    path = [{"conv1": 20}, {"conv1": 10}, {"conv1": 10}, {"conv1": 10}]
-    first, second = savings.segments(path, lambda w: costs[w["conv1"]], lambda w: 20 / w["conv1"], schedule, resize_s=7)
-    assert (first.first, first.last, second.first, second.last) == (1, 1, 2, 4)
-    assert first.hours == pytest.approx((60 * 2.0 + 6 * 1.0 + 0.5) / 3600)
-    assert second.hours == pytest.approx((180 * 1.0 + 18 * 0.5 + 3.0 + 7) / 3600)
-    assert savings.hours([first, second]) == pytest.approx(first.hours + second.hours)
-
-
 class GivenBench:
     """Its networks are their widths; a first step takes ten times the seconds of the others, evaluation a tenth."""
 
@@ -272,14 +261,14 @@ def test_every_network_of_a_path_is_measured_once_in_turn_and_its_median_counts(
     path = [{"conv1": 20}, {"conv1": 20}, {"conv1": 10}]
     costs = savings._measured(bench, path, argparse.Namespace(rounds=3))
     assert bench.turns == [("step", 20), ("val", 20), ("step", 10), ("val", 10)] * 4
-    assert costs.medians(path[0]) == savings.Costs(step_s=4.0, val_s=0.4, first_s=40.0)
-    assert costs.medians(path[2]) == savings.Costs(step_s=1.5, val_s=pytest.approx(0.15), first_s=15.0)
-    assert costs.of_round(1)(path[2]) == savings.Costs(3.0, pytest.approx(0.3), 15.0)
+    assert costs.medians(path[0]) == Costs(step_s=4.0, val_s=0.4, first_s=40.0)
+    assert costs.medians(path[2]) == Costs(step_s=1.5, val_s=pytest.approx(0.15), first_s=15.0)
+    assert costs.of_round(1)(path[2]) == Costs(3.0, pytest.approx(0.3), 15.0)
 
 
 def test_a_projection_counts_each_resize_and_each_slow_first_step(lenet_run, tmp_path, monkeypatch):
     """5 epochs of 8 steps and 2 validation batches, with given costs: a resize takes 1.5 s of both ranks."""
-    costs = {20: savings.Costs(4.0, 1.0, 9.0), 11: savings.Costs(2.0, 0.5, 5.0), 9: savings.Costs(1.0, 0.25, 3.0)}
+    costs = {20: Costs(4.0, 1.0, 9.0), 11: Costs(2.0, 0.5, 5.0), 9: Costs(1.0, 0.25, 3.0)}
     given = savings._Measured({}, {}, {})
     monkeypatch.setattr(savings, "_measured", lambda *arguments: given)
     monkeypatch.setattr(savings._Measured, "medians", lambda self, widths: costs[widths["conv1"]])

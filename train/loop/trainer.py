@@ -10,8 +10,8 @@ from train.loop.config import TrainConfig
 from train.loop.mixing import Mixing
 from train.loop.nonfinite import StepGuard
 from train.loop.progress import EpochSoFar, Progress
-from train.loop.teacher import Teacher
 from train.loop.readback import Readback
+from train.loop.teacher import Teacher
 from train.loop.watch import Watch
 from train.methods import Method
 from train.network.compiling import BlockCompiler
