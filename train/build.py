@@ -153,10 +153,11 @@ def build_run(config: RunConfig, start: Start, world: World, ledger: Ledger, sto
         so_far=begun.so_far,
         is_resumed=stored is not None,
         sinks=sinks,
-        watch=Watch(world, stop_wanted, 60 * config.run.save_every_minutes),
+        watch=Watch(world, stop_wanted, 60 * config.run.save_every_minutes, saver.has_news),
         batch_size=fitted.data.batch_size,
         image_size=lambda epoch: train_size(fitted.data, epoch - 1),
         save=saver.save,
+        finish_save=saver.finish,
     )
     data_notes = _data_notes(fitted, parts)
     notes = [

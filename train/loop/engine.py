@@ -7,8 +7,8 @@
             average batch-norm statistics over the ranks
             carry out what the method wants at its end
             evaluate                                                            # exact, padding counts for nothing
-            write one epoch line, save `last` (and `best`)
-        write the closing line
+            write one epoch line, begin to save `last` (and `best`)
+        wait until that is written, write the closing line
 
 Between any two steps, of training or evaluation, the run may be saved, and may stop (watch.py).
 Every function here is called by all ranks.
@@ -66,12 +66,15 @@ def fit(trainer: Trainer) -> dict[str, Any]:
             raw = None if trainer.state.ema is None else _evaluate(trainer, epoch, trainer.state.model)
         line = _epoch_event(trainer, epoch, trainer.so_far, loss, images_per_s, all_reduce_s, result, raw)
         trainer.so_far = None
+        _finish_save(trainer)  # for it says which epoch is the best so far
         is_best = _advance(trainer.progress, line)
         trainer.sinks.write(line)
         with trainer.ledger.charge("save"):
             trainer.save(trainer, is_best)
         if epoch < trainer.config.epochs and trainer.watch.poll().stop:
+            _finish_save(trainer)
             raise Stopped
+    _finish_save(trainer)
     return _done_event(trainer)
 
 
@@ -209,12 +212,20 @@ def _poll(trainer: Trainer, epoch: int) -> bool:
         )
     if decision.broken:
         raise TrainError(f"the loss is not finite {where}: {AFTER_NONFINITE}")
+    if decision.saved:
+        _finish_save(trainer)
     if decision.save or decision.stop:
         with trainer.ledger.charge("save"):
             trainer.save(trainer, False)
     if decision.stop:
+        _finish_save(trainer)
         raise Stopped
     return True
+
+
+def _finish_save(trainer: Trainer) -> None:
+    with trainer.ledger.charge("save"):
+        trainer.finish_save(trainer)
 
 
 def _finish_training(trainer: Trainer, epoch: int) -> None:
