@@ -3,6 +3,7 @@
 python launch/bench.py loader --data FOLDER [--rounds N] [--out results/FILE.json]
 python launch/bench.py memory --data FOLDER [--epochs N] [--out results/FILE.json]
 python launch/bench.py agreement --data FOLDER [--checkpoint FILE] [--out results/FILE.json]
+python launch/bench.py checkpoint [--folder FOLDER] [--out results/FILE.json]
 python launch/bench.py resize [--rounds N] [--out results/FILE.json]      (--help after a measurement names its options)
 python launch/bench.py step --model NAME [--run DIR | --widths FILE | --reduction FR] [--round-to 1 8 measured]
 python launch/bench.py cost [--models NAME ...] [--widths N] [--out results/FILE.json]
@@ -17,11 +18,12 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.benches import agreement, cost, devices, loader, memory, models, resize, savings, step
+from launch.benches import agreement, checkpoint, cost, devices, loader, memory, models, resize, savings, step
 from train.cli import Parser, exit_code_of
 
 BENCHES = {
     "agreement": agreement,
+    "checkpoint": checkpoint,
     "cost": cost,
     "devices": devices,
     "loader": loader,

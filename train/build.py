@@ -160,11 +160,16 @@ def build_run(config: RunConfig, start: Start, world: World, ledger: Ledger, sto
         so_far=begun.so_far,
         is_resumed=stored is not None,
         sinks=sinks,
+<<<<<<< HEAD
         watch=Watch(world, stop_wanted, 60 * config.run.save_every_minutes),
         readback=Readback(world.device),
+=======
+        watch=Watch(world, stop_wanted, 60 * config.run.save_every_minutes, saver.has_news),
+>>>>>>> ready-10
         batch_size=fitted.data.batch_size,
         image_size=lambda epoch: train_size(fitted.data, epoch - 1),
         save=saver.save,
+        finish_save=saver.finish,
     )
     notes = [*start.notes, *fitting_notes, *config.without_effect(), *_data_notes(fitted, parts)]
     notes += [*begun.notes, *image_notes, *width_notes, *teacher_notes, *sink_notes]

@@ -70,6 +70,7 @@ def run(config: RunConfig, world: World, ledger: Ledger, has_word: Callable[[], 
                 beat.now()
             raise
         finally:
+            built.saver.close(trainer)
             if beat is not None:
                 beat.stop()
             trainer.sinks.close()

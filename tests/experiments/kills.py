@@ -3,7 +3,8 @@
 python tests/experiments/kills.py --kills 100 --seed 0 --out results/kills.json
 
 A run is killed up to six times, then left to end. Kills hit a random rank or all of them, with 2 and with 4 ranks; by
-the clock at any moment, or inside a resize, or inside a save: in the middle of the file, and between its renames.
+the clock at any moment, or inside a resize, or inside a save: in the middle of the file, and between its renames. The
+disk is a slow one, so that training goes on meanwhile.
 """
 
 import argparse
@@ -39,6 +40,8 @@ from train.log.rundir import read_log  # noqa: E402
 from train.resizer import Resizer  # noqa: E402
 
 MAX_KILLS_A_RUN = 6
+WRITE_TAKES_S = 0.002
+"""Each of the hundred-odd writes that make up a checkpoint: several steps take as long."""
 SETTINGS = {
     "model.name": "lenet",  # any name: the network is tests/helpers/forked.py's
     "data.loader": "synthetic",
@@ -196,8 +199,15 @@ def killed_run(root: Path, ranks: int, model: Undisturbed, kills: list[Kill]) ->
 
 
 def prepare() -> None:
-    """Give every run the network of tests/helpers/forked.py."""
+    """Give every run the network of tests/helpers/forked.py, and a slow disk."""
     train.build.build_model = lambda name, num_classes, image_size: Noisy()
+    honest = train.checkpoint.archive._Hashing.write
+
+    def write(itself: object, data: bytes) -> int:
+        time.sleep(WRITE_TAKES_S)
+        return honest(itself, data)
+
+    train.checkpoint.archive._Hashing.write = write
 
 
 def table(runs: list[dict[str, Any]]) -> str:

@@ -34,6 +34,16 @@ def test_a_resize_is_measured_beside_its_peers_and_written_with_the_machine(tmp_
     assert "resnet20_cifar, one cut to FR 2.2" in capsys.readouterr().out
 
 
+def test_a_checkpoint_is_measured_as_what_training_waits_for_and_what_the_thread_writes(tmp_path, capsys):
+    out = tmp_path / "checkpoint.json"
+    asked = ["--model", "resnet20_cifar", "--rounds", "1", "--folder", str(tmp_path), "--out", str(out)]
+    assert main(["checkpoint", *asked]) == 0
+    result = json.loads(out.read_text())
+    assert len(result["seconds"]) == 3 and result["bytes"] > 3 * 4 * 270_000  # weights, average, momentum
+    assert "training waits" in capsys.readouterr().out
+    assert not list(tmp_path.glob("tmp*"))
+
+
 def test_networks_go_through_all_of_the_library(tmp_path, capsys):
     out = tmp_path / "models.json"
     assert main(["models", "--models", "resnet20_cifar", "lenet", "--reduction", "1.5", "--out", str(out)]) == 0

@@ -318,7 +318,7 @@ def test_all_ranks_look_at_the_same_steps_and_the_saving_follows_rank_0_s_clock(
         is_main = False
 
         def all_reduce_max(self, values: list[int]) -> list[int]:
-            assert values[1] == values[3] == 0  # neither its clock nor its speed counts
+            assert values[1] == values[4] == 0  # neither its clock nor its speed counts
             return [max(pair) for pair in zip(map(int, values), Main.answer, strict=True)]
 
     main, other = (Watch(world, lambda: False, save_every_s=10, clock=lambda: now[0]) for world in (Main(), Other()))
@@ -337,10 +337,10 @@ def test_what_one_rank_sees_is_decided_for_all():
         is_main = True
 
         def all_reduce_max(self, values: list[int]) -> list[int]:
-            return [max(pair) for pair in zip(map(int, values), [1, 0, 1, 0], strict=True)]
+            return [max(pair) for pair in zip(map(int, values), [1, 0, 1, 1, 0], strict=True)]
 
     decision = Watch(Heard(), lambda: False).poll()
-    assert decision.stop and decision.broken and not decision.save
+    assert decision.stop and decision.broken and decision.saved and not decision.save
 
 
 def test_a_finished_run_is_not_begun_again_by_the_job_that_finished_it(

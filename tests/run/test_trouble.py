@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,12 +48,17 @@ def test_a_full_disk_for_a_while_costs_nothing_but_the_checkpoints_meanwhile(
     undisturbed = train(tmp_path / "a", **EVERY_STEP)
     honest, kept = torch.save, []
 
+    def step_of_last() -> int:
+        return load_checkpoint(tmp_path / "b/tiny/last.pt")["progress"]["step"]
+
     def fill() -> None:
-        kept.append(load_checkpoint(tmp_path / "b/tiny/last.pt")["progress"]["step"])
+        while step_of_last() < 2:  # it is written while training goes on
+            time.sleep(0.01)
+        kept.append(step_of_last())
         torch.save = full_disk
 
     def clear() -> None:
-        kept.append(load_checkpoint(tmp_path / "b/tiny/last.pt")["progress"]["step"])
+        kept.append(step_of_last())
         torch.save = honest
 
     try:

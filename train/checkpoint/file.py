@@ -8,16 +8,17 @@ optimizer, and no configuration where no run trained it.
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from train.checkpoint.archive import CheckpointError, UnreadableError, load_archive, write_archive
 from train.checkpoint.upgrade import FORMAT, WITHOUT_CHECKSUM, upgrade
-from train.files import sync_directory, why_unwritten
+from train.files import open_regular, sync_directory, why_unwritten
 from train.schema import fits, is_plain
 
 # What every checkpoint holds, a run's and a network's alone; a file without was made or changed by something else.
@@ -32,6 +33,8 @@ NETWORK_PARTS = {
     "ema": dict | None,
 }
 
+COPIED_AT_ONCE_BYTES = 1 << 22
+
 
 def save_checkpoint(path: Path, content: dict[str, Any], keep: int = 1) -> None:
     """Write `content` (tensors and plain data) to `path`: a crash or a full disk leaves the old file or the new one.
@@ -39,10 +42,27 @@ def save_checkpoint(path: Path, content: dict[str, Any], keep: int = 1) -> None:
     keep: how many checkpoints stay, this one included; those before it are NAME-1.pt (the newest of them), NAME-2.pt.
     Raises CheckpointError if the file cannot be written.
     """
+    _replace(path, lambda file: write_archive(file, {"format": FORMAT, **content}), keep)
+
+
+def copy_checkpoint(source: Path, path: Path, keep: int = 1) -> None:
+    """As `save_checkpoint`, with the bytes of the checkpoint `source`.
+
+    A copy and no link: damage to one of the two files leaves the other.
+    """
+
+    def write(file: BinaryIO) -> None:
+        with open_regular(source) as original:
+            shutil.copyfileobj(original, file, COPIED_AT_ONCE_BYTES)
+
+    _replace(path, write, keep)
+
+
+def _replace(path: Path, write: Callable[[BinaryIO], None], keep: int) -> None:
     temporary = path.with_name(path.name + ".part")
     try:
         with temporary.open("wb") as file:
-            write_archive(file, {"format": FORMAT, **content})
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         for number in range(keep - 1, 0, -1):  # between two of these a crash leaves a gap, which a resume steps over

@@ -1,10 +1,11 @@
-"""Writes what a run needs to go on: the state of every rank, between any two steps.
+"""Writes what a run needs to go on: the state of every rank, between any two steps, while training goes on.
 
 A checkpoint holds rank 0's network and, in the middle of an epoch, what differs between the ranks: random generators,
 loader position, running statistics of batch norm (they are averaged at an epoch's end), sums of the epoch.
 """
 
 import dataclasses
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from torch import nn
 
 from cup import Device
 from data import Preprocessing
-from train.checkpoint.file import save_checkpoint
+from train.checkpoint.file import copy_checkpoint, save_checkpoint
 from train.checkpoint.network import plans_to_store
+from train.checkpoint.snapshot import snapshot
 from train.config import RunConfig
 from train.config_file import create_run_dir
 from train.errors import TrainError
@@ -28,7 +30,7 @@ from train.network.widths import AllowedWidths
 
 
 class Saver:
-    """Writes a run's checkpoints. All ranks have one; rank 0's writes."""
+    """Writes a run's checkpoints, one at a time, on a thread of rank 0. All ranks have one."""
 
     def __init__(
         self,
@@ -56,54 +58,99 @@ class Saver:
         self._step_device = step_device and step_device.to_dict()
         self._run_dir, self._run_id = run_dir, run_id
         self._architecture = architecture
-        self._best = _best(progress)  # what lies in best.pt
+        self._best = _best(progress)
+        """What lies in best.pt."""
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._writing: Future[dict[str, Any]] | None = None
+        """On rank 0, the write whose outcome the ranks do not know yet."""
+        self._is_open = False
+        """Whether there is one, the same on all ranks."""
         self.failure = ""
         """Why the last checkpoint could not be written, the same on all ranks; empty if it was."""
 
     def save(self, trainer: Trainer, is_best: bool) -> None:
-        """Write `last`, and `best` where it is. All ranks call it, between two steps.
+        """Begin to write `last`, and `best` where it is, as the run stands now. All ranks call it, between two steps.
 
-        A failed write is noted once and tried again at the next save; `failure` holds the reason meanwhile. If best.pt
-        failed, `trainer.progress` goes back to the best that it holds. Raises TrainError, on all ranks, if the weights
-        are not finite.
+        Training may go on: what is written is a snapshot. The write before, if it is not over, is waited for. Raises
+        TrainError, on all ranks, if the weights are not finite.
         """
+        self.finish(trainer)
         world = trainer.world
         ranks = world.all_gather(world.on_every_rank(lambda: _state_of_rank(trainer)))
-        failed_before = bool(self.failure)
-        written = world.on_rank_zero(lambda: self._write(trainer, ranks, is_best))
-        self.failure = "; ".join(written["failures"])
-        if written["best"]:
-            self._best = _best(trainer.progress)
-        elif is_best:  # so that the next one that beats what lies in best.pt takes its place
-            trainer.progress.best_top1, trainer.progress.best_top5 = self._best.values()
+        world.on_rank_zero(lambda: self._begin(trainer, ranks, is_best))
+        self._is_open = True
         trainer.watch.saved()
+
+    def has_news(self) -> bool:
+        """On rank 0, whether a write is over and `finish` would not wait. Elsewhere False."""
+        return self._writing is not None and self._writing.done()
+
+    def finish(self, trainer: Trainer) -> None:
+        """Wait for the write that is under way, if any, and take in what became of it. All ranks call it.
+
+        A failed write is noted once and tried again at the next save; `failure` holds the reason meanwhile. If best.pt
+        failed, `trainer.progress` goes back to the best that it holds.
+        """
+        if not self._is_open:
+            return
+        failed_before = bool(self.failure)
+        written = trainer.world.on_rank_zero(lambda: self._writing.result())
+        self._writing, self._is_open = None, False
+        self._best, self.failure = written["best"], "; ".join(written["failures"])
+        # So that the next one that beats what lies in best.pt takes its place.
+        trainer.progress.best_top1, trainer.progress.best_top5 = self._best["best_top1"], self._best["best_top5"]
         if bool(self.failure) != failed_before:
             message = f"{self.failure}; training goes on" if self.failure else "checkpoints can be written again"
             trainer.sinks.note(message, trainer.ledger.total_s)
 
-    def _write(self, trainer: Trainer, ranks: list[dict[str, Any]], is_best: bool) -> dict[str, Any]:
-        """On rank 0; returns whether best.pt was written, and the errors."""
-        if not all(bool(torch.isfinite(parameter).all()) for parameter in trainer.state.model.parameters()):
+    def close(self, trainer: Trainer) -> None:
+        """Let a write that is under way come to its end where the run has not: each rank for itself."""
+        self._thread.shutdown()
+        if self._writing is None:
+            return
+        error = self._writing.exception()
+        if why := str(error) if error else "; ".join(self._writing.result()["failures"]):
+            trainer.sinks.note(why, trainer.ledger.total_s)
+
+    def _begin(self, trainer: Trainer, ranks: list[dict[str, Any]], is_best: bool) -> None:
+        """On rank 0. What the thread does not do is what the training loop changes: the log, and the tensors."""
+        are_finite = [torch.isfinite(parameter).all() for parameter in trainer.state.model.parameters()]
+        if not bool(torch.stack(are_finite).all()):
             raise TrainError(f"the weights are not finite after step {trainer.progress.step}: {AFTER_NONFINITE}")
-        wrote_best, failures = False, []
         try:
             create_run_dir(self._run_dir, self._config, self._run_id)  # which may have gone since
             trainer.sinks.sync_log()
-            content = self._content(trainer, ranks)
+            content = snapshot(self._content(trainer, ranks))
+        except (TrainError, OSError) as error:
+            self._writing = Future()
+            self._writing.set_result({"best": self._best, "failures": [self._why(error)]})
+        else:
+            self._writing = self._thread.submit(self._write, content, is_best)
+
+    def _write(self, content: dict[str, Any], is_best: bool) -> dict[str, Any]:
+        """On rank 0's thread; returns what lies in best.pt now, and the errors."""
+        best, failures = self._best, []
+        try:
             if is_best:
                 try:
                     save_checkpoint(self._run_dir.best, content)
-                    wrote_best = True
+                    best = {key: content["progress"][key] for key in best}
                 except TrainError as error:
                     failures.append(str(error))
-                    content["progress"] |= self._best
-            save_checkpoint(self._run_dir.last, content, keep=self._config.run.keep)
-        except TrainError as error:
-            failures.append(str(error))
-        except OSError as error:  # what a network drive answers to the simplest question: EIO, ESTALE, EACCES
-            why = why_unwritten(error, self._run_dir.log)
-            failures.append(f"could not write in {self._run_dir.path}: {why}")
-        return {"best": wrote_best, "failures": failures}
+                    content["progress"] |= best
+            if best is self._best:
+                save_checkpoint(self._run_dir.last, content, keep=self._config.run.keep)
+            else:
+                copy_checkpoint(self._run_dir.best, self._run_dir.last, keep=self._config.run.keep)
+        except (TrainError, OSError) as error:
+            failures.append(self._why(error))
+        return {"best": best, "failures": failures}
+
+    def _why(self, error: TrainError | OSError) -> str:
+        if isinstance(error, TrainError):
+            return str(error)
+        # What a network drive answers to the simplest question: EIO, ESTALE, EACCES.
+        return f"could not write in {self._run_dir.path}: {why_unwritten(error, self._run_dir.log)}"
 
     def _content(self, trainer: Trainer, ranks: list[dict[str, Any]]) -> dict[str, Any]:
         state, before = trainer.state, trainer.progress.gpu_hours_before

@@ -7,8 +7,8 @@
             average batch-norm statistics over the ranks
             carry out what the method wants at its end
             evaluate                                                            # exact, padding counts for nothing
-            write one epoch line, save `last` (and `best`)
-        write the closing line
+            write one epoch line, begin to save `last` (and `best`)
+        wait until that is written, write the closing line
 
 Between any two steps, of training or evaluation, the run may be saved, and may stop (watch.py).
 Every function here is called by all ranks.
@@ -67,12 +67,15 @@ def fit(trainer: Trainer) -> dict[str, Any]:
             raw = None if trainer.state.ema is None else _evaluate(trainer, epoch, trainer.state.model)
         line = _epoch_event(trainer, epoch, trainer.so_far, loss, images_per_s, all_reduce_s, result, raw)
         trainer.so_far = None
+        _finish_save(trainer)  # for it says which epoch is the best so far
         is_best = _advance(trainer.progress, line)
         trainer.sinks.write(line)
         with trainer.ledger.charge("save"):
             trainer.save(trainer, is_best)
         if epoch < trainer.config.epochs and trainer.watch.poll().stop:
+            _finish_save(trainer)
             raise Stopped
+    _finish_save(trainer)
     return _done_event(trainer)
 
 
@@ -203,16 +206,31 @@ def _poll(trainer: Trainer, epoch: int) -> float | None:
 
     decision = trainer.watch.step(is_broken)
     if decision is None:
+<<<<<<< HEAD
         return None
     broken = decision.broken
     if not broken and (decision.save or decision.stop):  # which waits for the device anyway
         [broken] = trainer.world.all_reduce_max([_are_bad(_vital_signs(trainer).tolist(), trainer.config)])
     if broken:
         raise TrainError(_diagnosis(trainer, epoch))
+=======
+        return False
+    where = f"in epoch {epoch}, at or before step {trainer.so_far.step}"
+    if decision.broken and guard is not None:
+        raise TrainError(
+            f"{trainer.config.nonfinite_limit} steps in a row were not finite {where} (train.nonfinite_limit): "
+            f"{AFTER_SKIPPING}"
+        )
+    if decision.broken:
+        raise TrainError(f"the loss is not finite {where}: {AFTER_NONFINITE}")
+    if decision.saved:
+        _finish_save(trainer)
+>>>>>>> ready-10
     if decision.save or decision.stop:
         with trainer.ledger.charge("save"):
             trainer.save(trainer, False)
     if decision.stop:
+        _finish_save(trainer)
         raise Stopped
     if seen is None:
         return None
@@ -239,6 +257,11 @@ def _diagnosis(trainer: Trainer, epoch: int) -> str:
         limit = trainer.config.nonfinite_limit
         return f"{limit} steps in a row were not finite {where} (train.nonfinite_limit): {AFTER_SKIPPING}"
     return f"the loss is not finite {where}: {AFTER_NONFINITE}"
+
+
+def _finish_save(trainer: Trainer) -> None:
+    with trainer.ledger.charge("save"):
+        trainer.finish_save(trainer)
 
 
 def _finish_training(trainer: Trainer, epoch: int) -> None:

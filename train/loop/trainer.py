@@ -62,7 +62,9 @@ class Trainer:
     image_size: Callable[[int], int]
     """Epoch (1, 2, ...) -> side of its training images, pixels."""
     save: Callable[["Trainer", bool], None]
-    """Writes a checkpoint of this trainer; the flag says whether it is the best so far. All ranks call it."""
+    """Begins to write a checkpoint of this trainer; the flag says whether it is the best so far. All ranks call it."""
+    finish_save: Callable[["Trainer"], None]
+    """Waits until it is written, if one is under way, and notes what became of it. All ranks call it."""
 
     @property
     def config(self) -> TrainConfig:

@@ -24,6 +24,8 @@ class Decision:
     """The last checkpoint is old enough for another."""
     broken: bool
     """Some rank has numbers that training cannot go on with."""
+    saved: bool
+    """The checkpoint that was being written is, or could not be."""
 
 
 class Watch:
@@ -34,12 +36,14 @@ class Watch:
         world: World,
         stop_wanted: Callable[[], bool],
         save_every_s: float = 0.0,
+        save_ended: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """save_every_s: 0 = never in the middle of an epoch."""
+        """save_every_s: 0 = never in the middle of an epoch. save_ended: whether there is word of a checkpoint."""
         self._world = world
         self._stop_wanted = stop_wanted
         self._save_every_s = save_every_s
+        self._save_ended = save_ended
         self._poll_interval_s = min(POLL_INTERVAL_S, save_every_s / 4) if save_every_s else POLL_INTERVAL_S
         self._clock = clock
         self._saved_at = clock()
@@ -52,7 +56,7 @@ class Watch:
         self._looked_at = self._clock()
 
     def saved(self) -> None:
-        """A checkpoint was attempted."""
+        """A checkpoint was begun."""
         self._saved_at = self._clock()
 
     def step(self, is_broken: Callable[[], bool]) -> Decision | None:
@@ -68,8 +72,8 @@ class Watch:
             save_due = 0 < self._save_every_s <= now - self._saved_at
             a_step_s = (now - self._looked_at) / max(self._steps, 1)
             steps_to_look = round(min(max(self._poll_interval_s / max(a_step_s, 1e-9), 1), MAX_STEPS))
-        stop, save, broken, steps_to_look = self._world.all_reduce_max(
-            [self._stop_wanted(), save_due, broken, steps_to_look]
+        stop, save, broken, saved, steps_to_look = self._world.all_reduce_max(
+            [self._stop_wanted(), save_due, broken, self._save_ended(), steps_to_look]
         )
         self._steps, self._steps_to_look, self._looked_at = 0, steps_to_look, now
-        return Decision(bool(stop), bool(save), bool(broken))
+        return Decision(bool(stop), bool(save), bool(broken), bool(saved))
