@@ -160,12 +160,8 @@ def build_run(config: RunConfig, start: Start, world: World, ledger: Ledger, sto
         so_far=begun.so_far,
         is_resumed=stored is not None,
         sinks=sinks,
-<<<<<<< HEAD
-        watch=Watch(world, stop_wanted, 60 * config.run.save_every_minutes),
-        readback=Readback(world.device),
-=======
         watch=Watch(world, stop_wanted, 60 * config.run.save_every_minutes, saver.has_news),
->>>>>>> ready-10
+        readback=Readback(world.device),
         batch_size=fitted.data.batch_size,
         image_size=lambda epoch: train_size(fitted.data, epoch - 1),
         save=saver.save,

@@ -206,26 +206,14 @@ def _poll(trainer: Trainer, epoch: int) -> float | None:
 
     decision = trainer.watch.step(is_broken)
     if decision is None:
-<<<<<<< HEAD
         return None
     broken = decision.broken
     if not broken and (decision.save or decision.stop):  # which waits for the device anyway
         [broken] = trainer.world.all_reduce_max([_are_bad(_vital_signs(trainer).tolist(), trainer.config)])
     if broken:
         raise TrainError(_diagnosis(trainer, epoch))
-=======
-        return False
-    where = f"in epoch {epoch}, at or before step {trainer.so_far.step}"
-    if decision.broken and guard is not None:
-        raise TrainError(
-            f"{trainer.config.nonfinite_limit} steps in a row were not finite {where} (train.nonfinite_limit): "
-            f"{AFTER_SKIPPING}"
-        )
-    if decision.broken:
-        raise TrainError(f"the loss is not finite {where}: {AFTER_NONFINITE}")
     if decision.saved:
         _finish_save(trainer)
->>>>>>> ready-10
     if decision.save or decision.stop:
         with trainer.ledger.charge("save"):
             trainer.save(trainer, False)
