@@ -68,6 +68,9 @@ class RunOptions:
     timeout_minutes: float = 10.0
     """A rank that waits longer than this for the others gives up: longer than it takes to start the ranks, or to write
     a checkpoint."""
+    silence_s: float = 60.0
+    """Seconds without a sign of life after which a rank counts as lost, and the others end; one that is killed is
+    noticed by its neighbours at once. 0 = never."""
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ("tensorboard",)
     """Where curves go beside log.jsonl; each takes its package's own environment variables."""
     project: str = "cupss"
@@ -81,6 +84,7 @@ class RunOptions:
             ("seed", 0 <= self.seed < 2**32, "a whole number from 0, below 2**32"),
             ("save_every_minutes", 0 <= self.save_every_minutes < math.inf, "a number from 0"),
             ("keep", 1 <= self.keep <= 1000, "1 to 1000"),
+            ("silence_s", self.silence_s == 0 or 1 <= self.silence_s < math.inf, "0, or a number from 1"),
             ("timeout_minutes", 0 < self.timeout_minutes < 1e6, "a number above 0, below 1,000,000"),
         ]
         for name, ok, allowed in checks:

@@ -23,6 +23,7 @@ from train.log.sinks import ConsoleSink
 from train.loop.engine import Stopped, fit
 from train.loop.patience import Patience
 from train.loop.trainer import Trainer
+from train.peers import Peers
 from train.signals import StopSignals
 from train.start import Start, find_start
 from train.world import World, torchrun_job
@@ -38,6 +39,11 @@ def run(config: RunConfig, world: World, ledger: Ledger, has_word: Callable[[], 
     has_word: called once the run directory has word of the seconds so far. All ranks call it. Raises train/world.py's
     USER_ERRORS.
     """
+    with Peers(world, config.run.silence_s) as peers:
+        return _run(config, world, ledger, has_word, peers)
+
+
+def _run(config: RunConfig, world: World, ledger: Ledger, has_word: Callable[[], None], peers: Peers) -> dict[str, Any]:
     start = Start(**world.on_rank_zero(lambda: vars(find_start(config, torchrun_job()))))
     if start.done is not None:
         if world.is_main:
@@ -60,12 +66,15 @@ def run(config: RunConfig, world: World, ledger: Ledger, has_word: Callable[[], 
             if beat is not None:
                 beat.stop()
             world.on_rank_zero(lambda: _close(trainer, built.saver, start.run_dir, done))
+            peers.leave()
             return done
         except Stopped:
+            peers.leave()
             _require_saved(built.saver, start.run_dir)
             _await_own_signal(signals)
             return _stopped_event(trainer, start.run_dir)
-        except BaseException:  # the minutes that a rank waited for a dead one count, too
+        except BaseException as error:  # the minutes that a rank waited for a dead one count, too
+            peers.leave(error)  # before this rank waits for its disk
             if beat is not None:
                 beat.now()
             raise

@@ -278,24 +278,49 @@ def torchrun_job() -> str | None:
     return None if name in ("", "none") else name  # torchrun calls a job "none" that was not given --rdzv-id
 
 
-def announce_failure(error: Exception) -> None:
+def announce_failure(error: BaseException) -> None:
     """Leave this rank's error in the store, for the ranks that will lose it. No collective; the first error stays."""
     message = " ".join(str(error).split()) or type(error).__name__
+    leave_word(message if isinstance(error, RankFailed) else f"rank {dist.get_rank()} failed: {message}")
+
+
+def leave_word(message: str) -> None:
+    """Leave in the store why the ranks cannot go on, unless there is a word already. No collective."""
     message = message.encode("utf-8", "backslashreplace").decode()  # a file's name may be no text
-    _of_store(lambda store: store.compare_set(FAILURE_KEY, "", f"rank {dist.get_rank()} failed: {message}"))
+    _of_store(lambda store: store.compare_set(FAILURE_KEY, "", message))
 
 
-def explain_lost_rank(error: Exception) -> str | None:
+def read_word(store: dist.Store) -> str | None:
+    """What was left by `leave_word`. Raises RuntimeError where the store is gone."""
+    return store.get(FAILURE_KEY).decode() if store.check([FAILURE_KEY]) else None
+
+
+def open_line() -> dist.Store:
+    """A connection of its own to the group's store: a thread that waits on one keeps the others from it."""
+    return dist.distributed_c10d._get_default_store().clone()
+
+
+def abort_group() -> None:
+    """Give up what NCCL has in flight, so that who waits for it comes free. May itself wait for ever."""
+    with suppress(Exception):  # the group is broken already
+        dist.distributed_c10d._abort_process_group()
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether the error means that another rank is gone or does not answer."""
+    signs = ("gloo", "remote worker", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    is_network_s = isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    return isinstance(error, dist.DistError) or is_network_s
+
+
+def explain_lost_rank(error: BaseException) -> str | None:
     """What happened to another rank, as a message, if `error` means that one is gone or does not answer; else None.
 
     The message is that rank's own error where it left one (`announce_failure`).
     """
-    signs = ("gloo", "remote worker", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
-    if not isinstance(error, dist.DistError) and not (
-        isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
-    ):
+    if not is_lost_rank(error):
         return None
-    announced = _of_store(lambda store: store.get(FAILURE_KEY).decode() if store.check([FAILURE_KEY]) else None)
+    announced = _of_store(read_word)
     if announced is not None:
         return announced
     if "timed out" in str(error).lower() or "timeout" in str(error).lower():
@@ -320,7 +345,7 @@ def _of_store(action: Callable[[dist.Store], T]) -> T | None:
 
     def ask() -> None:
         with suppress(Exception):  # the store went away with its host; whatever it is, the error itself comes first
-            answers.append(action(store))
+            answers.append(action(store.clone()))
 
     # A store on a machine that is gone never answers, and has no timeout of its own.
     asking = threading.Thread(target=ask, daemon=True)
@@ -334,7 +359,7 @@ def _to_bytes(data: bytes) -> torch.Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
