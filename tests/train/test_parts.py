@@ -25,6 +25,7 @@ from torch import nn
 
 from data import Batch, DataError
 from launch import train
+from train.allocation import prefer_growing_segments
 from train.build import _data_notes, _fitted
 from train.checkpoint.file import CheckpointError, load_checkpoint, save_checkpoint
 from train.cli import exit_code_of
@@ -662,3 +663,17 @@ def test_an_interrupted_training_says_how_it_goes_on(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(train, "_train", interrupted)
     assert train.main([]) == 130
     assert capsys.readouterr().err.startswith("interrupted; the same command goes on from the last checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ({"PYTORCH_ALLOC_CONF": "x"}, {"PYTORCH_ALLOC_CONF": "x"}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "y"}, {"PYTORCH_CUDA_ALLOC_CONF": "y"}),
+    ],
+)
+def test_segments_grow_unless_the_user_says_anything_of_memory(monkeypatch: pytest.MonkeyPatch, given, found):
+    monkeypatch.setattr(os, "environ", dict(given))
+    prefer_growing_segments()
+    assert os.environ == found
