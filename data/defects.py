@@ -1,5 +1,6 @@
 """Which images cannot be trained on, why, and the errors that name them."""
 
+import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
@@ -16,6 +17,16 @@ MAX_COMPARED = 2000
 """Pixels a side; of larger images every second one, or fewer."""
 MAX_APART = 1.2
 """Of 255, on average: what decoders may differ by, as rounding and the upsampling of colours leave it to them."""
+
+
+OF_THE_GPU = re.compile(
+    r"(?:CUDA (?:runtime|driver) (?:API error|failure)|CUDA allocation failed|nvml error"
+    r"|NVJPEG_STATUS_(?:NOT_INITIALIZED|ALLOCATOR_FAILURE|EXECUTION_FAILED|ARCH_MISMATCH|INTERNAL_ERROR)).*",
+    re.IGNORECASE,
+)
+"""How DALI (dali/core/cuda_error.h) and nvImageCodec begin what CUDA told them, and the states of nvJPEG that no image
+brings about; NVJPEG_STATUS_BAD_JPEG is one that an image does."""
+MEMORY_IS_FULL = ("MemoryAllocation", "OUT_OF_MEMORY", "allocation failed", "ALLOCATOR_FAILURE")
 
 
 class Decoder(Protocol):
@@ -89,12 +100,23 @@ def decode_failure(
     """The error to raise when one of these images could not be read: names those that are to blame.
 
     indices: int64 (n,). cause: what the loader raised, quoted where no image is to blame. decoder: the loader's own,
-    where that is not Pillow.
+    where that is not Pillow. No image is looked at where the GPU has failed.
     """
+    if fault := OF_THE_GPU.search(str(cause)):
+        return DataError(gpu_failure(fault[0].strip(" :")))
     if defects := find_defects(images, indices.tolist(), decoder, suspect=True):
         return unreadable(images, defects)
     first, last = images.where(indices[0]), images.where(indices[-1])
     return DataError(f"reading failed at one of {len(indices)} images from {first} to {last}: {last_words(cause)}")
+
+
+def gpu_failure(words: str) -> str:
+    """What to say and do where DALI's GPU has failed. words: CUDA's own."""
+    if any(sign in words for sign in MEMORY_IS_FULL):
+        remedy = "lower data.batch_size, data.threads or data.decoder_device_memory"
+    else:
+        remedy = "see nvidia-smi and the kernel's log for it; training itself may have caused it, at an earlier step"
+    return f"the GPU failed while DALI worked, and no image is to blame ({words}): {remedy}"
 
 
 def last_words(error: Exception) -> str:

@@ -17,18 +17,21 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from train.allocation import prefer_growing_segments
+
+prefer_growing_segments()  # as in training
 # Read once, before the first matrix product on a GPU; a resume can be bit-equal only with it.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-from launch.benches.measure import machine as described
-from launch.benches.measure import write_result
-from launch.checkup.check import EFFORTS, Check, Machine, Result, perform
-from launch.checkup.images import make_photographs
-from launch.checkup.table import CHECKS
-from train.cli import Parser, exit_code_of
-from train.errors import ConfigError, TrainError
-from train.files import why_unwritten
-from train.world import World, open_world
+from launch.benches.measure import machine as described  # noqa: E402
+from launch.benches.measure import write_result  # noqa: E402
+from launch.checkup.check import EFFORTS, Check, Machine, Result, perform  # noqa: E402
+from launch.checkup.images import make_photographs  # noqa: E402
+from launch.checkup.table import CHECKS  # noqa: E402
+from train.cli import Parser, exit_code_of  # noqa: E402
+from train.errors import ConfigError, TrainError  # noqa: E402
+from train.files import why_unwritten  # noqa: E402
+from train.world import World, open_world  # noqa: E402
 
 
 class CheckupError(TrainError):

@@ -15,7 +15,10 @@ ROOT = Path(__file__).resolve().parents[1]
 if not __package__:
     sys.path[0] = str(ROOT)
 
+from train.allocation import prefer_growing_segments  # noqa: E402
 from train.log.attempt import Attempt, began  # noqa: E402
+
+prefer_growing_segments()
 
 # Python's own start and the import of torch are part of the run, and an attempt that is killed in them has spent them.
 STARTED = time.perf_counter() - (time.time() - began())

@@ -221,6 +221,31 @@ def test_a_failure_names_an_image_that_is_broken_behind_a_sound_structure(photos
     assert "train/ant/1.jpg (cannot identify image file)" in str(failure)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("CUDA runtime API error cudaErrorIllegalAddress (700):\nan illegal memory access", "nvidia-smi"),
+        ("Error in thread 0: CUDA runtime API error cudaErrorMemoryAllocation (2):\nout of memory", "data.threads"),
+        ("CUDA allocation failed\nCurrent pipeline object is no longer valid.", "data.batch_size"),
+        ("CUDA Runtime failure: '#2' at image.cpp:64", "nvidia-smi"),
+        ('[nvjpeg.h:100] NVJPEG error "6" : NVJPEG_STATUS_EXECUTION_FAILED n01440764.JPEG', "nvidia-smi"),
+    ],
+)
+def test_a_failure_of_the_gpu_is_told_as_such_and_no_image_is_decoded_again(photos, monkeypatch, words, said):
+    """The words as in NVIDIA/DALI issues 950 and 3160, nvImageCodec issue 34, and DALI 2.4's own strings."""
+    monkeypatch.setattr("data.defects.find_defects", None)
+    cause = RuntimeError(f"Critical error in pipeline:\nError in mixed operator, encountered:\n{words}")
+    failure = str(decode_failure(list_splits(photos)[0], np.arange(3), cause))
+    assert failure.startswith("the GPU failed while DALI worked, and no image is to blame (") and said in failure
+    assert "\n" not in failure
+
+
+def test_a_jpeg_that_nvjpeg_calls_bad_is_looked_for(photos):
+    (photos / "train" / "ant" / "1.jpg").write_bytes(b"no image")
+    cause = RuntimeError('NVJPEG error "3" : NVJPEG_STATUS_BAD_JPEG')
+    assert "train/ant/1.jpg" in str(decode_failure(list_splits(photos)[0], np.arange(3), cause))
+
+
 CRASHING = {
     "junk": b"no image\n" * 20,
     "no scan": JPEG[:SCAN] + b"\xff\xd9",

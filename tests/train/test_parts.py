@@ -25,6 +25,7 @@ from torch import nn
 
 from data import Batch, DataError
 from launch import train
+from train.allocation import prefer_growing_segments
 from train.build import _data_notes, _fitted
 from train.checkpoint.file import CheckpointError, load_checkpoint, save_checkpoint
 from train.cli import exit_code_of
@@ -662,3 +663,39 @@ def test_an_interrupted_training_says_how_it_goes_on(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(train, "_train", interrupted)
     assert train.main([]) == 130
     assert capsys.readouterr().err.startswith("interrupted; the same command goes on from the last checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ({"PYTORCH_ALLOC_CONF": "x"}, {"PYTORCH_ALLOC_CONF": "x"}),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "y"}, {"PYTORCH_CUDA_ALLOC_CONF": "y"}),
+    ],
+)
+def test_segments_grow_unless_the_user_says_anything_of_memory(monkeypatch: pytest.MonkeyPatch, given, found):
+    monkeypatch.setattr(os, "environ", dict(given))
+    prefer_growing_segments()
+    assert os.environ == found
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_logits_that_bf16_cannot_tell_apart_are_told_apart(precision: str):
+    """4096 and 4097 are equal in bf16, and in fp16; the right class is the second."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(1, 3))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([[4096.0], [4097.0], [0.0]]))
+        model[1].bias.zero_()
+    batch = Batch(torch.ones(2, 1, 1, 1), torch.tensor([1, 1]), torch.tensor([True, True]))
+    loader = FewBatches([batch], num_classes=3)
+    world = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
+    assert evaluate(model, loader, Precision(precision, world.device), world).top1 == 100
+    assert not model[1]._forward_hooks
+
+
+class FewBatches(list):
+    """What an evaluation needs of a loader."""
+
+    def __init__(self, batches: list[Batch], num_classes: int) -> None:
+        super().__init__(batches)
+        self.num_classes = num_classes

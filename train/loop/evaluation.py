@@ -1,9 +1,12 @@
 """Exact accuracy over a validation set."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from data import Loader
 from train.network.precision import Precision
@@ -43,7 +46,7 @@ def evaluate(
     # Of each class: images, top-1 hits, top-5 hits.
     counts_3K = torch.zeros(3, loader.num_classes, dtype=torch.int64, device=world.device)
     for batch in loader:
-        with precision.autocast():
+        with precision.autocast(), _logits_in_fp32(model, loader.num_classes, precision):
             logits = model(batch.images.contiguous(memory_format=MEMORY_FORMAT))
         guesses = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits = (guesses == batch.labels[:, None]) & batch.valid[:, None]
@@ -60,3 +63,25 @@ def evaluate(
         class_images=tuple(class_images),
         class_hits=tuple(class_hits),
     )
+
+
+@contextmanager
+def _logits_in_fp32(model: nn.Module, num_classes: int, precision: Precision) -> Iterator[None]:
+    """Inside, the last linear layer of so many outputs gives fp32's; a network without one is left as it is.
+
+    bf16 has 8 bits: close logits become equal, and which of two equal ones is the first guess is chance.
+    """
+    classifiers = [part for part in model.modules() if isinstance(part, nn.Linear) and part.out_features == num_classes]
+    if precision.name == "fp32" or not classifiers:
+        yield
+        return
+
+    def again(layer: nn.Linear, inputs: tuple[torch.Tensor, ...], rounded: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(rounded.device.type, enabled=False):
+            return F.linear(inputs[0].float(), layer.weight, layer.bias)
+
+    handle = classifiers[-1].register_forward_hook(again)
+    try:
+        yield
+    finally:
+        handle.remove()
