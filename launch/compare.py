@@ -18,7 +18,7 @@ if not __package__:
 from launch.grids.board import open_board
 from launch.grids.disk import Disk, hold
 from launch.grids.estimate import plan_in_words
-from launch.grids.grid import Grid, read_grid
+from launch.grids.grid import Grid, overridden, read_grid
 from launch.grids.jobs import Job, plan_jobs
 from launch.grids.runner import Runner, State
 from train.cli import Parser, exit_code_of, positive_int
@@ -34,6 +34,8 @@ def main(argv: list[str]) -> int:
 def _compare(argv: list[str]) -> None:
     options = _parse(argv)
     grid = read_grid(options.grid, options.set, options.out)
+    for key in overridden(grid, options.set):
+        print(f"note: --set {key} has no effect: every run of {options.grid} sets it itself", file=sys.stderr)
     jobs = plan_jobs(grid)
     disk = Disk(grid.out)
     runner = Runner(jobs, disk, options.jobs, options.ranks)

@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import json
 import os
 import shlex
 import sys
@@ -9,7 +10,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -46,6 +47,7 @@ def exit_code_of(action: Callable[[], None], debug: bool, after_interrupt: str =
             traceback.print_exc()
         if not _says_another(error):
             _say(f"error: {message}")
+        _tell_torchrun(message)
         # torchrun ends the other ranks as soon as one is gone; let them say their line first.
         time.sleep(EXIT_DELAY_S if _ranks() > 1 else 0)
         return getattr(error, "exit_code", 1)
@@ -156,6 +158,17 @@ def _say(message: str) -> None:
     # One write, newline included: torchrun runs Python unbuffered, and the ranks' lines would mix.
     sys.stderr.write(f"{_rank()}{message}\n")
     sys.stderr.flush()
+
+
+def _tell_torchrun(message: str) -> None:
+    """Let the report that torchrun adds, which only its own process could keep back, end with our line.
+
+    The file is laid out as torch.distributed.elastic's `record` writes it.
+    """
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        about = {"py_callstack": f"error: {message}", "timestamp": str(int(time.time()))}
+        with suppress(OSError):
+            Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": about}}))
 
 
 class Parser(argparse.ArgumentParser):

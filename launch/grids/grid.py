@@ -32,6 +32,7 @@ from typing import Any, Literal, get_args
 
 import yaml
 
+from launch.reports.published import DROPS
 from train.errors import ConfigError
 from train.files import read_bounded
 from train.log.rundir import NAME
@@ -114,6 +115,11 @@ class Grid:
     def controls(self) -> list[Entry]:
         return [entry for entry in self.entries.values() if entry.is_control]
 
+    def own_settings(self, entry: Entry, setting: str) -> Settings:
+        """What an entry's run sets over `common`."""
+        of = self.entries[entry.of].settings if entry.kind == "same_schedule" else {}
+        return self.settings[setting] | of | entry.settings
+
 
 def read_grid(path: Path, changes: Sequence[str] = (), out: Path | None = None) -> Grid:
     """changes: KEY=VALUE, over the file's `set`. out: in place of the file's.
@@ -133,6 +139,12 @@ def read_grid(path: Path, changes: Sequence[str] = (), out: Path | None = None) 
     except RecursionError as error:
         raise ConfigError(f"{path}: found a mapping that holds itself, by an alias, allowed: none") from error
     return grid if out is None else replace(grid, out=out)
+
+
+def overridden(grid: Grid, changes: Sequence[str]) -> list[str]:
+    """The keys of the changes that were given to `read_grid` and that every run sets otherwise."""
+    own = [grid.own_settings(entry, setting) for entry in grid.entries.values() for setting in grid.settings]
+    return [key for key in _changes(changes) if all(key in settings for settings in own)]
 
 
 def _grid(path: Path, content: Any, changes: Sequence[str]) -> Grid:
@@ -175,6 +187,7 @@ def _entries(content: Any, where: str, role: Role) -> list[Entry]:
         values = _mapping({} if values is None else values, place)
         words = {key: values[key] for key in WORDS if key in values}
         _require_text(words, ["published", "command"], f"{place}.")
+        _require_published(words, place)
         settings = _flat({key: value for key, value in values.items() if key not in WORDS}, place)
         entry = Entry(name=_name(name, where), settings=settings, role=role, **(words | {"of": None}))
         _require_consistent(entry, words, place)
@@ -313,6 +326,12 @@ def _require_text(values: Mapping[str, Any], keys: Sequence[str], where: str) ->
     for key in keys:
         if key in values and not _is_text(values[key]):
             raise ValueError(f"{where}{key}: found {values[key]!r}, allowed: text")
+
+
+def _require_published(words: Mapping[str, Any], place: str) -> None:
+    known = sorted({result.method for result in DROPS.results})
+    if words.get("published", known[0]) not in known:
+        raise ValueError(f"{place}.published: found {words['published']!r}, allowed: {', '.join(known)}")
 
 
 def _require_known(values: Mapping[str, Any], known: Sequence[str], where: str) -> None:

@@ -96,10 +96,7 @@ def _depends(grid: Grid, entry: Entry, asked: RunConfig) -> bool:
 
 
 def _parse(grid: Grid, entry: Entry, setting: str) -> RunConfig:
-    settings = grid.common | grid.settings[setting]
-    if entry.kind == "same_schedule":
-        settings |= grid.entries[entry.of].settings
-    settings |= entry.settings
+    settings = grid.common | grid.own_settings(entry, setting)
     try:
         config = parse_config(["--config", str(grid.base), *arguments(settings)], "launch/train.py", str(grid.base))
     except ConfigError as error:

@@ -24,7 +24,7 @@ from launch import compare
 from launch.grids import estimate, runner
 from launch.grids.board import LiveTable, Progresses, _window, in_words
 from launch.grids.disk import Disk, write_json
-from launch.grids.grid import read_grid
+from launch.grids.grid import overridden, read_grid
 from launch.grids.jobs import plan_jobs
 from launch.grids.processes import Child, last_words
 from launch.grids.runner import State, Status
@@ -63,6 +63,12 @@ def write_grid(folder: Path, **changes: object) -> Path:
     file = folder / "tiny.yaml"
     file.write_text(yaml.safe_dump(content | changes))
     return file
+
+
+def test_what_set_changes_without_effect_is_told(tmp_path: Path):
+    file = write_grid(tmp_path, settings={"a": {"prune.round_to": 1}, "b": {"prune.round_to": 2}})
+    changes = ["prune.round_to=4", "prune.criterion=l2", "train.epochs=3"]  # some entries set a criterion
+    assert overridden(read_grid(file, changes), changes) == ["prune.round_to"]
 
 
 class QuickChild:
@@ -427,6 +433,7 @@ def test_a_folder_that_was_moved_holds_the_same_runs(finished: tuple[Path, list[
         ({"controls": {"dense": {}, "shape": {"kind": "shape", "of": [None]}}}, "controls.shape.of: found [None]"),
         ({"methods": {"a": {"kind": "search", "command": 5}}}, "methods.a.command: found 5, allowed: text"),
         ({"methods": {"ramp": {"published": ["x"]}}}, "methods.ramp.published: found ['x'], allowed: text"),
+        ({"methods": {"ramp": {"published": "CUP_RF"}}}, "methods.ramp.published: found 'CUP_RF', allowed: COP, CUP"),
         ({"out": 5}, "out: found 5, allowed: text"),
         (
             {"methods": {"a": {"kind": "search", "command": "x {foo}"}}},

@@ -70,6 +70,8 @@ def test_a_wrong_setting_is_said_once_by_a_machine(tmp_path: Path):
     assert result.returncode != 0
     [line] = rank_lines(result.stderr)
     assert line.startswith("[rank 0] error: prune.hard_ramp.slope")
+    report = result.stderr.partition("Root Cause")[2]  # torchrun's, behind it
+    assert line.removeprefix("[rank 0] ") in report and "To enable traceback" not in report
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import struct
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -120,6 +121,26 @@ def test_mlflow_gets_the_epochs_before_it_was_asked_for_and_none_twice(local: Pa
         train(local, run__trackers="[mlflow]", **settings)
     train(local, run__trackers="[mlflow]", **settings)
     assert Counter(epoch for epoch, _ in mlflow_points(local)[1]) == Counter([1, 2, 3])
+
+
+def test_two_resizes_of_an_epoch_are_two_points_of_mlflow_also_after_a_resume(local: Path):
+    pytest.importorskip("mlflow")
+    from mlflow import MlflowClient
+
+    resizes = [
+        {"event": "resize", "epoch": 2, "removed": {"conv1": count}, "seconds": 1.0, "time_s": 10.0 + count}
+        for count in (3, 5)
+    ]
+    run = trackers.Tracked("run", "id", "tests", local, began=1e9, events=())
+    for logged, made in (((), resizes[:1]), (resizes[:1], resizes[1:]), (resizes, [])):
+        sink = trackers.MLflow(replace(run, events=logged))
+        for event in made:
+            sink.write(event)
+        sink.close()
+    client = MlflowClient()
+    [found] = client.search_runs([client.get_experiment_by_name("tests").experiment_id])
+    history = client.get_metric_history(found.info.run_id, "cup/removed")
+    assert sorted((point.step, point.value) for point in history) == [(2, 3.0), (2, 5.0)]
 
 
 def test_a_tracker_that_fails_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

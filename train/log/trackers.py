@@ -6,6 +6,7 @@ The x axis is the epoch everywhere. A resume goes on in the tracker's run of the
 import os
 import threading
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -185,7 +186,8 @@ class MLflow(Tracker):
         self._run_id = ours[0].info.run_id
         self._client.update_run(self._run_id, status="RUNNING")
         self._began = run.began
-        self._last_epochs: dict[str, int] = {}
+        self._stored: dict[str, Counter[int]] = {}
+        self._seen: Counter[tuple[str, int]] = Counter()
         for event in run.events:  # those that it does not have yet
             self.write(event)
 
@@ -201,13 +203,14 @@ class MLflow(Tracker):
         self._client.log_batch(self._run_id, [metric for metric in metrics if self._is_new(metric.key, metric.step)])
 
     def _is_new(self, key: str, epoch: int) -> bool:
-        """Whether the epoch's point is not there yet: a resume makes some epochs again, with the same numbers."""
-        if key not in self._last_epochs:
-            history = self._client.get_metric_history(self._run_id, key)
-            self._last_epochs[key] = max((point.step for point in history), default=-1)
-        is_new = epoch > self._last_epochs[key]
-        self._last_epochs[key] = max(epoch, self._last_epochs[key])
-        return is_new
+        """Whether the point is not there yet: a resume makes some again, with the same numbers.
+
+        Points are counted, for an epoch may have several, as of two resizes.
+        """
+        if key not in self._stored:
+            self._stored[key] = Counter(point.step for point in self._client.get_metric_history(self._run_id, key))
+        self._seen[key, epoch] += 1
+        return self._seen[key, epoch] > self._stored[key][epoch]
 
     def close(self) -> None:
         self._client.set_terminated(self._run_id)
