@@ -212,7 +212,7 @@ class _Counting:
             yield Kernel("optimizer", *axes, weights=5 * 4 * weights)
 
     def _attention(self, op: TracedOp) -> Iterator[Kernel]:
-        """Products of values: of two, or attention's two in one kernel. Their channels cannot go."""
+        """Products of values: of two, or attention's two in one kernel; the work of all heads, also where some go."""
         values = [self.network.values[position] for position in op.reads]
         result = self.network.values[op.writes]
         flops = 2 * _size(result) * values[0].shape[-1]

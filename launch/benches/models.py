@@ -287,16 +287,13 @@ def _why_frozen(frozen: dict[str, int]) -> str:
 def _print_table(rows: Sequence[Row], reduction: float) -> None:
     whole = [row for row in rows if not row.failure]
     reached = sum(row.reached >= reduction * (1 - cup.REDUCTION_TOLERANCE) for row in whole)
-    print(
-        "| model | input | groups | may shrink | limit | FR | parameters (M) | twin | step | CPU s | frozen, and why |"
-    )
-    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|")
+    numbers = "| input | groups | may shrink | limit | FR | parameters (M) | twin | step | CPU s |"
+    print(f"| model {numbers} frozen, and why |")
+    print(f"|---{'|---:' * 9}|---|")
     for row in rows:
         cells = [row.name, row.side, row.groups, row.prunable, f"{row.limit:.4g}", f"{row.reached:.2f}"]
-        cells += [
-            f"{row.params[0] / 1e6:.1f} to {row.params[1] / 1e6:.1f}",
-            f"{max(row.twin_difference, row.eval_difference):.0e}",
-        ]
-        cells += [f"{row.step_difference:.0e}", f"{sum(row.seconds.values()):.1f}"]
+        cells += [f"{row.params[0] / 1e6:.1f} to {row.params[1] / 1e6:.1f}"]
+        differences = (max(row.twin_difference, row.eval_difference), row.step_difference)
+        cells += [*(f"{difference:.0e}" for difference in differences), f"{sum(row.seconds.values()):.1f}"]
         print(f"| {' | '.join(map(str, [*cells, row.failure or _why_frozen(row.frozen)]))} |")
     print(f"{len(whole)} of {len(rows)} pass, {reached} reach FR {reduction:g}")
