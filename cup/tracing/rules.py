@@ -141,11 +141,12 @@ def unscaled(node: fx.Node) -> fx.Node:
 def arguments_besides_width(node: fx.Node, model: nn.Module) -> str:
     """A node's arguments as text, without the number of groups or the shape that a layer hands to its function.
 
-    That number follows the layer's weights; and so does the size of a view that follows a module's heads.
+    That number follows the layer's weights. Of a view that follows a module's heads, all sizes but that one; with equal
+    other lengths of the result it can only be the right one.
     """
     if (dim := node.meta.get("following")) is not None:
-        sizes = list(_spelt_out(node))
-        return f"{node.args[0]} {[*sizes[:dim], *sizes[dim + 1 :]]}"
+        others = [(*sizes[:dim], *sizes[dim + 1 :]) for sizes in (_spelt_out(node), shape_of(node))]
+        return f"{node.args[0]} {others}"
     args, kwargs = list(node.args), dict(node.kwargs)
     position, name = _WIDTH_ARGUMENTS.get(node.target, (None, ""))
     if position is not None and layer_at(node, model) is not None:
@@ -614,7 +615,8 @@ def _product(op: Operation, labels: Labels) -> Channels | None:
     """A product of matrices, or attention: heads among the dimensions in front of the matrices are the same heads."""
     known = [(op.channels[n], len(shape_of(n))) for n in _operands(op)]
     inside = [value for value, rank in known if value is not None and value.dim >= rank - 2]
-    if inside or op.node.kwargs.get("enable_gqa"):
+    has_vector = op.node.target is not F.scaled_dot_product_attention and min(rank for _, rank in known) < 2
+    if inside or has_vector or op.node.kwargs.get("enable_gqa"):
         labels.freeze([value for value, _ in known], f"{op.name} works across channels")
         return None
     return _elementwise(op, labels)

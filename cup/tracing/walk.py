@@ -282,7 +282,7 @@ class _Walk:
 
 def _tensor_keywords(node: fx.Node) -> bool:
     """Whether a tensor is passed by keyword: the rules look at positions, and at a layer's own weights by name."""
-    if node.target in KEYWORD_OPERANDS:
+    if node.target in KEYWORD_OPERANDS and len(node.args) >= 3:  # query, key and value; a mask may have a name
         return False
     found: list[fx.Node] = []
     fx.map_arg(node.kwargs, found.append)

@@ -194,7 +194,28 @@ class Mixed(Attention):
         return self.proj((weights @ v).transpose(1, 2).reshape(batch, tokens, self.attn_dim))
 
 
-@pytest.mark.parametrize("attention", [FixedNumber, FromTheStream, Mixed])
+class SameNumber(nn.Module):
+    """A four that is not the module's number of heads, though they are equal; the view would run on one head, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads = 4
+        self.q, self.out = nn.Linear(WIDTH, 16), nn.Linear(16, WIDTH)
+
+    def forward(self, x):
+        q = self.q(x).view(*x.shape[:2], 4, -1).transpose(1, 2)
+        return self.out((q * q.mean(-1, keepdim=True)).transpose(1, 2).flatten(2))
+
+
+class TimesVector(Attention):
+    def forward(self, x):
+        batch, tokens, _ = x.shape
+        q, _, v = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        gain = torch.matmul(q, x.new_ones(self.head_dim))
+        return self.proj((gain[..., None] * v).transpose(1, 2).reshape(batch, tokens, self.attn_dim))
+
+
+@pytest.mark.parametrize("attention", [FixedNumber, FromTheStream, Mixed, SameNumber, TimesVector])
 def test_heads_that_cannot_go_stay(attention):
     model, tokens = built(attention())
     assert heads_of(check_against_twin(model, tokens)).frozen
