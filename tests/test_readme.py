@@ -13,7 +13,7 @@ from launching import ROOT, train
 from pages import anchors, broken_links, code_blocks, commands
 
 import cup
-from launch import bench, compare, evaluate, export, plan, prepare, prune, report, search
+from launch import bench, compare, doctor, evaluate, export, plan, prepare, prune, report, search
 from train.checkpoint.file import load_checkpoint
 from train.config import parse_config
 from train.errors import ConfigError
@@ -28,6 +28,7 @@ LIBRARY = TEXT["cup/README.md"]
 SCRIPTS = {
     "bench": bench,
     "compare": compare,
+    "doctor": doctor,
     "evaluate": evaluate,
     "export": export,
     "plan": plan,
