@@ -163,7 +163,7 @@ def _say(message: str) -> None:
 def _tell_torchrun(message: str) -> None:
     """Let the report that torchrun adds, which only its own process could keep back, end with our line.
 
-    The file is laid out as torch.distributed.elastic's `record` writes it.
+    The file is laid out as torchrun's own decorator `record` writes it.
     """
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         about = {"py_callstack": f"error: {message}", "timestamp": str(int(time.time()))}
