@@ -280,6 +280,8 @@ def torchrun_job() -> str | None:
 
 def announce_failure(error: BaseException) -> None:
     """Leave this rank's error in the store, for the ranks that will lose it. No collective; the first error stays."""
+    if not dist.is_initialized():
+        return
     message = " ".join(str(error).split()) or type(error).__name__
     leave_word(message if isinstance(error, RankFailed) else f"rank {dist.get_rank()} failed: {message}")
 
