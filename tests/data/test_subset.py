@@ -48,4 +48,4 @@ def test_file_lists_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture):
         lines = [f"{file} {file.parent.name}" for file in sorted((images / split).rglob("*.jpg"))]
         (lists / f"{split}.txt").write_text("\n".join(lines))
     assert subset(lists, tmp_path / "subset", train=12, val=3) == 1
-    assert "found file lists or shards, allowed: an image folder" in capsys.readouterr().err
+    assert "found file lists, shards or a Hugging Face set, allowed: an image folder" in capsys.readouterr().err
