@@ -53,6 +53,8 @@ def read_rows(folder: Path, split: str) -> tuple[list[str], np.ndarray, list[str
     class, or `datasets` is not installed.
     """
     dataset = _load(folder, split)
+    if len(dataset) == 0:
+        raise _without_rows(folder, split)
     image_column, label_column = _image_column(dataset.features, folder), _label_column(dataset.features, folder)
     forget_files()
     files = [entry["filename"] for entry in dataset.cache_files]
@@ -96,9 +98,15 @@ def _load(folder: Path, split: str) -> "Dataset":
             return datasets.load_from_disk(str(found[0]), keep_in_memory=False)
         files = {split: [str(file) for file in found]}
         return datasets.load_dataset("parquet", data_files=files, split=split, keep_in_memory=False)
+    except IndexError as error:  # as datasets reads a folder whose table has no part
+        raise _without_rows(folder, split) from error
     except Exception as error:  # of many types; what unpacking meets is behind theirs
         why = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
         raise DataError(f"{found[0]}: cannot be read as {split} of a Hugging Face set ({why})") from error
+
+
+def _without_rows(folder: Path, split: str) -> DataError:
+    return DataError(f"{PREFIX}{folder}: {split} has no rows: save it with its images, or take it away")
 
 
 def _image_column(features: Mapping[str, Any], folder: Path) -> str:

@@ -119,7 +119,7 @@ def build_run(config: RunConfig, start: Start, world: World, ledger: Ledger, sto
     compiler = _build_compiler(fitted, method, parts)
     loader = parts.train_loader
     teacher, teacher_notes = world.on_every_rank(
-        lambda: load_teacher(fitted.train, loader.num_classes, loader.classes, world.device)
+        lambda: load_teacher(fitted, loader.num_classes, loader.classes, world.device)
     )
     ledger.add_lost(**start.lost)
     ledger.add_startup(start.torchrun_s)

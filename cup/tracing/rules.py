@@ -623,8 +623,8 @@ def _product(op: Operation, labels: Labels) -> Channels | None:
 
 
 def product_macs(node: fx.Node) -> int:
-    """Multiply-adds of a product of matrices, or of attention's two; 0 for any other node."""
-    if _FUNCTIONS.get(node.target) is not _product or shape_of(node) is None:
+    """Multiply-adds of a product of matrices, or of attention's two; 0 for any other node, and for named operands."""
+    if _FUNCTIONS.get(node.target) is not _product or shape_of(node) is None or len(node.args) < 2:
         return 0
     written = math.prod(shape_of(node))
     if node.target is F.scaled_dot_product_attention:

@@ -33,11 +33,11 @@ def prepare_shards(
     exclude: str | Path = "",
     smaller: Smaller | None = None,
 ) -> bool:
-    """Write PATH/{train,val}/*.tar with indices and manifests, from the data set at `source`; bytes stay as they are.
+    """Write PATH/{train,val}/*.tar with indices and manifests, from the data set at `source`.
 
     images_per_shard: 1000 photographs of ImageNet are about 110 MB. seed: of the order; equal ones give equal files.
-    exclude: list of images to leave out; SOURCE/exclude.txt, if there is one, where empty. smaller: makes training
-    images smaller; validation images stay as they are, for accuracies are compared. One rank calls it.
+    exclude: list of images to leave out; SOURCE/exclude.txt, if there is one, where empty. Images keep their bytes,
+    but for training images that `smaller` makes smaller; accuracies are compared on validation's. One rank calls it.
     Returns whether it wrote: finished shards are left as they are. Raises DataError if the source is no data set or an
     image cannot be read, if something else is at `path`, the source included, or if the place cannot be written.
     """

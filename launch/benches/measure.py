@@ -48,7 +48,7 @@ def require_image_folder(path: Path) -> None:
     """DataError for anything else: torchvision's way reads image folders only."""
     train, _ = list_splits(path)
     if train.places is not None or train.root != path / "train":
-        found = "file lists" if train.places is None else "shards"
+        found = "file lists" if train.places is None else "shards or a Hugging Face set"
         raise DataError(f"{path}: found {found}, allowed: an image folder, as torchvision reads no other: give one")
 
 

@@ -219,3 +219,15 @@ class TimesVector(Attention):
 def test_heads_that_cannot_go_stay(attention):
     model, tokens = built(attention())
     assert heads_of(check_against_twin(model, tokens)).frozen
+
+
+@pytest.mark.parametrize("product", [F.scaled_dot_product_attention, torch.matmul])
+def test_operands_by_name_are_not_followed_and_break_nothing(product):
+    class Named(Attention):
+        def forward(self, x):
+            q, k, v = (self.qkv(x).reshape(len(x), -1, 3, self.attn_dim)[:, :, part] for part in range(3))
+            if product is torch.matmul:
+                return self.proj(product(input=product(input=q, other=k.transpose(1, 2)), other=v))
+            return self.proj(product(query=q, key=k, value=v))
+
+    assert all(group.frozen for group in cup.channel_groups(Named(), torch.zeros(2, 4, WIDTH)))

@@ -217,7 +217,7 @@ def test_columns_and_rows_that_are_missing_are_named(arrow, change, columns, mes
 def test_a_split_without_rows_is_named(tmp_path):
     empty = datasets.Dataset.from_dict({"image": [], "label": []}, features=datasets.Features(COLUMNS))
     datasets.DatasetDict(train=empty).save_to_disk(tmp_path)
-    with pytest.raises(DataError, match="cannot be read as train"):
+    with pytest.raises(DataError, match="train has no rows: save it with its images"):
         list_split(f"hf:{tmp_path}", "train")
 
 

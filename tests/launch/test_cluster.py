@@ -162,6 +162,9 @@ def test_the_image_holds_what_the_installation_needs():
     setup.read(ROOT / "setup.cfg")
     packages = setup["options"]["packages"].split()
     assert {package.partition(".")[0] for package in packages} <= kept
+    rooms = [ROOT / name for name in ("cup", "data", "launch", "train")]
+    folders = [file.parent.relative_to(ROOT) for room in rooms for file in room.rglob("__init__.py")]
+    assert packages == sorted(".".join(folder.parts) for folder in folders)
     assert {"setup.cfg", "pyproject.toml", setup["metadata"]["license_files"]} <= kept
     assert setup["metadata"]["long_description"].removeprefix("file: ") in kept
     [extras] = re.findall(r'"\.\[(.*)\]"', DOCKERFILE)

@@ -1,6 +1,7 @@
 """Distillation: the loss as written, a teacher that nothing changes, and runs that go on with it."""
 
 import copy
+import dataclasses
 import math
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import torch
 from launching import events, interrupted, numbers, train, write_network
 from torch import nn
 
+from data.batch import Preprocessing
 from train.checkpoint.file import load_checkpoint
+from train.checkpoint.network import save_network
 from train.errors import ConfigError
 from train.loop.config import TrainConfig
 from train.loop.step import compute_gradients
@@ -60,6 +63,25 @@ def test_a_run_with_a_teacher_goes_on_with_the_same_bits(tmp_path: Path, monkeyp
     assert all(torch.equal(one["model"][key], other["model"][key]) for key in one["model"])
     notes = [event["message"] for event in events(undisturbed, "note")]
     assert any("the hours count its passes, and not the 2 that its own training took" in note for note in notes)
+
+
+def test_a_teacher_of_other_images_is_refused_before_there_is_a_run(tmp_path: Path):
+    write_network(tmp_path / "teacher.pt", "resnet20_cifar")
+    with pytest.raises(ConfigError, match=r"train.teacher: .* does not take images of 1 channels and 28 pixels"):
+        train(tmp_path, train__teacher=tmp_path / "teacher.pt")
+    stored = write_network(tmp_path / "teacher.pt")
+    coloured = dataclasses.replace(stored, preprocessing=Preprocessing(image_size=28, mean=(0.5,), std=(0.5,)))
+    save_network(tmp_path / "teacher.pt", coloured, widths={})
+    with pytest.raises(ConfigError, match=r"was trained with mean \(0.5,\) .*: set data.mean and data.std"):
+        train(tmp_path, train__teacher=tmp_path / "teacher.pt")
+    assert not (tmp_path / "tiny").exists()
+
+
+def test_a_network_of_the_users_own_can_teach_its_like(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "home.py").write_text("from cup.networks import LeNet\n\nmake = LeNet\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    train(tmp_path / "a", model__name="home:make")
+    train(tmp_path / "b", model__name="home:make", train__teacher=tmp_path / "a/tiny/last.pt")
 
 
 def test_a_teacher_of_other_classes_is_refused_before_there_is_a_run(tmp_path: Path):

@@ -35,4 +35,8 @@ def _on_host(tensor: torch.Tensor) -> torch.Tensor:
     tensor = tensor.detach()
     if not tensor.is_cuda:
         return tensor.clone()
-    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+    try:
+        host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+    except RuntimeError:  # no page-locked memory is left: a slower save is better than none
+        host = torch.empty_like(tensor, device="cpu")
+    return host.copy_(tensor, non_blocking=True)

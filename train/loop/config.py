@@ -1,5 +1,6 @@
 """The settings of the training loop."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -61,7 +62,7 @@ class TrainConfig:
             ("ema_decay", 0 <= self.ema_decay < 1, "from 0 to below 1"),
             ("teacher", self.teacher != "", "a file, or null"),
             ("teacher_share", 0 < self.teacher_share <= 1, "above 0, up to 1"),
-            ("teacher_temperature", self.teacher_temperature > 0, "a number above 0"),
+            ("teacher_temperature", 0 < self.teacher_temperature < math.inf, "a number above 0"),
             ("nonfinite_limit", self.nonfinite_limit >= 1, "a whole number from 1"),
         ]
         for name, ok, allowed in checks:
