@@ -693,6 +693,19 @@ def test_logits_that_bf16_cannot_tell_apart_are_told_apart(precision: str):
     assert not model[1]._forward_hooks
 
 
+def test_a_classifier_of_ones_own_class_is_evaluated_as_it_computes():
+    class Backwards(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).flip(1)
+
+    model = nn.Sequential(nn.Flatten(), Backwards(1, 3, bias=False))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([[0.0], [1.0], [2.0]]))
+    batch = Batch(torch.ones(2, 1, 1, 1), torch.tensor([0, 0]), torch.tensor([True, True]))
+    world = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cpu"))
+    assert evaluate(model, FewBatches([batch], num_classes=3), Precision("bf16", world.device), world).top1 == 100
+
+
 class FewBatches(list):
     """What an evaluation needs of a loader."""
 
