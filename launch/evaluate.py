@@ -12,6 +12,7 @@ if not __package__:
 
 from train.cli import Parser, exit_code_of, positive_int
 from train.evaluate import DataChanges, Outcome, evaluate_stored
+from train.peers import Peers
 from train.world import open_world
 
 
@@ -42,7 +43,8 @@ def _evaluate(argv: list[str]) -> None:
         path=options.data, loader=options.loader, batch_size=options.batch_size, image_size=options.image_size
     )
     world = open_world(options.device)
-    outcome = evaluate_stored(options.network, world, changes, options.model)
+    with Peers(world):
+        outcome = evaluate_stored(options.network, world, changes, options.model)
     if world.is_main:
         print(_summary(outcome))
         if options.per_class:

@@ -22,6 +22,7 @@ from train.cli import Parser, exit_code_of, non_negative_int, positive_int  # no
 from train.errors import ConfigError, TrainError  # noqa: E402
 from train.log.ledger import Ledger  # noqa: E402
 from train.log.rundir import RunDir  # noqa: E402
+from train.peers import Peers  # noqa: E402
 from train.search import SearchOptions, search_widths  # noqa: E402
 from train.world import open_world  # noqa: E402
 
@@ -46,7 +47,8 @@ def _search(argv: list[str]) -> None:
     checkpoint = Path(world.on_rank_zero(lambda: str(_checkpoint(options.source))))
     ledger = Ledger(world.size, started=STARTED)
     say = partial(print, flush=True)
-    found = search_widths(checkpoint, options.out, settings, world, ledger, options.data, say)
+    with Peers(world):
+        found = search_widths(checkpoint, options.out, settings, world, ledger, options.data, say)
     if world.is_main:
         print(
             f"written: {options.out}, FR {found.flops_reduction:.3f}, top-1 {found.top1:.2f}% with generated weights, "

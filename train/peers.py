@@ -35,7 +35,7 @@ LEFT = b"left"
 class Peers:
     """While it is entered, threads of this rank watch the others. All ranks enter it."""
 
-    def __init__(self, world: World, silence_s: float) -> None:
+    def __init__(self, world: World, silence_s: float = 60.0) -> None:
         """silence_s: without a sign of life for so long a rank counts as lost; 0 = never."""
         self._world = world
         self._most_silent = silence_s / LOOK_EVERY_S if silence_s else float("inf")
@@ -44,6 +44,7 @@ class Peers:
         self._signs: dict[int, bytes] = {}
         """Ranks that are watched by signs, this one among them -> the last one that the store gave."""
         self._word: str | None = None
+        self._leaving = threading.Event()  # the training loop has come free and ends by itself
         self._left = threading.Event()
         self._told = threading.Lock()  # taken by the thread that says why, for good
 
@@ -75,6 +76,7 @@ class Peers:
         """From here on this rank waits for nobody, and nobody for it; with an error, the others are told."""
         if self._world.size == 1 or self._left.is_set():
             return
+        self._leaving.set()
         if error is not None and not self._told.locked():
             if not is_lost_rank(error):
                 announce_failure(error)
@@ -119,7 +121,7 @@ class Peers:
             before, word_for = signs, word_for + (self._word is not None)
             dead = [rank for rank, looks in gone.items() if looks >= PATIENT_FOR_LOOKS]
             mute = [rank for rank, looks in silent.items() if looks >= self._most_silent]
-            if word_for >= PATIENT_FOR_LOOKS or dead or mute:
+            if (word_for >= PATIENT_FOR_LOOKS or dead or mute) and not self._leaving.is_set():
                 self._end(self._word or (_ended(dead[0]) if dead else self._silent(mute[0])))
                 return
 
