@@ -55,6 +55,14 @@ def test_hours_are_steps_times_seconds_with_evaluation_resizes_and_warm_up():
     assert schedule.hours([first, second]) == pytest.approx(first.hours + second.hours)
 
 
+@pytest.mark.parametrize(("ema_decay", "batches"), [("0", 79), ("0.9", 2 * 79)])
+def test_weights_and_their_moving_average_are_both_evaluated(network, cost, ema_decay: str, batches: int):
+    averaged = config("--train.epochs", "10", "--train.ema_decay", ema_decay)
+    projection = Projection(averaged, network, cost, images=50000, val_images=10000)
+    [part] = projection.estimate(projection.dense()).segments
+    assert (part.steps, part.val_steps) == (10 * 390, 10 * batches)
+
+
 def test_an_epoch_is_priced_at_the_size_of_its_images_and_evaluated_at_the_full_one(network, cost):
     groups_16 = cup.channel_groups(network.model, torch.zeros(1, 3, 16, 16))
     forward = cup.device_cost("titan-xp", precision="fp32", batch_size=128, training=False)
