@@ -28,6 +28,7 @@ from train.build import freeze
 from train.cli import Parser, exit_code_of, non_negative_int, positive_int
 from train.config import RunConfig, parse_config
 from train.errors import ConfigError
+from train.loop.config import TrainConfig
 from train.methods import PruneConfig
 from train.network.models import build_model
 from train.preprocessing import settled
@@ -47,7 +48,7 @@ def main(argv: list[str]) -> int:
 def _main(argv: list[str]) -> None:
     options, config = _parse(argv)
     projection = build_projection(config, options)
-    if note := _why_not_planned(config.prune):
+    for note in filter(None, (_why_not_planned(config.prune), _what_teaching_adds(config.train))):
         print(note)
     variants = list(chosen_variants(projection, config, options.reductions, options.speedups))
     estimates = [projection.estimate(variant) for variant in variants]
@@ -181,6 +182,13 @@ def _why_not_planned(prune: PruneConfig) -> str:
     if prune.method != "hard_ramp":
         return f"no row for the recipe's prune.method {prune.method}: when it cuts depends on the training"
     return "no row for the recipe's ramp: without a target it depends on the training"
+
+
+def _what_teaching_adds(train: TrainConfig) -> str:
+    """What a teacher costs that is not modelled; "" without one."""
+    if train.teacher is None:
+        return ""
+    return f"not in it: the teacher's forward pass in each step, and its memory (train.teacher {train.teacher})"
 
 
 def _print(estimates: Sequence[Estimate], config: RunConfig, options: Namespace) -> None:

@@ -199,6 +199,14 @@ def test_the_row_of_a_method_that_waits_for_the_training_is_left_out_and_says_so
     assert "no row for the recipe's prune.method early" in capsys.readouterr().out
 
 
+def test_a_plan_says_that_a_teacher_is_not_in_it(capsys):
+    argv = [*RECIPE, "--device", "a100", "--reductions", "--speedups", "--prune.method", "none"]
+    assert plan.main([*argv, "--train.teacher", "runs/large/best.pt"]) == 0
+    assert "not in it: the teacher's forward pass" in capsys.readouterr().out
+    assert plan.main(argv) == 0
+    assert "teacher" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
