@@ -40,6 +40,10 @@ IMAGES_PER_CORE = 323
 of an AMD EPYC virtual machine, the median in results/loader.json."""
 
 
+CLASSES = 1000
+"""ImageNet's."""
+
+
 def main(argv: list[str]) -> int:
     """Exit code: 0, 2 for a wrong argument, 1 for any other error that a user can cause."""
     return exit_code_of(lambda: _main(argv), "--debug" in argv)
@@ -79,7 +83,9 @@ def _parse(argv: list[str]) -> tuple[Namespace, RunConfig]:
     )
     parser.add_argument("--images", type=positive_int, default=1281167, metavar="N", help="default: ImageNet's 1281167")
     parser.add_argument("--val-images", type=non_negative_int, default=50000, metavar="N", help="default: 50000")
-    parser.add_argument("--classes", type=positive_int, default=1000, metavar="N", help="default: 1000")
+    parser.add_argument(
+        "--classes", type=positive_int, metavar="N", help=f"default: {CLASSES}; with --weights, theirs and no others"
+    )
     parser.add_argument("--weights", metavar="FILE", help="trained weights of the full network (default: fresh ones)")
     parser.add_argument(
         "--images-per-core",
@@ -142,7 +148,9 @@ def _network(config: RunConfig, options: Namespace) -> Network:
     name, side = config.model.name, config.data.image_size
     if options.weights is None:
         torch.manual_seed(config.run.seed)
-        model = build_model(name, options.classes, side)
+        model = build_model(name, options.classes or CLASSES, side)
+    elif options.classes is not None:
+        raise ConfigError(f"--classes: found {options.classes}, allowed: none with --weights, which have their own")
     else:
         model = network_from_weights(name, options.weights, None, side)[0].model
     freeze(model, config.train.frozen)

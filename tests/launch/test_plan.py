@@ -215,6 +215,7 @@ def test_a_plan_says_that_a_teacher_is_not_in_it(capsys):
         (["--images", "100"], ["--images: found 100", "from a step's, data.batch_size (128)"]),
         (["--model.width", "0.5"], ["model.width: found 0.5, allowed: 1.0"]),
         (["--speedups", "0.5"], ["--speedups", "found '0.5', allowed: a number above 1"]),
+        (["--weights", "best.pt"], ["--classes: found 10, allowed: none with --weights"]),
         (["--price", "free"], ["--price", "found 'free', allowed: a number above 0"]),
         (["--train.epoch", "3"], ["train.epoch", "did you mean train.epochs"]),
         (["--device", "t4", "--train.precision", "bf16"], ["precision: found bf16, but t4 has: fp16, fp32"]),
