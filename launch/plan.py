@@ -28,6 +28,7 @@ from train.build import freeze
 from train.cli import Parser, exit_code_of, non_negative_int, positive_int
 from train.config import RunConfig, parse_config
 from train.errors import ConfigError
+from train.loop.config import TrainConfig
 from train.methods import PruneConfig
 from train.network.models import build_model
 from train.preprocessing import settled
@@ -39,6 +40,10 @@ IMAGES_PER_CORE = 323
 of an AMD EPYC virtual machine, the median in results/loader.json."""
 
 
+CLASSES = 1000
+"""ImageNet's."""
+
+
 def main(argv: list[str]) -> int:
     """Exit code: 0, 2 for a wrong argument, 1 for any other error that a user can cause."""
     return exit_code_of(lambda: _main(argv), "--debug" in argv)
@@ -47,7 +52,7 @@ def main(argv: list[str]) -> int:
 def _main(argv: list[str]) -> None:
     options, config = _parse(argv)
     projection = build_projection(config, options)
-    if note := _why_not_planned(config.prune):
+    for note in filter(None, (_why_not_planned(config.prune), _what_teaching_adds(config.train))):
         print(note)
     variants = list(chosen_variants(projection, config, options.reductions, options.speedups))
     estimates = [projection.estimate(variant) for variant in variants]
@@ -78,7 +83,9 @@ def _parse(argv: list[str]) -> tuple[Namespace, RunConfig]:
     )
     parser.add_argument("--images", type=positive_int, default=1281167, metavar="N", help="default: ImageNet's 1281167")
     parser.add_argument("--val-images", type=non_negative_int, default=50000, metavar="N", help="default: 50000")
-    parser.add_argument("--classes", type=positive_int, default=1000, metavar="N", help="default: 1000")
+    parser.add_argument(
+        "--classes", type=positive_int, metavar="N", help=f"default: {CLASSES}; with --weights, theirs and no others"
+    )
     parser.add_argument("--weights", metavar="FILE", help="trained weights of the full network (default: fresh ones)")
     parser.add_argument(
         "--images-per-core",
@@ -141,7 +148,9 @@ def _network(config: RunConfig, options: Namespace) -> Network:
     name, side = config.model.name, config.data.image_size
     if options.weights is None:
         torch.manual_seed(config.run.seed)
-        model = build_model(name, options.classes, side)
+        model = build_model(name, options.classes or CLASSES, side)
+    elif options.classes is not None:
+        raise ConfigError(f"--classes: found {options.classes}, allowed: none with --weights, which have their own")
     else:
         model = network_from_weights(name, options.weights, None, side)[0].model
     freeze(model, config.train.frozen)
@@ -181,6 +190,13 @@ def _why_not_planned(prune: PruneConfig) -> str:
     if prune.method != "hard_ramp":
         return f"no row for the recipe's prune.method {prune.method}: when it cuts depends on the training"
     return "no row for the recipe's ramp: without a target it depends on the training"
+
+
+def _what_teaching_adds(train: TrainConfig) -> str:
+    """What a teacher costs that is not modelled; "" without one."""
+    if train.teacher is None:
+        return ""
+    return f"not in it: the teacher's forward pass in each step, and its memory (train.teacher {train.teacher})"
 
 
 def _print(estimates: Sequence[Estimate], config: RunConfig, options: Namespace) -> None:

@@ -8,7 +8,8 @@ has the widths of the run's epoch 1 + floor((j - 1) R / E), R being the epochs o
 
 A step of the whole batch counts as many steps of the measured one as there are images in it: the hours are those of one
 device. With --compile blocks every stretch runs compiled, whatever train.compile_steps says. Not in it: all-reduce,
-waiting for data, startup, checkpoints. They come on top of the dense run's hours as well as the shrinking one's.
+waiting for data, startup, checkpoints, a moving average and its evaluation. They come on top of the dense run's hours
+as well as the shrinking one's.
 
 With --device and a name of cup.DEVICES nothing is timed, and no run is read: savings_modelled.py.
 """

@@ -42,13 +42,17 @@ class Segment:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The training that is projected; batch_size is one device's, steps count in it."""
+    """The training that is projected; batch_size is one device's, steps count in it.
+
+    evaluations: passes over the validation images after each epoch; 2 with a moving average of the weights.
+    """
 
     epochs: int
     images: int
     val_images: int
     step_images: int
     batch_size: int
+    evaluations: int = 1
 
     @property
     def steps_per_epoch(self) -> int:
@@ -57,7 +61,7 @@ class Schedule:
 
     @property
     def val_steps_per_epoch(self) -> int:
-        return math.ceil(self.val_images / self.batch_size)
+        return self.evaluations * math.ceil(self.val_images / self.batch_size)
 
 
 def segments(

@@ -66,7 +66,8 @@ class Projection:
         epochs, step_images = config.train.epochs, config.data.batch_size
         if images < step_images:
             raise ConfigError(f"--images: found {images}, allowed: from a step's, data.batch_size ({step_images})")
-        self._schedule = Schedule(epochs, images, val_images, step_images, cost.batch_size)
+        evaluations = 2 if config.train.ema_decay > 0 else 1
+        self._schedule = Schedule(epochs, images, val_images, step_images, cost.batch_size, evaluations)
 
     def dense(self) -> Variant:
         return Variant("dense", dense_ramp(self._network, self._config.train.epochs), grows=False)

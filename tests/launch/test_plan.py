@@ -55,6 +55,14 @@ def test_hours_are_steps_times_seconds_with_evaluation_resizes_and_warm_up():
     assert schedule.hours([first, second]) == pytest.approx(first.hours + second.hours)
 
 
+@pytest.mark.parametrize(("ema_decay", "batches"), [("0", 79), ("0.9", 2 * 79)])
+def test_weights_and_their_moving_average_are_both_evaluated(network, cost, ema_decay: str, batches: int):
+    averaged = config("--train.epochs", "10", "--train.ema_decay", ema_decay)
+    projection = Projection(averaged, network, cost, images=50000, val_images=10000)
+    [part] = projection.estimate(projection.dense()).segments
+    assert (part.steps, part.val_steps) == (10 * 390, 10 * batches)
+
+
 def test_an_epoch_is_priced_at_the_size_of_its_images_and_evaluated_at_the_full_one(network, cost):
     groups_16 = cup.channel_groups(network.model, torch.zeros(1, 3, 16, 16))
     forward = cup.device_cost("titan-xp", precision="fp32", batch_size=128, training=False)
@@ -191,6 +199,14 @@ def test_the_row_of_a_method_that_waits_for_the_training_is_left_out_and_says_so
     assert "no row for the recipe's prune.method early" in capsys.readouterr().out
 
 
+def test_a_plan_says_that_a_teacher_is_not_in_it(capsys):
+    argv = [*RECIPE, "--device", "a100", "--reductions", "--speedups", "--prune.method", "none"]
+    assert plan.main([*argv, "--train.teacher", "runs/large/best.pt"]) == 0
+    assert "not in it: the teacher's forward pass" in capsys.readouterr().out
+    assert plan.main(argv) == 0
+    assert "teacher" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
@@ -199,6 +215,7 @@ def test_the_row_of_a_method_that_waits_for_the_training_is_left_out_and_says_so
         (["--images", "100"], ["--images: found 100", "from a step's, data.batch_size (128)"]),
         (["--model.width", "0.5"], ["model.width: found 0.5, allowed: 1.0"]),
         (["--speedups", "0.5"], ["--speedups", "found '0.5', allowed: a number above 1"]),
+        (["--weights", "best.pt"], ["--classes: found 10, allowed: none with --weights"]),
         (["--price", "free"], ["--price", "found 'free', allowed: a number above 0"]),
         (["--train.epoch", "3"], ["train.epoch", "did you mean train.epochs"]),
         (["--device", "t4", "--train.precision", "bf16"], ["precision: found bf16, but t4 has: fp16, fp32"]),
