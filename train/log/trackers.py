@@ -166,7 +166,8 @@ class WeightsAndBiases(Tracker):
         self._run.config.update(config, allow_val_change=True)
 
     def _add(self, values: dict[str, float], event: Event) -> None:
-        self._run.log(values, step=event["epoch"])
+        # An epoch's line is the last of its step; uncommitted, W&B would hold it back until the next epoch's first.
+        self._run.log(values, step=event["epoch"], commit=event["event"] == "epoch")
 
     def close(self) -> None:
         self._run.finish()
