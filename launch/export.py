@@ -21,6 +21,7 @@ from train.errors import ConfigError
 from train.evaluate import DataChanges
 from train.export.about import about, preprocessing_of_saved, to_metadata
 from train.export.calibration import calibration_batches
+from train.export.card import load_call
 from train.export.folder import FILES, export_folder
 from train.export.hub import push_folder, require_hub
 from train.export.int8 import quantise
@@ -140,7 +141,7 @@ def _export_folder(options: Namespace, network: StoredNetwork, saved: SavedNetwo
     exported = export_folder(network, saved, out, dense if saved.widths else network)
     _say_input(saved, "")
     _say_exported(exported)
-    print(f'load it with: cup.load("{out}")')
+    print(f"load it with: {load_call(saved, str(out))}")
     if options.push:
         print(f"uploaded: {push_folder(out, options.push)}")
 

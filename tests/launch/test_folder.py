@@ -126,6 +126,14 @@ def test_the_call_on_the_card_builds_the_saved_network(name: str, side: int):
     assert {k: t.shape for k, t in built.state_dict().items()} == {k: t.shape for k, t in expected.state_dict().items()}
 
 
+def test_the_card_of_a_network_of_ones_own_says_how_it_is_built():
+    images = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "resize_size": 32}
+    saved = cup.SavedNetwork(name="my.nets:Tiny", num_classes=3, widths={"a": 1}, input_size=(3, 32, 32), **images)
+    example = _example(saved)
+    assert "\nfrom my.nets import Tiny\n" in example
+    assert '\nmodel = cup.load("FOLDER", build=Tiny)  #' in example
+
+
 def test_the_card_compares_with_the_full_network_where_both_are_known(tmp_path: Path):
     done = train(tmp_path, train__epochs=2, prune__last_epoch=2)[-1]
     dense = train(tmp_path, run__name="dense", prune__method="none", train__epochs=1)[-1]

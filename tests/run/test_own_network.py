@@ -103,5 +103,6 @@ def test_a_factory_that_gives_no_classifier_is_one_line(tmp_path: Path, module: 
 
 
 def test_a_module_that_is_not_there_is_one_line(tmp_path: Path):
-    with pytest.raises(ConfigError, match=r"fails .ModuleNotFoundError: No module named 'nowhere'"):
+    words = r"fails .ModuleNotFoundError: No module named 'nowhere'.; looked for in .* and on PYTHONPATH$"
+    with pytest.raises(ConfigError, match=words):
         train(tmp_path / "runs", model__name="nowhere.at_all:net")

@@ -112,6 +112,20 @@ def test_a_run_and_its_resume_are_one_curve(local: Path, monkeypatch: pytest.Mon
     assert sorted(points) == [(event["epoch"], pytest.approx(event["train_loss"])) for event in events(log, "epoch")]
 
 
+def test_a_kill_takes_no_epoch_from_wandbs_offline_file(local: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("wandb")
+    monkeypatch.delenv(trackers.FLUSH_INTERVAL, raising=False)
+    sink = trackers.WeightsAndBiases(trackers.Tracked("run", "id", "tests", local, began=1e9, events=()))
+    sink.write({"event": "resize", "epoch": 2, "removed": {"conv1": 3}, "seconds": 1.0})
+    sink.write({"event": "epoch", "epoch": 2, "train_loss": 0.5, "seconds": {}, "widths": {}})
+    [file] = local.rglob("*.wandb")
+    by = time.monotonic() + 10  # W&B's own interval is 15 seconds
+    while not (written := b"train/loss" in file.read_bytes()) and time.monotonic() < by:
+        time.sleep(0.1)
+    sink.close()
+    assert written
+
+
 def test_mlflow_gets_the_epochs_before_it_was_asked_for_and_none_twice(local: Path, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("mlflow")
     settings = {"run__project": "tests"}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from cup import Complexity, SavedNetwork
 from cup.networks import OWN_MODELS
 from cup.saved import CONFIG_FILE, WEIGHTS_FILE
+from train.network.own import is_factory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,8 @@ def _front_matter(saved: SavedNetwork) -> str:
 
 def _example(saved: SavedNetwork) -> str:
     """Python that gives the network back: with the library, and where a package builds the full network without."""
-    load = ["import cup", "", 'model = cup.load("FOLDER")  # where these files lie; in evaluation mode, on the CPU']
+    where = "# where these files lie; in evaluation mode, on the CPU"
+    load = ["import cup", *_own_import(saved), "", f"model = {load_call(saved, 'FOLDER')}  {where}"]
     build = _build_call(saved)
     if build is None:
         return "\n".join(load)
@@ -75,8 +77,20 @@ def _example(saved: SavedNetwork) -> str:
         f"model = {call}",
         *shrink,
         f'safetensors.torch.load_model(model, "FOLDER/{WEIGHTS_FILE}")',
+        "model.eval()",
     ]
     return "\n".join([*load, *by_hand])
+
+
+def load_call(saved: SavedNetwork, folder: str) -> str:
+    build = f", build={saved.name.partition(':')[2]}" if is_factory(saved.name) else ""
+    return f'cup.load("{folder}"{build})'
+
+
+def _own_import(saved: SavedNetwork) -> list[str]:
+    """The line that imports a network of the user's own, whose code is not in the folder."""
+    module, _, factory = saved.name.partition(":")
+    return [f"from {module} import {factory}"] if is_factory(saved.name) else []
 
 
 def _build_call(saved: SavedNetwork) -> tuple[str, str] | None:

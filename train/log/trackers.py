@@ -36,6 +36,9 @@ SCALARS = (
 )
 """(tag with its unit, key of the epoch event, factor)"""
 
+FLUSH_INTERVAL = "WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL"
+"""Seconds after which W&B writes its offline file. By default 15, and a kill takes the epochs since then."""
+
 
 def points(event: Event) -> dict[str, float]:
     """What an event adds to the curves at its epoch, tag -> value; empty for an event that adds nothing."""
@@ -145,6 +148,7 @@ class WeightsAndBiases(Tracker):
     name = "wandb"
 
     def __init__(self, run: Tracked) -> None:
+        os.environ.setdefault(FLUSH_INTERVAL, "0.1")
         import wandb
 
         if not _is_offline() and wandb.api.api_key is None:  # on a terminal, `init` would wait for an answer
@@ -162,7 +166,8 @@ class WeightsAndBiases(Tracker):
         self._run.config.update(config, allow_val_change=True)
 
     def _add(self, values: dict[str, float], event: Event) -> None:
-        self._run.log(values, step=event["epoch"])
+        # An epoch's line is the last of its step; uncommitted, W&B would hold it back until the next epoch's first.
+        self._run.log(values, step=event["epoch"], commit=event["event"] == "epoch")
 
     def close(self) -> None:
         self._run.finish()

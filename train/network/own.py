@@ -34,7 +34,9 @@ def build_own(name: str, num_classes: int) -> nn.Module:
         model = getattr(importlib.import_module(module), factory)(num_classes=num_classes)
     except Exception as error:  # whatever the user's code raises
         why = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ConfigError(f"model.name: {name}, called with num_classes={num_classes}, fails ({why})") from error
+        missing = isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]
+        hint = f"; looked for in {here} and on PYTHONPATH" if missing else ""
+        raise ConfigError(f"model.name: {name}, called with num_classes={num_classes}, fails ({why}){hint}") from error
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model.name: {name} gives a {type(model).__name__}, allowed: a torch.nn.Module")
     return model
