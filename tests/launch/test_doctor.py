@@ -261,15 +261,15 @@ def test_a_rank_that_dies_unheard_or_late(here: Machine, monkeypatch: pytest.Mon
         "way": "kill",
         "told_after_s": 1.0,
         "ended_after_s": 2.0,
-        "first_line": "lost another rank",
-        "first_line_is_cause": True,
+        "first_error": "rank 1 ended without a word",
+        "first_error_is_cause": True,
     }
     monkeypatch.setattr(ranks, "_ended_pair", lambda *others: row)
     assert passes(ranks.dead_rank, here)
     row["ended_after_s"] = 100.0
     assert fails(ranks.dead_rank, here, "ended_after_s is 100.0, allowed 20")
-    row |= {"first_line": "Traceback", "first_line_is_cause": False}
-    assert fails(ranks.dead_rank, here, "the other began with: Traceback")
+    row |= {"first_error": "error: out of memory", "first_error_is_cause": False}
+    assert fails(ranks.dead_rank, here, "the other's first error is: error: out of memory")
 
 
 def test_the_script_ends_with_1_where_a_check_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd):
