@@ -21,6 +21,7 @@ from train.checkpoint import restore
 from train.loop.nonfinite import StepGuard
 from train.network.ema import MovingAverage
 from train.resizer import Resizer
+from train.world import RankFailed, World
 
 EFFORT = Effort("resnet20_cifar", 16, (4,), steps=1, photos=16, threads=(1,))
 
@@ -94,6 +95,42 @@ def test_versions(here: Machine, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(machine, "described", lambda *names: both | {machine.DALI_WHEELS[1]: None})
     monkeypatch.setattr(machine, "import_failure", lambda: ImportError("libcuda"))
     assert fails(machine.versions, here, "does not import: libcuda")
+
+
+def test_a_rank_that_finds_something_wrong_leaves_no_other_waiting(here: Machine, monkeypatch: pytest.MonkeyPatch):
+    """Two ranks, of which this is the first; the other one is played by what `all_gather` gives."""
+    gathered, others = [], [None]
+    monkeypatch.setattr(World, "all_gather", lambda self, value: gathered.append(value) or [value, *others])
+    pair = dataclasses.replace(here, world=dataclasses.replace(ALONE, size=2, local_size=2))
+    both = dict.fromkeys(("python", "torch", *machine.DALI_WHEELS), "1")
+    with monkeypatch.context() as patch:
+        patch.setattr(machine, "described", lambda *names: both)
+        with pytest.raises(Failed, match="both installed"):
+            machine.versions(pair)
+    assert len(gathered) == 1
+    monkeypatch.setattr(World, "all_reduce", lambda self, tensor: tensor)
+    with pytest.raises(Failed, match=r"an all-reduce of 16 MiB gave \[1.0\], expected 3.0"):
+        machine.exchange(pair)
+    assert len(gathered) == 2 and "expected 3.0" in gathered[1][0]
+    monkeypatch.setattr(World, "all_reduce", lambda self, tensor: tensor.fill_(3.0))
+    others[0] = ("a sum is wrong", 1)
+    with pytest.raises(RankFailed, match="rank 1 failed: a sum is wrong"):
+        machine.exchange(pair)
+
+
+def test_a_loss_of_one_rank_is_told_to_all(here: Machine, monkeypatch: pytest.MonkeyPatch):
+    told, honest = [], World.on_every_rank
+
+    def on_every_rank(self: World, action):
+        try:
+            return honest(self, action)
+        except Failed as error:
+            told.append(str(error))
+            raise
+
+    monkeypatch.setattr(World, "on_every_rank", on_every_rank)
+    monkeypatch.setattr(steps, "training_step", lambda *others: torch.tensor(math.nan))
+    assert fails(steps.cuts, here, "a loss is not finite") and told == ["a loss is not finite at FR 1.00"]
 
 
 def test_cores(here: Machine, monkeypatch: pytest.MonkeyPatch):
