@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from launch.checkup.check import Check, Effort, Failed, Figure, Machine, Skipped
 from launch.checkup.counting import Operations
 from launch.checkup.table import CHECKS
 from train.checkpoint import restore
+from train.log.rundir import RunDir
 from train.loop.nonfinite import StepGuard
 from train.network.ema import MovingAverage
 from train.resizer import Resizer
@@ -291,6 +294,21 @@ def test_a_resume(here: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         return
     monkeypatch.setattr(restore, "_restore_random_numbers", lambda *others: [])
     assert fails(runs.resumed, elsewhere, "resumed, these are other bits: ")
+
+
+@pytest.mark.parametrize(("rank", "sent"), [(0, [signal.SIGTERM]), (1, [])])
+def test_rank_0_alone_is_signalled(
+    here: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int, sent: list[signal.Signals]
+):
+    world = dataclasses.replace(ALONE, rank=rank, size=2)
+    last = RunDir(tmp_path / "runs" / "one").last
+    last.parent.mkdir(parents=True)
+    last.touch()
+    signals = []
+    monkeypatch.setattr(runs.os, "kill", lambda process, number: signals.append(number))
+    with runs._stopped_once_saved(dataclasses.replace(here, world=world, folder=tmp_path), "one"):
+        time.sleep(20 * runs.POLL_S)
+    assert signals == sent
 
 
 def test_a_rank_that_dies_unheard_or_late(here: Machine, monkeypatch: pytest.MonkeyPatch):
