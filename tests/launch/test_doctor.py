@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from data.loader import SplitLoader
 from launch import doctor
 from launch.checkup import images, machine, ranks, runs, steps
-from launch.checkup.check import Check, Effort, Failed, Figure, Machine, Skipped, perform
+from launch.checkup.check import Check, Effort, Failed, Figure, Machine, Result, Skipped, perform
 from launch.checkup.counting import Operations
 from launch.checkup.table import CHECKS
 from train.checkpoint import restore
@@ -342,6 +342,19 @@ def test_the_script_ends_with_1_where_a_check_fails(tmp_path: Path, monkeypatch:
     stored = json.loads(out.read_text())
     assert [check["status"] for check in stored["checks"]] == ["pass", "fail"] and stored["machine"]["torch"]
     assert list(root.iterdir()) == []
+
+
+def test_rank_0_alone_says_what_failed(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture):
+    monkeypatch.setattr(doctor.cli, "EXIT_DELAY_S", 0.0)
+    good, bad = (Result(status, status, "", 1.0) for status in ("pass", "fail"))
+    main, other = (dataclasses.replace(ALONE, rank=rank, size=2) for rank in range(2))
+    for world in (main, other):
+        doctor._require_passed(world, [good])
+    with pytest.raises(doctor.CheckupError, match="1 of 2 checks failed: fail"):
+        doctor._require_passed(main, [good, bad])
+    with pytest.raises(SystemExit) as ended:
+        doctor._require_passed(other, [good, bad])
+    assert ended.value.code == 1 and capfd.readouterr() == ("", "")
 
 
 def test_the_script_takes_parts_of_names(tmp_path: Path, capfd: pytest.CaptureFixture):
