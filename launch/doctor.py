@@ -28,6 +28,7 @@ from launch.benches.measure import write_result  # noqa: E402
 from launch.checkup.check import EFFORTS, Check, Machine, Result, perform  # noqa: E402
 from launch.checkup.images import make_photographs  # noqa: E402
 from launch.checkup.table import CHECKS  # noqa: E402
+from train import cli  # noqa: E402
 from train.cli import Parser, exit_code_of  # noqa: E402
 from train.errors import ConfigError, TrainError  # noqa: E402
 from train.files import why_unwritten  # noqa: E402
@@ -60,10 +61,8 @@ def _check_up(argv: list[str]) -> None:
             shutil.rmtree(folder, ignore_errors=True)
     if options.out:
         world.on_rank_zero(lambda: write_result(options.out, _content(options, world, results)))
-    failed = [result.name for result in results if result.status == "fail"]
     _say_sum(world, results)
-    if failed:
-        raise CheckupError(f"{len(failed)} of {len(results)} checks failed: {', '.join(failed)}")
+    _require_passed(world, results)
     world.close()
 
 
@@ -122,6 +121,17 @@ def _say_sum(world: World, results: list[Result]) -> None:
             f"{sum(result.seconds for result in results):.0f} s",
             flush=True,
         )
+
+
+def _require_passed(world: World, results: list[Result]) -> None:
+    """Where a check failed, raises CheckupError on rank 0; the other ranks end with its exit code and say nothing."""
+    failed = [result.name for result in results if result.status == "fail"]
+    if not failed:
+        return
+    if not world.is_main:
+        time.sleep(cli.EXIT_DELAY_S)  # torchrun ends rank 0, which has the error to say, once another is gone
+        raise SystemExit(1)
+    raise CheckupError(f"{len(failed)} of {len(results)} checks failed: {', '.join(failed)}")
 
 
 def _content(options: argparse.Namespace, world: World, results: list[Result]) -> dict[str, object]:

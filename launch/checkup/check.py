@@ -1,6 +1,7 @@
 """What a check is: a function of the machine that gives a figure, or says why it failed or cannot be asked here.
 
-All ranks run all checks in one order, so a check may use collectives. A check that fails on one rank has failed.
+All ranks run all checks in one order, so a check may use collectives. A check that fails on one rank has failed. What
+one rank alone may find wrong is raised after the last collective or through `World.on_every_rank`: else others wait.
 """
 
 import time
@@ -11,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from train.world import World
+from train.world import RankFailed, World
 
 Status = Literal["pass", "fail", "skipped"]
 
@@ -113,7 +114,7 @@ def _looked(check: Check, machine: Machine) -> tuple[Status, str, dict[str, Any]
         figure = check.look(machine)
     except Skipped as reason:
         return "skipped", str(reason), {}
-    except Failed as what:
+    except (Failed, RankFailed) as what:
         return "fail", str(what), {}
     except Exception as error:  # one that nobody thought of is what a check-up is there to find
         return "fail", f"{type(error).__name__}: {' '.join(str(error).split())[:400]}", {}

@@ -24,12 +24,13 @@ def versions(machine: Machine) -> Figure:
     """The same on all ranks, and one DALI: its wheels for two CUDA versions fill the same folder."""
     found = {name: version for name, version in described(*PACKAGES).items() if version is not None}
     installed = [name for name in DALI_WHEELS if name in found]
+    here = {name: found[name] for name in ("python", "torch", *PACKAGES) if name in found}
+    on_ranks = machine.world.all_gather(here)  # before a rank may leave
     if len(installed) > 1:
         raise Failed(f"{' and '.join(installed)} are both installed, in one folder: uninstall both, then install one")
     if installed and (failure := import_failure()) is not None:
         raise Failed(f"{installed[0]} is installed and does not import: {failure}")
-    here = {name: found[name] for name in ("python", "torch", *PACKAGES) if name in found}
-    if any(other != here for other in machine.world.all_gather(here)):
+    if any(other != here for other in on_ranks):
         raise Failed(f"the ranks run different versions; here: {here}")
     dali = f"DALI {found[installed[0]]}" if installed else "no DALI (images are read by torchvision, which is slower)"
     return Figure(f"Python {found['python']}, torch {found['torch']}, {dali}", found)
@@ -68,15 +69,19 @@ def exchange(machine: Machine) -> Figure:
     mib = GRADIENTS_MIB[machine.device.type]
     tensor = torch.full((mib << 18,), float(world.rank + 1), device=machine.device)
     world.all_reduce(tensor)
-    expected = world.size * (world.size + 1) / 2
-    if not bool((tensor == expected).all()):
-        raise Failed(f"an all-reduce of {mib} MiB gave {tensor.unique().tolist()[:3]}, expected {expected}")
+    world.on_every_rank(lambda: _require_sum(tensor, world.size * (world.size + 1) / 2))  # what follows needs them all
     seconds = min(timed(lambda: world.all_reduce(tensor), world) for _ in range(3))
     rate = 2 * (world.size - 1) / world.size * tensor.nbytes / seconds / 1e9
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if machine.device.type == "cuda" else None
     by = f"NCCL {nccl}" if nccl else "gloo"
     text = f"{by}, {world.size} ranks: {mib} MiB in {1e3 * seconds:.1f} ms, bus {rate:.2f} GB/s"
     return Figure(text, {"nccl": nccl, "seconds": seconds, "bus_bytes_per_s": 1e9 * rate})
+
+
+def _require_sum(tensor: torch.Tensor, expected: float) -> None:
+    if not bool((tensor == expected).all()):
+        found = tensor.unique().tolist()[:3]
+        raise Failed(f"an all-reduce of {tensor.nbytes >> 20} MiB gave {found}, expected {expected}")
 
 
 def affinity(machine: Machine) -> Figure:

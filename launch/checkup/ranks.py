@@ -22,13 +22,18 @@ from train.network.models import build_model
 from train.network.optim import OptimConfig, build_optimizer
 from train.network.precision import Precision
 from train.network.state import TrainState
+from train.peers import Peers
 from train.world import open_world
 
 NETWORK, SIDE, BATCH_SIZE = "resnet20_cifar", 32, 16
 DIES_AT_STEP = 3
 CAUSE = "made by the check-up"
-WAYS = {"error": CAUSE, "kill": "lost another rank"}
-"""How a rank ends in the middle of a backward pass -> what the other has to say first of all."""
+WAYS = {"error": CAUSE, "kill": "rank 1 ended without a word"}
+"""How a rank ends in the middle of a backward pass -> what the other has to give as its first error."""
+SAYS_ERROR = "error:"
+"""In the lines that count: NCCL and gloo may write others before."""
+SILENCE_S = 60.0
+"""As in run.silence_s."""
 MAX_WORD_S, MAX_END_S = 10.0, 20.0
 """From the death of one rank to the other's line, and to the end of both."""
 POLL_S = 0.02
@@ -44,8 +49,8 @@ def dead_rank(machine: Machine) -> Figure:
     device = "cuda" if torch.cuda.device_count() >= 2 else "cpu"
     rows = [_ended_pair(way, device, machine.folder) for way in machine.effort.deaths]
     for row in rows:
-        if not row["first_line_is_cause"]:
-            raise Failed(f"after a rank's {row['way']} the other began with: {row['first_line'] or 'nothing'}")
+        if not row["first_error_is_cause"]:
+            raise Failed(f"after a rank's {row['way']} the other's first error is: {row['first_error'] or 'none'}")
         for key, allowed in (("told_after_s", MAX_WORD_S), ("ended_after_s", MAX_END_S)):
             if row[key] > allowed:
                 raise Failed(f"after a rank's {row['way']}, {key} is {row[key]:.1f}, allowed {allowed:.0f}")
@@ -54,7 +59,7 @@ def dead_rank(machine: Machine) -> Figure:
 
 
 def _ended_pair(way: str, device: str, folder: Path) -> dict[str, object]:
-    """Seconds from the death of rank 1 to the end of both, and the first line of rank 0."""
+    """Seconds from the death of rank 1 to the end of both, and the first error of rank 0."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -84,22 +89,22 @@ def _ended_pair(way: str, device: str, folder: Path) -> dict[str, object]:
     died = DIED.search(says[1].read_text())
     if died is None:
         raise Failed(f"the rank that was to die ended before: {' '.join(says[1].read_text().split())[-300:]}")
-    lines = [line for line in says[0].read_text().splitlines() if line.strip()]
+    errors = [line for line in says[0].read_text().splitlines() if SAYS_ERROR in line]
     return {
         "way": way,
         "told_after_s": told - float(died[1]),
         "ended_after_s": ended - float(died[1]),
-        "first_line": lines[0] if lines else "",
-        "first_line_is_cause": bool(lines) and WAYS[way] in lines[0],
+        "first_error": errors[0] if errors else "",
+        "first_error_is_cause": bool(errors) and WAYS[way] in errors[0],
         "exit_codes": [process.returncode for process in processes],
     }
 
 
 def _told_and_ended(processes: Sequence[subprocess.Popen], says: Path) -> tuple[float, float]:
-    """When (time.time()) the file had its first words, and when all processes had ended. TimeoutError if they hang."""
+    """When (time.time()) the file had its first error, and when all processes had ended. TimeoutError if they hang."""
     told, give_up = math.inf, time.monotonic() + GIVE_UP_S
     while any(process.poll() is None for process in processes):
-        if told == math.inf and says.stat().st_size:
+        if told == math.inf and SAYS_ERROR in says.read_text():
             told = time.time()
         if time.monotonic() > give_up:
             raise TimeoutError
@@ -116,10 +121,11 @@ def _be_rank(way: str, device: str) -> None:
     state = TrainState(model, world.wrap(model), build_optimizer(model, OptimConfig(lr=0.01)), precision)
     images = torch.randn(BATCH_SIZE, 3, SIDE, SIDE, device=world.device)
     labels = torch.zeros(BATCH_SIZE, dtype=torch.int64, device=world.device)
-    for step in range(1, 1000):
-        if step == DIES_AT_STEP and world.rank == 1:
-            next(model.parameters()).register_hook(lambda gradient: _die(way))  # the last of a backward pass
-        training_step(state, images, labels, TrainConfig())
+    with Peers(world, SILENCE_S):
+        for step in range(1, 1000):
+            if step == DIES_AT_STEP and world.rank == 1:
+                next(model.parameters()).register_hook(lambda gradient: _die(way))  # the last of a backward pass
+            training_step(state, images, labels, TrainConfig())
 
 
 def _die(way: str) -> None:

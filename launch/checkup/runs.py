@@ -184,7 +184,13 @@ def _deterministic() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _stopped_once_saved(machine: Machine, name: str) -> Iterator[None]:
-    """Inside, this process is sent SIGTERM as soon as the run of that name has a checkpoint."""
+    """Inside, rank 0 is sent SIGTERM as soon as the run of that name has a checkpoint, on which all ranks stop.
+
+    The others are not: one that saw the checkpoint late would be hit after its run, where SIGTERM ends a process.
+    """
+    if not machine.world.is_main:
+        yield
+        return
     last, over = RunDir(machine.folder / "runs" / name).last, threading.Event()
 
     def watch() -> None:

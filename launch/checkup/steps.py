@@ -118,14 +118,15 @@ def cuts(machine: Machine) -> Figure:
     resizer = Resizer(state.model, example, "all")
     for one in (dense, state):
         one.parallel = machine.world.wrap(one.model)
-    rows = [_cut_row(machine, dense, state, resizer)]
+    # Each rank has losses of its own: where one raises, the others may not go on to the next collective.
+    rows = [machine.world.on_every_rank(lambda: _cut_row(machine, dense, state, resizer))]
     for _ in range(CUTS):
         _average_statistics(machine, state)
         outcome = resizer.act(_cut, state, machine.world)
         state.ema.begin()
-        _require_strides(state)
+        machine.world.on_every_rank(lambda: _require_strides(state))
         row = {"removed": sum(outcome.removed.values()), "digest": outcome.digests[0]}
-        rows.append(row | _cut_row(machine, dense, state, resizer))
+        rows.append(row | machine.world.on_every_rank(lambda: _cut_row(machine, dense, state, resizer)))
     last = rows[-1]
     if last["speed_up"] <= 1:
         raise Failed(

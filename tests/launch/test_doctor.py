@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -14,13 +16,15 @@ from torch.optim.swa_utils import AveragedModel
 from data.loader import SplitLoader
 from launch import doctor
 from launch.checkup import images, machine, ranks, runs, steps
-from launch.checkup.check import Check, Effort, Failed, Figure, Machine, Skipped, perform
+from launch.checkup.check import Check, Effort, Failed, Figure, Machine, Result, Skipped, perform
 from launch.checkup.counting import Operations
 from launch.checkup.table import CHECKS
 from train.checkpoint import restore
+from train.log.rundir import RunDir
 from train.loop.nonfinite import StepGuard
 from train.network.ema import MovingAverage
 from train.resizer import Resizer
+from train.world import RankFailed, World
 
 EFFORT = Effort("resnet20_cifar", 16, (4,), steps=1, photos=16, threads=(1,))
 
@@ -94,6 +98,42 @@ def test_versions(here: Machine, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(machine, "described", lambda *names: both | {machine.DALI_WHEELS[1]: None})
     monkeypatch.setattr(machine, "import_failure", lambda: ImportError("libcuda"))
     assert fails(machine.versions, here, "does not import: libcuda")
+
+
+def test_a_rank_that_finds_something_wrong_leaves_no_other_waiting(here: Machine, monkeypatch: pytest.MonkeyPatch):
+    """Two ranks, of which this is the first; the other one is played by what `all_gather` gives."""
+    gathered, others = [], [None]
+    monkeypatch.setattr(World, "all_gather", lambda self, value: gathered.append(value) or [value, *others])
+    pair = dataclasses.replace(here, world=dataclasses.replace(ALONE, size=2, local_size=2))
+    both = dict.fromkeys(("python", "torch", *machine.DALI_WHEELS), "1")
+    with monkeypatch.context() as patch:
+        patch.setattr(machine, "described", lambda *names: both)
+        with pytest.raises(Failed, match="both installed"):
+            machine.versions(pair)
+    assert len(gathered) == 1
+    monkeypatch.setattr(World, "all_reduce", lambda self, tensor: tensor)
+    with pytest.raises(Failed, match=r"an all-reduce of 16 MiB gave \[1.0\], expected 3.0"):
+        machine.exchange(pair)
+    assert len(gathered) == 2 and "expected 3.0" in gathered[1][0]
+    monkeypatch.setattr(World, "all_reduce", lambda self, tensor: tensor.fill_(3.0))
+    others[0] = ("a sum is wrong", 1)
+    with pytest.raises(RankFailed, match="rank 1 failed: a sum is wrong"):
+        machine.exchange(pair)
+
+
+def test_a_loss_of_one_rank_is_told_to_all(here: Machine, monkeypatch: pytest.MonkeyPatch):
+    told, honest = [], World.on_every_rank
+
+    def on_every_rank(self: World, action):
+        try:
+            return honest(self, action)
+        except Failed as error:
+            told.append(str(error))
+            raise
+
+    monkeypatch.setattr(World, "on_every_rank", on_every_rank)
+    monkeypatch.setattr(steps, "training_step", lambda *others: torch.tensor(math.nan))
+    assert fails(steps.cuts, here, "a loss is not finite") and told == ["a loss is not finite at FR 1.00"]
 
 
 def test_cores(here: Machine, monkeypatch: pytest.MonkeyPatch):
@@ -256,20 +296,35 @@ def test_a_resume(here: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert fails(runs.resumed, elsewhere, "resumed, these are other bits: ")
 
 
+@pytest.mark.parametrize(("rank", "sent"), [(0, [signal.SIGTERM]), (1, [])])
+def test_rank_0_alone_is_signalled(
+    here: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int, sent: list[signal.Signals]
+):
+    world = dataclasses.replace(ALONE, rank=rank, size=2)
+    last = RunDir(tmp_path / "runs" / "one").last
+    last.parent.mkdir(parents=True)
+    last.touch()
+    signals = []
+    monkeypatch.setattr(runs.os, "kill", lambda process, number: signals.append(number))
+    with runs._stopped_once_saved(dataclasses.replace(here, world=world, folder=tmp_path), "one"):
+        time.sleep(20 * runs.POLL_S)
+    assert signals == sent
+
+
 def test_a_rank_that_dies_unheard_or_late(here: Machine, monkeypatch: pytest.MonkeyPatch):
     row = {
         "way": "kill",
         "told_after_s": 1.0,
         "ended_after_s": 2.0,
-        "first_line": "lost another rank",
-        "first_line_is_cause": True,
+        "first_error": "rank 1 ended without a word",
+        "first_error_is_cause": True,
     }
     monkeypatch.setattr(ranks, "_ended_pair", lambda *others: row)
     assert passes(ranks.dead_rank, here)
     row["ended_after_s"] = 100.0
     assert fails(ranks.dead_rank, here, "ended_after_s is 100.0, allowed 20")
-    row |= {"first_line": "Traceback", "first_line_is_cause": False}
-    assert fails(ranks.dead_rank, here, "the other began with: Traceback")
+    row |= {"first_error": "error: out of memory", "first_error_is_cause": False}
+    assert fails(ranks.dead_rank, here, "the other's first error is: error: out of memory")
 
 
 def test_the_script_ends_with_1_where_a_check_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd):
@@ -287,6 +342,19 @@ def test_the_script_ends_with_1_where_a_check_fails(tmp_path: Path, monkeypatch:
     stored = json.loads(out.read_text())
     assert [check["status"] for check in stored["checks"]] == ["pass", "fail"] and stored["machine"]["torch"]
     assert list(root.iterdir()) == []
+
+
+def test_rank_0_alone_says_what_failed(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture):
+    monkeypatch.setattr(doctor.cli, "EXIT_DELAY_S", 0.0)
+    good, bad = (Result(status, status, "", 1.0) for status in ("pass", "fail"))
+    main, other = (dataclasses.replace(ALONE, rank=rank, size=2) for rank in range(2))
+    for world in (main, other):
+        doctor._require_passed(world, [good])
+    with pytest.raises(doctor.CheckupError, match="1 of 2 checks failed: fail"):
+        doctor._require_passed(main, [good, bad])
+    with pytest.raises(SystemExit) as ended:
+        doctor._require_passed(other, [good, bad])
+    assert ended.value.code == 1 and capfd.readouterr() == ("", "")
 
 
 def test_the_script_takes_parts_of_names(tmp_path: Path, capfd: pytest.CaptureFixture):
