@@ -234,7 +234,7 @@ def test_cuts(here: Machine, monkeypatch: pytest.MonkeyPatch):
     with monkeypatch.context() as patch:
         patch.setattr(steps, "timed", timed)
         found = result(steps.cuts, here)
-    assert found.status == "pass" and "steps 2.00/2.00/2.00 times as fast" in found.text
+    assert found.status == "pass" and "batch 4, FR" in found.text and "steps 2.00/2.00/2.00 times as fast" in found.text
     rows = found.numbers[0]["rows"]
     assert rows[-1]["flops_reduction"] == pytest.approx(2.2, abs=0.1) and len({row["digest"] for row in rows[1:]}) == 3
     honest = Resizer.act
@@ -247,6 +247,23 @@ def test_cuts(here: Machine, monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(Resizer, "act", act)
     assert fails(steps.cuts, here, "momentum after a cut are not in channels-last memory format")
+
+
+def test_cuts_where_memory_is_short(here: Machine, monkeypatch: pytest.MonkeyPatch):
+    honest, taken = steps.training_step, []
+
+    def step(state, images: torch.Tensor, *others):
+        if len(images) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        taken.append(len(images))
+        return honest(state, images, *others)
+
+    monkeypatch.setattr(steps, "training_step", step)
+    monkeypatch.setattr(steps, "timed", lambda work, world: (work(), 1.0)[1])
+    room = 2
+    assert fails(steps.cuts, here, "takes 1.00 times as long") and set(taken) == {2}
+    room = 1
+    assert fails(steps.cuts, here, "not enough GPU memory for a step of 2 images")
 
 
 def test_a_cut_network_that_is_no_faster(here: Machine, monkeypatch: pytest.MonkeyPatch):
