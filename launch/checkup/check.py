@@ -30,7 +30,7 @@ class Effort:
     """How much is measured.
 
     network: as in model.name. image_side: pixels. batch_sizes: images a step of one rank, ascending. steps: timed at
-    each setting. photos: made for the loaders' checks, for training. threads: decoding threads that are compared.
+    each setting. photos: of one rank, for training in the loaders' checks. threads: decoding threads that are compared.
     deaths: how a rank dies in a pair of them (ranks.py).
     """
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,9 @@ WIDTH, HEIGHT = 500, 375
 PHOTOGRAPHS = "photographs"
 """Their folder, in the machine's."""
 DISTINCT = 32
-"""Photographs that are made; the others are copies of them."""
+"""Photographs that are made; the others are hard links to them, as there are thousands for each rank."""
+MIN_TIMED = 4
+"""Steps, for a rate."""
 MAX_APART = 1.2
 """Of 255, mean over an image: what two decoders may differ by (data/defects.py), and two filters of a resize."""
 KINDS: dict[str, Callable[[Image.Image, Path], None]] = {
@@ -104,12 +107,17 @@ def rebuilt(machine: Machine) -> Figure:
     ahead = 3
     with ExitStack() as opened:
         first, second = (_loader(machine, "train", opened) for _ in range(2))
+        if len(first) <= ahead:
+            raise Failed(f"an epoch has {len(first)} batches, needed {ahead + 1}: there are too few photographs")
         batches = iter(first)
         next(batches)
         state = first.state_dict()
         expected = [_copied(next(batches)) for _ in range(ahead)]
         second.load_state_dict(state)
-        for number, (old, new) in enumerate(zip(expected, second, strict=False), start=1):
+        found = [_copied(batch) for batch in islice(second, ahead)]
+        if len(found) < ahead:
+            raise Failed(f"{len(found)} batches come after a rebuild, expected {ahead}")
+        for number, (old, new) in enumerate(zip(expected, found, strict=True), start=1):
             if not all(map(torch.equal, old, new)):
                 raise Failed(f"batch {number} after a rebuild is another one: do not resume in the middle of an epoch")
     return Figure(f"{ahead} batches of {len(old.labels)} after a rebuild, bit-equal ({first.kind})", {"batches": ahead})
@@ -155,7 +163,7 @@ def make_photographs(machine: Machine) -> None:
 
     One rank calls it, before the checks.
     """
-    folder, count = machine.folder / PHOTOGRAPHS, machine.effort.photos
+    folder, count = machine.folder / PHOTOGRAPHS, machine.effort.photos * machine.world.size
     made = [_made(seed) for seed in range(min(count, DISTINCT))]
     for split in ("train", "val"):
         for name in ("ant", "bee"):
@@ -167,9 +175,16 @@ def make_photographs(machine: Machine) -> None:
             made[number].save(path, quality=90)
             first.append(path)
         else:
-            shutil.copyfile(first[number % DISTINCT], path)
+            _link(first[number % DISTINCT], path)
         if number < 2 * DISTINCT:  # nothing is timed on these
-            shutil.copyfile(path, folder / "val" / path.parent.name / path.name)
+            _link(path, folder / "val" / path.parent.name / path.name)
+
+
+def _link(source: Path, path: Path) -> None:
+    try:
+        path.hardlink_to(source)
+    except OSError:  # a file system that has none
+        shutil.copyfile(source, path)
 
 
 def training_loader(machine: Machine) -> Loader:
@@ -237,10 +252,15 @@ def _opened(
 
 
 def _rate(machine: Machine, config: DataConfig, opened: ExitStack) -> dict[str, float]:
-    """The first quarter of an epoch is left out: threads start, and what is taken was made before."""
+    """The first quarter of an epoch is left out: threads start, and what is taken was made before.
+
+    Raises Failed where too few steps are left to be timed.
+    """
     config = replace(config, batch_size=machine.effort.batch_sizes[-1] * machine.world.size)
     train = _opened(config, machine, "train", opened)
     warm_up, images, start = max(1, len(train) // 4), 0, 0.0
+    if (timed := len(train) - warm_up - 1) < MIN_TIMED:
+        raise Failed(f"a rate would be of {max(timed, 0)} step(s), needed {MIN_TIMED}: there are too few photographs")
     for step, batch in enumerate(train):
         if step == warm_up:
             machine.world.synchronize()

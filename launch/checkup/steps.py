@@ -34,6 +34,8 @@ MIN_PAIRS = 3
 RECOVERS_WITHIN = 40
 """Steps: fp16's scaler begins at 65,536 and halves its scale at each of those that overflow."""
 MAX_EMA_OPERATIONS = 10
+SMALLEST_BATCH = 2
+"""Images: batch norm takes no fewer where an image has become one pixel."""
 SETTLED_AFTER = 2
 """Steps until kernels are chosen and memory is there."""
 MAX_COMPILED_ERROR = 0.02
@@ -114,19 +116,20 @@ def reads_of_a_step(machine: Machine) -> Figure:
 def cuts(machine: Machine) -> Figure:
     """Three cuts on all ranks: equal digests, channels-last strides, finite losses, memory, and time against FR."""
     example = torch.zeros(1, 3, machine.effort.image_side, machine.effort.image_side)
+    batch_size = _fitting_batch_size(machine, machine.effort.batch_sizes[-1])
     dense, state = (new_state(machine, "fp32", ema=True) for _ in range(2))
     resizer = Resizer(state.model, example, "all")
     for one in (dense, state):
         one.parallel = machine.world.wrap(one.model)
     # Each rank has losses of its own: where one raises, the others may not go on to the next collective.
-    rows = [machine.world.on_every_rank(lambda: _cut_row(machine, dense, state, resizer))]
+    rows = [machine.world.on_every_rank(lambda: _cut_row(machine, batch_size, dense, state, resizer))]
     for _ in range(CUTS):
         _average_statistics(machine, state)
         outcome = resizer.act(_cut, state, machine.world)
         state.ema.begin()
         machine.world.on_every_rank(lambda: _require_strides(state))
         row = {"removed": sum(outcome.removed.values()), "digest": outcome.digests[0]}
-        rows.append(row | machine.world.on_every_rank(lambda: _cut_row(machine, dense, state, resizer)))
+        rows.append(row | machine.world.on_every_rank(lambda: _cut_row(machine, batch_size, dense, state, resizer)))
     last = rows[-1]
     if last["speed_up"] <= 1:
         raise Failed(
@@ -134,11 +137,12 @@ def cuts(machine: Machine) -> Figure:
             "one: is it bound by launches (take a larger batch), or does other work run here?"
         )
     reductions, faster = ("/".join(f"{row[key]:.2f}" for row in rows[1:]) for key in ("flops_reduction", "speed_up"))
-    text = f"FR {reductions}: steps {faster} times as fast; digests of {len(outcome.digests)} rank(s) equal"
+    text = f"batch {batch_size}, FR {reductions}: steps {faster} times as fast; "
+    text += f"digests of {len(outcome.digests)} rank(s) equal"
     if machine.device.type == "cuda":
         peaks = "/".join(f"{row['allocated_bytes'] >> 20}" for row in rows)
         text += f"; {peaks} MiB at the peak, {last['reserved_bytes'] >> 20} reserved"
-    return Figure(text, {"rows": rows})
+    return Figure(text, {"batch_size": batch_size, "rows": rows})
 
 
 def infinities(machine: Machine) -> Figure:
@@ -215,12 +219,47 @@ def _step_row(machine: Machine, state: TrainState, batch_size: int) -> dict[str,
     }
 
 
-def _cut_row(machine: Machine, dense: TrainState, state: TrainState, resizer: Resizer) -> dict[str, Any]:
+def _fitting_batch_size(machine: Machine, batch_size: int) -> int:
+    """`batch_size`, its half, its quarter ...: the first of which steps fit into the memory of every rank's GPU.
+
+    All ranks call it. Tried without DDP: a rank that runs out of memory there leaves the others in a collective.
+    """
+    if all(machine.world.all_gather(machine.world.on_every_rank(lambda: _fits(machine, batch_size)))):
+        return batch_size
+    if batch_size <= SMALLEST_BATCH:
+        raise Failed(f"not enough GPU memory for a step of {batch_size} images")
+    return _fitting_batch_size(machine, batch_size // 2)
+
+
+def _fits(machine: Machine, batch_size: int) -> bool:
+    try:
+        _fill_memory(machine, batch_size)
+        is_enough = True
+    except torch.OutOfMemoryError:
+        is_enough = False
+    if machine.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return is_enough
+
+
+def _fill_memory(machine: Machine, batch_size: int) -> None:
+    """As `cuts` does: two networks that take steps in turn, and beside them what DDP takes for its buckets."""
+    states = [new_state(machine, "fp32", ema=True) for _ in range(2)]
+    buckets = [torch.empty_like(parameter) for state in states for parameter in state.model.parameters()]
+    images, labels = _batch(machine, batch_size)
+    for state in states:
+        training_step(state, images, labels, TrainConfig())
+    del buckets  # kept until here
+
+
+def _cut_row(
+    machine: Machine, batch_size: int, dense: TrainState, state: TrainState, resizer: Resizer
+) -> dict[str, Any]:
     """A cut network beside the dense one. first_s: its first step, which builds buckets and chooses kernels.
 
     step_s, dense_s: the fastest of several, taken in turn, so that a machine that slows down slows both.
     """
-    images, labels = _batch(machine, machine.effort.batch_sizes[-1])
+    images, labels = _batch(machine, batch_size)
 
     def step_s(one: TrainState) -> float:
         return timed(lambda: losses.append(training_step(one, images, labels, TrainConfig())), machine.world)

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from data.loader import SplitLoader
 from launch import doctor
 from launch.checkup import images, machine, ranks, runs, steps
-from launch.checkup.check import Check, Effort, Failed, Figure, Machine, Result, Skipped, perform
+from launch.checkup.check import EFFORTS, Check, Effort, Failed, Figure, Machine, Result, Skipped, perform
 from launch.checkup.counting import Operations
 from launch.checkup.table import CHECKS
 from train.checkpoint import restore
@@ -26,7 +26,7 @@ from train.network.ema import MovingAverage
 from train.resizer import Resizer
 from train.world import RankFailed, World
 
-EFFORT = Effort("resnet20_cifar", 16, (4,), steps=1, photos=16, threads=(1,))
+EFFORT = Effort("resnet20_cifar", 16, (4,), steps=1, photos=24, threads=(1,))
 
 
 @pytest.fixture(scope="module")
@@ -180,13 +180,34 @@ def test_batches_that_are_overwritten_before_they_are_read(here: Machine, monkey
             yield batch
 
     monkeypatch.setattr(SplitLoader, "__iter__", batches)
-    monkeypatch.setattr(images, "_delay", lambda machine: taken[-1].add_(1) if len(taken) == 6 else None)
-    assert fails(images.handed_over, here, "batches [2] of 4 were overwritten")
+    monkeypatch.setattr(images, "_delay", lambda machine: taken[-1].add_(1) if len(taken) == 8 else None)
+    assert fails(images.handed_over, here, "batches [2] of 6 were overwritten")
 
 
 def test_rates_of_decoding(here: Machine):
     found = result(images.decoding_rates, here)
     assert found.numbers[0]["rows"][0]["images_per_s"] > 0
+
+
+def test_photographs_grow_with_the_ranks_and_too_few_are_no_rate(here: Machine, tmp_path: Path):
+    eight = dataclasses.replace(here, world=dataclasses.replace(ALONE, size=8), folder=tmp_path)
+    images.make_photographs(eight)
+    made = list((tmp_path / images.PHOTOGRAPHS / "train").rglob("*.jpg"))
+    assert len(made) == 8 * EFFORT.photos and len({path.stat().st_ino for path in made}) == images.DISTINCT
+    crowded = dataclasses.replace(here, effort=dataclasses.replace(EFFORT, batch_sizes=(8,)))
+    assert fails(images.decoding_rates, crowded, "a rate would be of 1 step(s), needed 4")
+    assert fails(images.rebuilt, crowded, "an epoch has 3 batches, needed 4")
+
+
+@pytest.mark.parametrize("effort", EFFORTS.values(), ids=map("-".join, EFFORTS))
+def test_photographs_are_enough_for_a_rate(effort: Effort):
+    steps_of_an_epoch = effort.photos // effort.batch_sizes[-1]
+    assert steps_of_an_epoch - steps_of_an_epoch // 4 - 1 >= images.MIN_TIMED
+
+
+def test_a_rebuilt_loader_that_gives_fewer_batches(here: Machine, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(SplitLoader, "load_state_dict", lambda self, state: self.go_to(0, len(self) - 1))
+    assert fails(images.rebuilt, here, "1 batches come after a rebuild, expected 3")
 
 
 def test_host_reads_and_operations_of_a_step(here: Machine, monkeypatch: pytest.MonkeyPatch):
@@ -234,7 +255,7 @@ def test_cuts(here: Machine, monkeypatch: pytest.MonkeyPatch):
     with monkeypatch.context() as patch:
         patch.setattr(steps, "timed", timed)
         found = result(steps.cuts, here)
-    assert found.status == "pass" and "steps 2.00/2.00/2.00 times as fast" in found.text
+    assert found.status == "pass" and "batch 4, FR" in found.text and "steps 2.00/2.00/2.00 times as fast" in found.text
     rows = found.numbers[0]["rows"]
     assert rows[-1]["flops_reduction"] == pytest.approx(2.2, abs=0.1) and len({row["digest"] for row in rows[1:]}) == 3
     honest = Resizer.act
@@ -247,6 +268,23 @@ def test_cuts(here: Machine, monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(Resizer, "act", act)
     assert fails(steps.cuts, here, "momentum after a cut are not in channels-last memory format")
+
+
+def test_cuts_where_memory_is_short(here: Machine, monkeypatch: pytest.MonkeyPatch):
+    honest, taken = steps.training_step, []
+
+    def step(state, images: torch.Tensor, *others):
+        if len(images) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        taken.append(len(images))
+        return honest(state, images, *others)
+
+    monkeypatch.setattr(steps, "training_step", step)
+    monkeypatch.setattr(steps, "timed", lambda work, world: (work(), 1.0)[1])
+    room = 2
+    assert fails(steps.cuts, here, "takes 1.00 times as long") and set(taken) == {2}
+    room = 1
+    assert fails(steps.cuts, here, "not enough GPU memory for a step of 2 images")
 
 
 def test_a_cut_network_that_is_no_faster(here: Machine, monkeypatch: pytest.MonkeyPatch):
