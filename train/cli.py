@@ -165,6 +165,7 @@ def _tell_torchrun(message: str) -> None:
 
     The file is laid out as torchrun's own decorator `record` writes it.
     """
+    message = message.encode("utf-8", "backslashreplace").decode()  # a file's name may be no text: torchrun would hang
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         about = {"py_callstack": f"error: {message}", "timestamp": str(int(time.time()))}
         with suppress(OSError):

@@ -125,4 +125,4 @@ def test_agreement_on_shards_is_one_line(photos, tmp_path_factory, capsys):
     shards = tmp_path_factory.mktemp("shards") / "set"
     prepare_shards(photos, shards)
     assert main(["agreement", "--data", str(shards)]) == 1
-    assert "found shards, allowed: an image folder" in capsys.readouterr().err
+    assert "found shards or a Hugging Face set, allowed: an image folder" in capsys.readouterr().err
