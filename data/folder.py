@@ -4,7 +4,9 @@ Worker processes decode and augment to bytes; normalising happens on the trainin
 """
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Iterator
 from functools import cache
 from multiprocessing.context import BaseContext
@@ -51,7 +53,7 @@ class FolderSource:
             num_workers=workers,
             multiprocessing_context=_worker_context(),
             persistent_workers=True,
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=_live_as_long_as_the_rank,
             pin_memory=device.type == "cuda",
             # Its own generator: a DataLoader without one draws from the global one at every epoch.
             generator=torch.Generator(),
@@ -104,13 +106,20 @@ def _worker_context() -> BaseContext:
     return context
 
 
-def _ignore_signals(worker: int) -> None:
+def _live_as_long_as_the_rank(worker: int) -> None:
     """Ctrl-C and torchrun signal all processes, and training still wants the batches of its last step from this one.
 
-    A worker ends with the process that it works for.
+    It ends with the process that it works for, however that ends. Torch looks whether its parent is gone, but that is
+    the server, which in turn stays as long as a worker does: both would keep the pipes of a rank that was killed.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_the_rank, name="end with the rank", daemon=True).start()
+
+
+def _end_with_the_rank() -> None:
+    multiprocessing.parent_process().join()  # which watches the process itself, not the server
+    os._exit(1)
 
 
 @cache

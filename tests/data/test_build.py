@@ -1,6 +1,9 @@
 """Which loader is chosen, with how many threads, and what it says when it cannot be had."""
 
 import dataclasses
+import signal
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -182,3 +185,17 @@ def test_a_class_must_keep_images_to_train_on(photos):
 
 def search_loaders(config: DataConfig, batches: int, seed: int = 3):
     return build_search_loaders(config, recalibration_batches=batches, device=CPU, seed=seed)
+
+
+def test_workers_of_a_rank_that_is_killed_leave_no_process_and_no_open_pipe(photos):
+    """The one who reads a rank's output, a shell or torchrun, waits until nobody holds its end."""
+    code = """
+import os, signal, sys, torch
+from data import DataConfig, build_loaders
+config = DataConfig(path=sys.argv[1], loader="folder", threads=1, batch_size=2, image_size=32, resize_size=32)
+train, _ = build_loaders(config, rank=0, world_size=1, device=torch.device("cpu"), seed=0)
+next(iter(train))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    result = subprocess.run([sys.executable, "-c", code, str(photos)], capture_output=True, text=True, timeout=100)
+    assert result.returncode == -signal.SIGKILL, result.stderr
