@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from launching import error_of
-from made_images import build, disk_loaders, equal, taken
+from made_images import build, check_resumed_training, disk_loaders, equal, taken
 
 from data.batch import DataError
 from data.images import list_split, list_splits, list_validation, open_image
@@ -87,17 +87,7 @@ def test_every_image_comes_with_its_bytes_and_its_class_in_the_order_of_the_clas
 
 @disk_loaders
 def test_resumed_training_equals_undisturbed(written, loader):
-    undisturbed, _ = build(written, loader)
-    expected = taken(undisturbed) + taken(undisturbed)
-    undisturbed.close()
-    stopped, _ = build(written, loader)
-    taken(stopped, 2)
-    state = stopped.state_dict()
-    stopped.close()
-    resumed, _ = build(written, loader)
-    resumed.load_state_dict(state)
-    assert equal(taken(resumed) + taken(resumed), expected[2:])
-    resumed.close()
+    check_resumed_training(lambda: build(written, loader)[0])
 
 
 @disk_loaders

@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 import pytest
-from made_images import build, disk_loaders, equal, made_photo, needs_dali, taken, write_split
+from made_images import build, check_resumed_training, disk_loaders, equal, made_photo, needs_dali, taken, write_split
 from made_shards import write_tar
 
 from data import shards as shards_module
@@ -91,17 +91,7 @@ def test_dali_s_own_reader_takes_the_shards_and_their_index(shards):
 
 @disk_loaders
 def test_resumed_training_from_shards_equals_undisturbed(shards, loader):
-    undisturbed, _ = build(shards, loader)
-    expected = taken(undisturbed) + taken(undisturbed)
-    undisturbed.close()
-    stopped, _ = build(shards, loader)
-    taken(stopped, 2)
-    state = stopped.state_dict()
-    stopped.close()
-    resumed, _ = build(shards, loader)
-    resumed.load_state_dict(state)
-    assert equal(taken(resumed) + taken(resumed), expected[2:])
-    resumed.close()
+    check_resumed_training(lambda: build(shards, loader)[0])
 
 
 def test_a_stored_state_belongs_to_its_shards(photos, shards, tmp_path):

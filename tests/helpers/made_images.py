@@ -70,3 +70,18 @@ def equal(one, other) -> bool:
 def synthetic(seed: int = 0, classes: list[str] | None = None, **options):
     config = DataConfig(loader="synthetic", batch_size=32, image_size=16, resize_size=16, **options)
     return build_loaders(config, rank=0, world_size=1, device=CPU, seed=seed, classes=classes)
+
+
+def check_resumed_training(make_loader):
+    """A loader that goes on from another's state after two batches gives what one left alone would have given."""
+    undisturbed = make_loader()
+    expected = taken(undisturbed) + taken(undisturbed)
+    undisturbed.close()
+    stopped = make_loader()
+    taken(stopped, 2)
+    state = stopped.state_dict()
+    stopped.close()
+    resumed = make_loader()
+    resumed.load_state_dict(state)
+    assert equal(taken(resumed) + taken(resumed), expected[2:])
+    resumed.close()
