@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from launching import error_of
-from made_images import build, check_resumed_training, disk_loaders, equal, taken
+from made_images import build, check_resumed_training, disk_loaders, taken
 
 from data.batch import DataError
 from data.images import list_split, list_splits, list_validation, open_image
