@@ -131,7 +131,7 @@ def _row(bench: StepBench, cost: cup.DeviceCost, options: argparse.Namespace) ->
     groups = cup.prunable_groups(bench.groups, "all")
     networks = [bench.dense_widths, *random_widths(groups, options.widths)]
     states = [bench.state(widths) for widths in networks]
-    contenders = {str(index): _timer(bench, state, CLOCKS[options.clock]) for index, state in enumerate(states)}
+    contenders = {str(index): turn_timer(bench, state, CLOCKS[options.clock]) for index, state in enumerate(states)}
     seconds = rounds_in_turn(contenders, options.rounds)
     modelled = cost.of(bench.model, bench.groups)
     return Row(
@@ -142,7 +142,9 @@ def _row(bench: StepBench, cost: cup.DeviceCost, options: argparse.Namespace) ->
     )
 
 
-def _timer(bench: StepBench, state: TrainState, clock: Callable[[], float]) -> Callable[[], float]:
+def turn_timer(
+    bench: StepBench, state: TrainState, clock: Callable[[], float] = time.perf_counter
+) -> Callable[[], float]:
     """Seconds of one step of several in a row, after one that is not timed.
 
     oneDNN keeps the kernels of the last 1,024 shapes that it compiled: twenty other networks have had their turn since
