@@ -9,6 +9,7 @@ python launch/bench.py step --model NAME [--run DIR | --widths FILE | --reductio
 python launch/bench.py cost [--models NAME ...] [--widths N] [--out results/FILE.json]
 python launch/bench.py targets --calibration results/cost.json [--speed-up S] [--out results/FILE.json]
 python launch/bench.py devices [--model NAME] [--reduction FR]                 (modelled, nothing is timed)
+python launch/bench.py rates [--devices NAME ...]                    (modelled against published, nothing is timed)
 python launch/bench.py savings --run DIR --images 1281167 --epochs 90 [--round-to 1 8 measured]
 """
 
@@ -19,7 +20,20 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.benches import agreement, checkpoint, cost, devices, loader, memory, models, resize, savings, step, targets
+from launch.benches import (
+    agreement,
+    checkpoint,
+    cost,
+    devices,
+    loader,
+    memory,
+    models,
+    rates,
+    resize,
+    savings,
+    step,
+    targets,
+)
 from train.cli import Parser, exit_code_of
 
 BENCHES = {
@@ -30,6 +44,7 @@ BENCHES = {
     "loader": loader,
     "memory": memory,
     "models": models,
+    "rates": rates,
     "resize": resize,
     "savings": savings,
     "step": step,

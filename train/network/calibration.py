@@ -28,8 +28,8 @@ FLUSH_BYTES = 1 << 26
 """On a CPU so much is written before each call: in training, too, only what the layer before has just given is in the
 caches, and weights and what the forward pass has left for the backward pass are not."""
 
-# (channels read, channels written, window, image side / pixels of the layer's side, groups); with odd widths, which cost
-# as much as the next multiple of what the library's kernels are made for
+# (channels read, channels written, window, image side / pixels of the layer's side, groups); odd widths are there, too:
+# they cost as much as the next multiple of what the library's kernels are made for
 CONVOLUTIONS = (
     *((64, 64, 3, 4, 1), (40, 40, 3, 4, 1), (128, 128, 3, 8, 1), (100, 60, 3, 8, 1), (256, 256, 3, 16, 1)),
     *((200, 120, 3, 16, 1), (512, 512, 3, 32, 1), (150, 300, 3, 32, 1), (24, 48, 3, 2, 1)),
