@@ -5,8 +5,8 @@ import itertools
 
 import torch
 
-from train.build import build_split_loaders
 from train.evaluate import DataChanges, evaluation_config
+from train.loaders import build_split_loaders
 from train.source import Source
 from train.world import open_world
 
