@@ -16,6 +16,7 @@ from data.batch import (
     DataError,
     Loader,
     Split,
+    of_split,
     preprocessing_of,
     with_preprocessing,
 )
@@ -39,8 +40,8 @@ from data.synthetic import SyntheticSource, synthetic_splits
 
 MAX_THREADS = 8
 # Options that do not decide which pixels come at which step: a run may be resumed with others.
-# What is held out shows in the images' number and names.
-WITHOUT_PIXELS = {*ON_DISK, *DECODING_ON_GPU, "held_out", "synthetic_images", "synthetic_classes"}
+# What is held out shows in the images' number and names, the side of validation images in their own image_size.
+WITHOUT_PIXELS = {*ON_DISK, *DECODING_ON_GPU, "held_out", "val_size", "synthetic_images", "synthetic_classes"}
 # Options that earlier versions did not have: left out of a loader's identity where they say what was always done.
 AS_EVER = ("resized_side", "interpolation", "mean", "std")
 INSTALL_DALI = "pip install nvidia-dali-cuda130 (with CUDA 12: nvidia-dali-cuda120)"
@@ -177,6 +178,7 @@ def _build_loader(
     threads: int,
 ) -> Loader:
     """A loader of these images; split: training augments them, validation does not."""
+    config = of_split(config, split)
     common = {"split": split, "sharding": sharding, "seed": seed, "device": device}
     if kind == "synthetic":
         source = SyntheticSource(config, images, **common)

@@ -217,7 +217,8 @@ def _with_preprocessing(
         own, whose = given.published.preprocessing, given.published.label
         return dataclasses.replace(config, data=settled(config.data, own)), [images_note(config.data, own, whose)]
     if (begun := stored or source) is None:
-        return dataclasses.replace(config, data=settled(config.data, None)), []
+        notes = [] if config.data.val_size is None else [images_note(config.data, None, "nobody")]
+        return dataclasses.replace(config, data=settled(config.data, None)), notes
     of_checkpoint = stored_architecture(begun), stored_preprocessing(begun), config.model.checkpoint
     own, whose = own_preprocessing(*of_checkpoint)
     notes = [] if source is None else [images_note(config.data, own, whose)]
@@ -237,10 +238,9 @@ def _build_parts(config: RunConfig, world: World, classes: Sequence[str] | None,
     prune = config.prune
     changes_widths = prune.shrinks or config.model.narrowed is not None
     resizer = Resizer(model, architecture.example_input(), prune.scope if changes_widths else None, prune.momentum)
-    if config.data.start_size:  # says so if the network does not take the smallest images
-        smallest = train_size(config.data, 0)
-        example = dataclasses.replace(architecture, input_shape=(channels, smallest, smallest)).example_input()
-        complexity(model, example)
+    for other in {train_size(config.data, 0), preprocessing_of(config.data).validation.image_size} - {side}:
+        # Says so if the network does not take the smallest images, or those of validation.
+        complexity(model, dataclasses.replace(architecture, input_shape=(channels, other, other)).example_input())
     freeze(model, config.train.frozen)
     if prune.trains_pruning_net:
         model = build_pruning_net(model, resizer.groups, prune, config.run.seed)

@@ -68,7 +68,7 @@ def evaluate_stored(
         result = evaluate(source.model, val_loader, Precision(config.train.precision, world.device), world)
     finally:
         val_loader.close()
-    return Outcome(result, val_loader.classes, source.cost(config.data.image_size))
+    return Outcome(result, val_loader.classes, source.cost(preprocessing_of(config.data).validation.image_size))
 
 
 def evaluation_config(source: Source, changes: DataChanges) -> tuple[RunConfig, str]:

@@ -421,6 +421,19 @@ def test_a_label_means_the_same_class_in_splits_that_number_theirs_differently(t
         assert [val.classes[label] for label in val.labels] == [name.split("/")[0] for name in val.names]
 
 
+@disk_loaders
+def test_validation_at_another_size_has_the_same_share_of_the_image(photos, loader):
+    """And training is as it was, and goes on from each other's state."""
+    train, val = build(photos, loader, image_size=32, resize_size=40, val_size=48)
+    as_ever, _ = build(photos, loader, image_size=32, resize_size=40)
+    [at_48] = build(photos, loader, image_size=48, resize_size=60, splits=("val",))
+    assert equal(taken(val), taken(at_48))
+    assert equal(taken(train), taken(as_ever))
+    as_ever.load_state_dict(train.state_dict())  # or a DataError
+    for one in (train, val, as_ever, at_48):
+        one.close()
+
+
 def test_numbers_that_are_written_differently_are_classes_in_the_same_order_in_every_process():
     names = ["0" * zeros + "1" for zeros in range(9)]
     classes, labels = numbered_classes([*names, "0"])
