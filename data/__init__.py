@@ -9,7 +9,8 @@ before it is asked for.
 """
 
 from data.batch import Batch, DataConfig, DataError, Loader, Preprocessing, train_size
-from data.build import build_loaders, build_search_loaders
+from data.build import build_loaders, build_search_loaders, list_images, one_list_serves_all
+from data.packed import pack_lists, unpack_lists
 from data.prepare import prepare_data
 
 __all__ = [
@@ -20,6 +21,10 @@ __all__ = [
     "Preprocessing",
     "build_loaders",
     "build_search_loaders",
+    "list_images",
+    "one_list_serves_all",
+    "pack_lists",
     "prepare_data",
     "train_size",
+    "unpack_lists",
 ]

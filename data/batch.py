@@ -56,7 +56,8 @@ class Preprocessing:
     """What makes a network's input of an image; of training images all but the resize and the centre crop.
 
     image_size: side of the square input, pixels. resize_size: what `resized_side` is resized to before the crop of the
-        centre, pixels.
+        centre, pixels. val_size: side in validation, where it is another one than in training: then what
+        is resized follows in proportion, as `validation` has it.
     resized_side: shorter; both, which changes the proportions (timm's squash); or longer, with a border of the mean
         colour around the image (timm's border).
     mean, std: of each channel, for pixels in 0..1.
@@ -64,22 +65,30 @@ class Preprocessing:
 
     image_size: int = 224
     resize_size: int = 256
+    val_size: int | None = None
     resized_side: ResizedSide = "shorter"
     interpolation: Interpolation = "bilinear"
     mean: tuple[float, ...] = MEAN_RGB
     std: tuple[float, ...] = STD_RGB
 
     def at_size(self, image_size: int) -> "Preprocessing":
-        """For inputs of another side, with the same share of the image."""
+        """For inputs of another side, in validation too, with the same share of the image."""
         resize_size = max(1, self.resize_size * image_size // self.image_size)
-        return dataclasses.replace(self, image_size=image_size, resize_size=resize_size)
+        return dataclasses.replace(self, image_size=image_size, resize_size=resize_size, val_size=None)
+
+    @property
+    def validation(self) -> "Preprocessing":
+        """What validation images go through, at the side that they have."""
+        return self.at_size(self.val_size or self.image_size)
 
     def __str__(self) -> str:
         mean, std = (" ".join(f"{value:.4g}" for value in values) for values in (self.mean, self.std))
         sides = {"shorter": "the shorter side", "both": "both sides", "longer": "the longer side"}[self.resized_side]
+        seen = self.validation
+        trained = "" if seen.image_size == self.image_size else f" (in training {self.image_size})"
         return (
-            f"{sides} resized to {self.resize_size} pixels ({self.interpolation}), the centre {self.image_size}, "
-            f"mean {mean}, deviation {std}"
+            f"{sides} resized to {seen.resize_size} pixels ({self.interpolation}), the centre {seen.image_size}"
+            f"{trained}, mean {mean}, deviation {std}"
         )
 
 
@@ -152,8 +161,11 @@ class DataConfig:
     image_size: int | None = None
     """Side of the square network input, pixels; null = as model.checkpoint or model.weights say, 224 without."""
     resize_size: int | None = None
-    """Validation: resized_side is resized to this before the centre crop, pixels; at least image_size where it is the
-    shorter one. null = as model.checkpoint or model.weights say, 256 without."""
+    """Validation: resized_side is resized to this before the centre crop of image_size, pixels; at least image_size
+    where it is the shorter one. null = as model.checkpoint or model.weights say, 8/7 of image_size without."""
+    val_size: int | None = None
+    """Validation: side of the square input, pixels, where it is another than image_size; resize_size follows in
+    proportion. null = as model.checkpoint or model.weights say, image_size without."""
     resized_side: ResizedSide | None = None
     """Validation: shorter; both, which changes the proportions; longer, with a border of the mean colour. null = as
     model.checkpoint or model.weights say, shorter without."""
@@ -216,6 +228,7 @@ class DataConfig:
             ("held_out", self.held_out >= 0, "a whole number from 0"),
             ("batch_size", self.batch_size >= 1, "a whole number from 1"),
             ("image_size", self.image_size is None or 8 <= self.image_size <= MAX_PIXELS, f"8 to {MAX_PIXELS}"),
+            ("val_size", self.val_size is None or 8 <= self.val_size <= MAX_PIXELS, f"8 to {MAX_PIXELS}"),
             ("resize_size", self.resize_size is None or 1 <= self.resize_size <= MAX_PIXELS, f"1 to {MAX_PIXELS}"),
             ("mean", self._are_of_channels(self.mean), f"{self.channels} finite numbers"),
             ("std", self._are_of_channels(self.std) and min(self.std or (1,)) > 0, f"{self.channels} above 0"),
@@ -251,15 +264,14 @@ class DataConfig:
 def preprocessing_of(config: DataConfig, own: Preprocessing | None = None) -> Preprocessing:
     """What `config` says, and where it says nothing what the network's weights want, else what is usual for ImageNet.
 
-    own: of the weights. An image size without a resize size keeps the weights' share of the image.
+    own: of the weights. An image size without a resize size keeps the share of the image.
     """
     mean, std = NORMALISATION[config.channels]
-    usual = Preprocessing(resize_size=max(256, config.image_size or 0), mean=mean, std=std)
-    if own is None:
-        base = usual
-    else:
-        base = own if len(own.mean) == config.channels else dataclasses.replace(own, mean=mean, std=std)
-        base = base.at_size(config.image_size or own.image_size)
+    base = Preprocessing(mean=mean, std=std) if own is None else own
+    if len(base.mean) != config.channels:
+        base = dataclasses.replace(base, mean=mean, std=std)
+    if config.image_size not in (None, base.image_size):
+        base = base.at_size(config.image_size)
     names = [field.name for field in dataclasses.fields(Preprocessing)]
     given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     return dataclasses.replace(base, **given)
@@ -278,6 +290,16 @@ def require_sizes(config: DataConfig, own: Preprocessing | None = None) -> None:
 def with_preprocessing(config: DataConfig, own: Preprocessing | None = None) -> DataConfig:
     """The options with `preprocessing_of` them, so that none of it is left open."""
     return dataclasses.replace(config, **vars(preprocessing_of(config, own)))
+
+
+def of_split(config: DataConfig, split: Split) -> DataConfig:
+    """The options of one split, in which image_size is the side of its own images at last, and val_size is null.
+
+    config: with nothing left open (`with_preprocessing`).
+    """
+    if split == "train" or config.val_size in (None, config.image_size):
+        return dataclasses.replace(config, val_size=None)
+    return dataclasses.replace(config, **vars(preprocessing_of(config).validation), start_size=0)
 
 
 def train_size(config: DataConfig, epoch: int) -> int:

@@ -3,12 +3,12 @@
 import dataclasses
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
-from data import dali
+from data import dali, hf
 from data.batch import (
     DECODING_ON_GPU,
     ON_DISK,
@@ -16,6 +16,7 @@ from data.batch import (
     DataError,
     Loader,
     Split,
+    of_split,
     preprocessing_of,
     with_preprocessing,
 )
@@ -27,6 +28,7 @@ from data.images import (
     ImageList,
     has_split,
     hold_out,
+    is_remote,
     list_splits,
     list_validation,
     require_schemes,
@@ -38,11 +40,27 @@ from data.synthetic import SyntheticSource, synthetic_splits
 
 MAX_THREADS = 8
 # Options that do not decide which pixels come at which step: a run may be resumed with others.
-# What is held out shows in the images' number and names.
-WITHOUT_PIXELS = {*ON_DISK, *DECODING_ON_GPU, "held_out", "synthetic_images", "synthetic_classes"}
+# What is held out shows in the images' number and names, the side of validation images in their own image_size.
+WITHOUT_PIXELS = {*ON_DISK, *DECODING_ON_GPU, "held_out", "val_size", "synthetic_images", "synthetic_classes"}
 # Options that earlier versions did not have: left out of a loader's identity where they say what was always done.
 AS_EVER = ("resized_side", "interpolation", "mean", "std")
 INSTALL_DALI = "pip install nvidia-dali-cuda130 (with CUDA 12: nvidia-dali-cuda120)"
+
+
+def list_images(
+    config: DataConfig, splits: Sequence[Split] = SPLITS, classes: Sequence[str] | None = None
+) -> dict[Split, ImageList]:
+    """The images of the splits, or more, for `build_loaders`. Arguments and errors as there; one process is enough."""
+    return _listed(config, _choose(config, warn=False), splits, classes)
+
+
+def one_list_serves_all(config: DataConfig) -> bool:
+    """Whether what one process lists is where it says for the others, too.
+
+    The Arrow files of a Hugging Face set may lie in a cache that every machine has for itself; images that are made lie
+    nowhere.
+    """
+    return config.loader != "synthetic" and not hf.is_set(config.path)
 
 
 def build_loaders(
@@ -55,19 +73,21 @@ def build_loaders(
     local_world_size: int | None = None,
     splits: Sequence[Split] = SPLITS,
     classes: Sequence[str] | None = None,
+    listed: Mapping[Split, ImageList] | None = None,
 ) -> list[Loader]:
     """This rank's loaders, training and validation; every rank calls it, with the same config and seed.
 
     local_world_size: ranks that share this machine's cores; all of them if not given. splits: which loaders, in this
     order; for validation alone no training images need be there. classes: names of a network's classes, in the order of
     its outputs, which labels then follow; the data set's own order if not given. Made images have none.
+    listed: what `list_images` found with the same arguments, in this process or another; None: listed here.
     Raises DataError if the data set, the batch size or the chosen loader does not work, or if `classes` are not those
     of the data set. Threads and worker processes
     start with the first iteration.
     """
     config = with_preprocessing(config)
     kind = _choose(config, warn=rank == 0)
-    listed = _listed(config, kind, splits, classes)
+    listed = _listed(config, kind, splits, classes) if listed is None else _at_hand(listed)
     if config.held_out and "train" in listed:
         listed["train"], _ = hold_out(listed["train"], config.held_out)
     for note in _surprises(config, listed, order_is_given=classes is not None) if rank == 0 else ():
@@ -95,6 +115,7 @@ def build_search_loaders(
     seed: int,
     local_world_size: int = 1,
     classes: Sequence[str] | None = None,
+    listed: Mapping[Split, ImageList] | None = None,
 ) -> tuple[Loader, Loader]:
     """What a search for widths looks at, all of it on each rank: training images for batch norm, and the held-out ones.
 
@@ -106,7 +127,8 @@ def build_search_loaders(
         raise DataError("held_out: found 0, allowed: a whole number from 1, for a search judges by images held out")
     config = with_preprocessing(config)
     kind = _choose(config, warn=False)
-    trained, held = hold_out(_listed(config, kind, SPLITS, classes)["train"], config.held_out)
+    listed = _listed(config, kind, SPLITS, classes) if listed is None else _at_hand(listed)
+    trained, held = hold_out(listed["train"], config.held_out)
     order = np.random.Generator(np.random.PCG64([seed, 0])).permutation(len(trained.names))
     batches = min(recalibration_batches, max(1, len(order) // config.batch_size))
     threads = config.threads or default_threads(local_world_size)
@@ -134,6 +156,17 @@ def _listed(
     return listed
 
 
+def _at_hand(listed: Mapping[Split, ImageList]) -> dict[Split, ImageList]:
+    """The lists of another process; DataError where their images do not lie on this machine."""
+    for images in listed.values():
+        if not images.root.is_dir() and not is_remote(images.names[0]):
+            raise DataError(
+                f"{images.root}: rank 0 finds images there, but this machine has no such folder: mount or copy the "
+                "data set to the same place on all machines"
+            )
+    return dict(listed)
+
+
 def _build_loader(
     config: DataConfig,
     kind: str,
@@ -145,6 +178,7 @@ def _build_loader(
     threads: int,
 ) -> Loader:
     """A loader of these images; split: training augments them, validation does not."""
+    config = of_split(config, split)
     common = {"split": split, "sharding": sharding, "seed": seed, "device": device}
     if kind == "synthetic":
         source = SyntheticSource(config, images, **common)

@@ -11,12 +11,14 @@ DALI is imported inside functions only; `import data` must work, and be quick, w
 
 import os
 import warnings
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from data.ahead import OneAhead
 from data.batch import FILL, DataConfig, DataError, Split, train_size
 from data.defects import decode_failure, find_defects, last_words, unreadable
 from data.images import ImageList
@@ -26,6 +28,8 @@ from data.sharding import Sharding
 if TYPE_CHECKING:
     from nvidia.dali import Pipeline
     from nvidia.dali.plugin.pytorch import DALIGenericIterator
+
+Encoded = Callable[[int], list[np.ndarray]]
 
 PREFETCHED_BATCHES = 2
 POOLED_FROM = "256k"
@@ -92,6 +96,7 @@ class DaliSource:
         self._threads = threads
         self._device = device
         self._iterator: DALIGenericIterator | None = None
+        self._ahead: OneAhead[list[np.ndarray]] | None = None
         # The stream begins at step `_first`, of all epochs together, and goes on from `_checkpoint` if there is one.
         self._first = 0
         self._next = 0
@@ -105,7 +110,6 @@ class DaliSource:
             self.close()
             self._first = self._next = wanted
             self._checkpoint = None
-            self._looked_at.defects.clear()
         if self._iterator is None:
             self._iterator = self._open()
 
@@ -135,11 +139,14 @@ class DaliSource:
         self.close()
         self._first, self._next = state["stream_first"], state["stream_next"]
         self._checkpoint = bytes(state["pipeline"].tolist()) or None
-        self._looked_at.defects.clear()
 
     def close(self) -> None:
         self._iterator = None
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
         self._looked_at.decoder.close()
+        self._looked_at = replace(self._looked_at, defects={})
 
     def _open(self) -> "DALIGenericIterator":
         require_answer(self._images)
@@ -151,10 +158,13 @@ class DaliSource:
     def _pipeline(self) -> "Pipeline":
         from nvidia.dali import pipeline_def
 
+        step_inputs = self._step_inputs()
+        self._ahead = OneAhead(step_inputs.encoded)
         stream_seed = np.random.SeedSequence([self._seed, self._sharding.rank, self._first]).generate_state(1)[0]
         return pipeline_def(_train_graph if self._training else _val_graph, enable_conditionals=True)(
             self._config,
-            self._step_inputs(),
+            step_inputs,
+            self._ahead.take,
             _decoder(self._device),
             batch_size=self._sharding.local_batch_size,
             num_threads=self._threads,
@@ -229,6 +239,9 @@ class _LookedAt:
 class _StepInputs:
     """The external sources: step since the stream began -> what the pipeline needs of it.
 
+    DALI asks for them on the thread that launches kernels, so what takes time, `encoded`, is made on another, a step
+    ahead (`OneAhead`; DALI's own `parallel=True` would need all of this in a process of its own).
+
     Not a method of `DaliSource`: the pipeline would then be freed late, by the garbage collector, and crash a forked
     process that happens to run it.
     """
@@ -261,8 +274,7 @@ class _StepInputs:
         if not len(new):
             return indices_B
         defects = find_defects(self.images, new.tolist(), self.looked_at.decoder)
-        sound_N[new] = True
-        sound_N[list(defects)] = False
+        sound_N[[index for index in new.tolist() if index not in defects]] = True
         if not defects:
             return indices_B
         if not sound_N.any():
@@ -298,13 +310,13 @@ def _device_id(device: torch.device) -> int | None:
     return torch.cuda.current_device() if device.index is None else device.index
 
 
-def _train_graph(config: DataConfig, step_inputs: _StepInputs, decoder: str):
+def _train_graph(config: DataConfig, step_inputs: _StepInputs, encoded: Encoded, decoder: str):
     """Random crop (only its pixels are decoded), resize to the epoch's side, augment, flip, normalise."""
     from nvidia.dali import fn, types
 
     size_hw = fn.external_source(source=step_inputs.train_sizes, batch=True, ndim=1, dtype=types.FLOAT)
     images = fn.decoders.image_random_crop(
-        _read(config, step_inputs),
+        _read(config, step_inputs, encoded),
         random_area=list(config.crop_scale),
         random_aspect_ratio=list(config.crop_ratio),
         **_decoder_options(config, decoder, hints=True),
@@ -314,15 +326,15 @@ def _train_graph(config: DataConfig, step_inputs: _StepInputs, decoder: str):
     return _normalised(images, config, mirror=fn.random.coin_flip(probability=config.flip))
 
 
-def _val_graph(config: DataConfig, step_inputs: _StepInputs, decoder: str):
+def _val_graph(config: DataConfig, step_inputs: _StepInputs, encoded: Encoded, decoder: str):
     """Resize, centre crop, normalise: the same sizes and pixels as torchvision's, or timm's.
 
     The sizes are computed here, as DALI's own options round them the other way, which moves many images by a pixel.
     """
     from nvidia.dali import fn, types
 
-    encoded = _read(config, step_inputs)
-    shape_hw = fn.peek_image_shape(encoded, adjust_orientation=False)[:2]
+    content = _read(config, step_inputs, encoded)
+    shape_hw = fn.peek_image_shape(content, adjust_orientation=False)[:2]
     resized_hw = _resized_shape(shape_hw, config)
     margin_hw = resized_hw - config.image_size
     half_hw = margin_hw // 2  # towards zero: where there is a border, the odd pixel is behind the image
@@ -330,7 +342,7 @@ def _val_graph(config: DataConfig, step_inputs: _StepInputs, decoder: str):
     start_hw = half_hw + (margin_hw & half_hw & 1) * (margin_hw > 0)
 
     # Fancy upsampling: the GPU's pixels are then the CPU's, and an accuracy does not depend on the machine.
-    images = fn.decoders.image(encoded, jpeg_fancy_upsampling=True, **_decoder_options(config, decoder, hints=False))
+    images = fn.decoders.image(content, jpeg_fancy_upsampling=True, **_decoder_options(config, decoder, hints=False))
     images = _in_channels(images, config)
     size = fn.cast(resized_hw, dtype=types.FLOAT)
     images = fn.resize(images, size=size, antialias=True, interp_type=_interpolation(config))
@@ -368,11 +380,11 @@ def _interpolation(config: DataConfig):
     return known[config.interpolation]
 
 
-def _read(config: DataConfig, step_inputs: _StepInputs):
-    """The encoded images of a step."""
+def _read(config: DataConfig, step_inputs: _StepInputs, encoded: Encoded):
+    """The encoded images of a step. encoded: as of `_StepInputs`."""
     from nvidia.dali import fn, types
 
-    content = fn.external_source(source=step_inputs.encoded, batch=True, ndim=1, dtype=types.UINT8)
+    content = fn.external_source(source=encoded, batch=True, ndim=1, dtype=types.UINT8)
     return content if step_inputs.in_shards else fn.io.file.read(content, dont_use_mmap=not config.mmap)
 
 

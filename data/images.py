@@ -6,6 +6,7 @@ import io
 import os
 import re
 from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +27,8 @@ SPLITS: tuple[Split, ...] = ("train", "val")
 FORMATS = {"JPEG", "MPO", "PNG", "BMP", "PPM", "TIFF", "WEBP", "JPEG2000"}
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 DALI_SCHEMES = ("s3", "gs")
+LISTED_TOGETHER = 16
+"""Class folders that are listed at a time: a network file system takes its time for each."""
 EXPECTED = "PATH/train/CLASS/*.jpg and PATH/val/CLASS/*.jpg, file lists PATH/train.txt and PATH/val.txt, or shards"
 
 
@@ -277,11 +280,11 @@ def _list_folder(root: Path) -> ImageList:
         raise DataError(f"{root}: found {found}")
     names, counts, unreadable = [], [], {}
     passed_over = sorted(entry.name for entry in entries if is_image_name(entry.name) and entry.name not in classes)
-    for class_name in classes:
-        try:
-            members = [entry.name for entry in os.scandir(root / class_name) if not entry.name.startswith(".")]
-        except OSError as error:
-            members, unreadable[class_name] = [], in_words(error)
+    with ThreadPoolExecutor(LISTED_TOGETHER) as pool:
+        found = list(pool.map(_members, (root / class_name for class_name in classes)))
+    for class_name, (members, why) in zip(classes, found, strict=True):
+        if why:
+            unreadable[class_name] = why
         images = sorted(filter(is_image_name, members))
         names += [f"{class_name}/{name}" for name in images]
         counts.append(len(images))
@@ -295,6 +298,14 @@ def _list_folder(root: Path) -> ImageList:
         passed_over=tuple(passed_over),
         unreadable=unreadable,
     )
+
+
+def _members(folder: Path) -> tuple[list[str], str]:
+    """What lies in a class folder, without what is hidden, in any order; or why that cannot be known."""
+    try:
+        return [entry.name for entry in os.scandir(folder) if not entry.name.startswith(".")], ""
+    except OSError as error:
+        return [], in_words(error)
 
 
 def _list_lines(file: Path) -> ImageList:

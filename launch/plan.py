@@ -20,6 +20,7 @@ if not __package__:
 import torch
 
 import cup
+from data.batch import preprocessing_of
 from launch.benches.measure import write_result
 from launch.projections.memory import GIB
 from launch.projections.network import Network
@@ -201,10 +202,13 @@ def _what_teaching_adds(train: TrainConfig) -> str:
 
 def _print(estimates: Sequence[Estimate], config: RunConfig, options: Namespace) -> None:
     local = config.data.batch_size // options.gpus // config.train.accumulate
+    val_side = preprocessing_of(config.data).validation.image_size
+    validated = "" if val_side == config.data.image_size else f" ({val_side} in validation)"
     how = f"{config.train.precision}, {'compiled' if config.train.compile == 'blocks' else 'eager'}"
     print(
         f"Modelled, not measured: {config.model.name}, {config.train.epochs} epochs of {options.images:,} images, "
-        f"{config.data.image_size} pixels, on {options.gpus} x {options.device}, {how}, {local} images each at once"
+        f"{config.data.image_size} pixels{validated}, on {options.gpus} x {options.device}, {how}, "
+        f"{local} images each at once"
     )
     money = ["money"] if options.price else []
     rows = [["variant", "FR", "speed-up", "hours", "GPU hours", *money, "saved", "GiB a GPU", "images/s", "cores"]]

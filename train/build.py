@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from cup import ChannelGroup, Device, complexity, device_cost, named_device, prunable_groups
-from data import Loader, build_loaders, prepare_data, train_size
-from data.batch import Split, preprocessing_of
+from data import Loader, prepare_data, train_size
+from data.batch import preprocessing_of
 from data.images import SPLITS, exclude_file
 from train.checkpoint.file import load_checkpoint, put_aside
 from train.checkpoint.network import (
@@ -30,6 +30,7 @@ from train.config import RunConfig
 from train.config_file import create_run_dir
 from train.errors import ConfigError, TrainError
 from train.files import why_unwritten
+from train.loaders import Listed, build_split_loaders, list_once
 from train.log.ledger import Ledger
 from train.log.mending import lines_of_checkpoint
 from train.log.rundir import read_log
@@ -103,7 +104,8 @@ def build_run(config: RunConfig, start: Start, world: World, ledger: Ledger, sto
     fitted, fitting_notes = _fitted(config, world, start.has_run)
     fitted, image_notes = _with_preprocessing(fitted, stored, source, given)
     classes = (stored or source or {}).get("classes")
-    parts = world.on_every_rank(lambda: _build_parts(fitted, world, classes))
+    listed = list_once(fitted.data, world, SPLITS, classes)
+    parts = world.on_every_rank(lambda: _build_parts(fitted, world, classes, listed))
     begun = world.on_every_rank(lambda: _begin(fitted, stored, source or given, parts, ledger, world))
     allowed_widths, width_notes = _allowed_widths(fitted, begun, parts, world)
     step_device = _step_device(fitted, begun, world)
@@ -171,25 +173,6 @@ def build_run(config: RunConfig, start: Start, world: World, ledger: Ledger, sto
     return Run(fitted, trainer, saver, notes)
 
 
-def build_split_loaders(
-    config: RunConfig, world: World, splits: Sequence[Split], classes: Sequence[str] | None = None
-) -> list[Loader]:
-    """This rank's loaders of the splits, in their order. classes: names in the order of the logits; None: the data's.
-
-    Raises DataError for a data set of other classes.
-    """
-    return build_loaders(
-        config.data,
-        rank=world.rank,
-        world_size=world.size,
-        local_world_size=world.local_size,
-        device=world.device,
-        seed=config.run.seed,
-        splits=splits,
-        classes=classes,
-    )
-
-
 def _load(config: RunConfig, start: Start, world: World) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     """(the run's own checkpoint to go on from, the checkpoint that a new run starts from), at most one of them."""
     if start.checkpoint is not None:
@@ -233,15 +216,16 @@ def _with_preprocessing(
         own, whose = given.published.preprocessing, given.published.label
         return dataclasses.replace(config, data=settled(config.data, own)), [images_note(config.data, own, whose)]
     if (begun := stored or source) is None:
-        return dataclasses.replace(config, data=settled(config.data, None)), []
+        notes = [] if config.data.val_size is None else [images_note(config.data, None, "nobody")]
+        return dataclasses.replace(config, data=settled(config.data, None)), notes
     of_checkpoint = stored_architecture(begun), stored_preprocessing(begun), config.model.checkpoint
     own, whose = own_preprocessing(*of_checkpoint)
     notes = [] if source is None else [images_note(config.data, own, whose)]
     return dataclasses.replace(config, data=settled(config.data, own)), notes
 
 
-def _build_parts(config: RunConfig, world: World, classes: Sequence[str] | None) -> _Parts:
-    train_loader, val_loader = build_split_loaders(config, world, SPLITS, classes)
+def _build_parts(config: RunConfig, world: World, classes: Sequence[str] | None, listed: Listed | None) -> _Parts:
+    train_loader, val_loader = build_split_loaders(config, world, SPLITS, classes, listed)
     torch.manual_seed(config.run.seed)  # the same initial weights on every rank
     side, channels = config.data.image_size, config.data.channels
     architecture = Architecture(
@@ -253,10 +237,9 @@ def _build_parts(config: RunConfig, world: World, classes: Sequence[str] | None)
     prune = config.prune
     changes_widths = prune.shrinks or config.model.narrowed is not None
     resizer = Resizer(model, architecture.example_input(), prune.scope if changes_widths else None, prune.momentum)
-    if config.data.start_size:  # says so if the network does not take the smallest images
-        smallest = train_size(config.data, 0)
-        example = dataclasses.replace(architecture, input_shape=(channels, smallest, smallest)).example_input()
-        complexity(model, example)
+    for other in {train_size(config.data, 0), preprocessing_of(config.data).validation.image_size} - {side}:
+        # Says so if the network does not take the smallest images, or those of validation.
+        complexity(model, dataclasses.replace(architecture, input_shape=(channels, other, other)).example_input())
     freeze(model, config.train.frozen)
     if prune.trains_pruning_net:
         model = build_pruning_net(model, resizer.groups, prune, config.run.seed)

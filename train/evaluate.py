@@ -8,9 +8,10 @@ from pathlib import Path
 
 from data import DataConfig
 from data.batch import preprocessing_of
-from train.build import build_split_loaders, passed_over_notes, unmatched_note
+from train.build import passed_over_notes, unmatched_note
 from train.config import RunConfig, config_from_dict
 from train.errors import ConfigError, TrainError
+from train.loaders import build_split_loaders, list_once
 from train.loop.evaluation import Evaluation, evaluate
 from train.network.precision import Precision
 from train.network.state import MEMORY_FORMAT
@@ -48,7 +49,9 @@ def evaluate_stored(
     """
     source = world.on_every_rank(lambda: open_source(path, changes.image_size, factory))
     config, images_line = evaluation_config(source, changes)
-    [val_loader] = world.on_every_rank(lambda: build_split_loaders(config, world, ("val",), source.classes))
+    asked = ("val",), source.classes
+    listed = list_once(config.data, world, *asked)
+    [val_loader] = world.on_every_rank(lambda: build_split_loaders(config, world, *asked, listed))
     if source.num_classes not in (None, val_loader.num_classes):
         raise TrainError(f"{config.data.path} has {val_loader.num_classes} classes, the network {source.num_classes}")
     notes = [images_line, *unmatched_note(config, val_loader), *passed_over_notes(config, {"validation": val_loader})]
@@ -65,7 +68,7 @@ def evaluate_stored(
         result = evaluate(source.model, val_loader, Precision(config.train.precision, world.device), world)
     finally:
         val_loader.close()
-    return Outcome(result, val_loader.classes, source.cost(config.data.image_size))
+    return Outcome(result, val_loader.classes, source.cost(preprocessing_of(config.data).validation.image_size))
 
 
 def evaluation_config(source: Source, changes: DataChanges) -> tuple[RunConfig, str]:

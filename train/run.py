@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from data.batch import preprocessing_of
 from train.build import Run, build_run
 from train.checkpoint.saver import Saver
 from train.config import RunConfig
@@ -166,6 +167,7 @@ def _run_event(built: Run, start: Start) -> dict[str, Any]:
         },
         "train_images": trainer.loop.loader.num_images,
         "val_images": trainer.val_loader.num_images,
+        "val_size": preprocessing_of(config.data).validation.image_size,
         "dense_flops": dense.flops,
         "dense_macs": dense.macs,
         "dense_params": dense.params,

@@ -28,6 +28,7 @@ from train.checkpoint.weights import load_weights
 from train.config import RunConfig, config_from_dict, differing_keys
 from train.errors import ConfigError, TrainError
 from train.files import why_unwritten, write_durably
+from train.loaders import Listed, list_once
 from train.log.heartbeat import Beat, read_alive, write_alive
 from train.log.ledger import Ledger
 from train.log.rundir import read_log
@@ -97,7 +98,8 @@ def search_widths(
     """
     source = world.on_every_rank(lambda: _load(checkpoint, options, data_path))
     with ExitStack() as opened:
-        judge = world.on_every_rank(lambda: _Judge(source, options, world))
+        listed = list_once(source.config.data, world, classes=source.content["classes"])
+        judge = world.on_every_rank(lambda: _Judge(source, options, world, listed))
         opened.callback(judge.close)
         identity = _identity(source, options)
         log = world.on_every_rank(lambda: _SearchLog(out, identity, ledger) if world.is_main else None)
@@ -247,7 +249,7 @@ class _Judge:
     space: the networks to choose from.
     """
 
-    def __init__(self, source: _Source, options: SearchOptions, world: World) -> None:
+    def __init__(self, source: _Source, options: SearchOptions, world: World, listed: Listed | None) -> None:
         config, content = source.config, source.content
         architecture = stored_architecture(content)
         self._full = build_model(architecture.name, architecture.num_classes)
@@ -266,6 +268,7 @@ class _Judge:
             seed=config.run.seed,
             local_world_size=world.local_size,
             classes=content["classes"],
+            listed=listed,
         )
 
     def reduction(self, widths: dict[str, int]) -> float:

@@ -299,7 +299,8 @@ def _computed(config: dict[str, Any]) -> dict[str, Any]:
         says_itself = model["checkpoint"] or names_network(model["weights"])
         return kept | {"model": {**model, "name": None if says_itself else model["name"]}}
     given = {key: _tuple(config["data"][key]) for key in (*PREPROCESSING, "channels")}
-    usual = asdict(preprocessing_of(DataConfig(**given)))
+    images = preprocessing_of(DataConfig(**given))
+    usual = asdict(images) | {"val_size": images.validation.image_size}
     return kept | {"data": kept["data"] | {key: _list(value) for key, value in usual.items()}}
 
 

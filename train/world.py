@@ -57,13 +57,19 @@ class World:
         """Rank 0's `value` (what JSON can hold) on every rank. All ranks call it."""
         if self.size == 1:
             return json.loads(json.dumps(value))  # what JSON cannot hold fails with one rank as with many
-        # JSON in a tensor of bytes: torch's object collectives would unpickle what arrives.
-        data = _to_bytes(json.dumps(value).encode()) if self.is_main else None
-        length = torch.tensor([0 if data is None else len(data)])
+        # JSON: torch's object collectives would unpickle what arrives.
+        return json.loads(self.broadcast_bytes(json.dumps(value).encode() if self.is_main else None))
+
+    def broadcast_bytes(self, data: bytes | None) -> bytes:
+        """Rank 0's `data` on every rank; what others give does not count. All ranks call it."""
+        if self.size == 1:
+            return data
+        tensor = _to_bytes(data) if self.is_main else None
+        length = torch.tensor([0 if tensor is None else len(tensor)])
         dist.broadcast(length, src=0)
-        data = torch.empty(length.item(), dtype=torch.uint8) if data is None else data
-        dist.broadcast(data, src=0)
-        return json.loads(data.numpy().tobytes())
+        tensor = torch.empty(length.item(), dtype=torch.uint8) if tensor is None else tensor
+        dist.broadcast(tensor, src=0)
+        return tensor.numpy().tobytes()
 
     def all_gather(self, value: T) -> list[T]:
         """Every rank's `value` (plain data or CPU tensors), in rank order, on all ranks. All ranks call it."""
@@ -157,6 +163,16 @@ class World:
             return peak
         kilobyte = 1 if sys.platform == "darwin" else 1024  # the unit in which the system counts
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte
+
+    def device_memory(self) -> int | None:
+        """Bytes of this rank's GPU that are in use now, whoever holds them; None on a CPU.
+
+        Tensors and what the allocator keeps for the next ones, DALI, NCCL, CUDA itself, other processes.
+        """
+        if self.device.type != "cuda":
+            return None
+        free, total = torch.cuda.mem_get_info(self.device)
+        return total - free
 
     def synchronize(self) -> None:
         """Wait for the device, so that a clock read now means what it says."""

@@ -104,7 +104,7 @@ def _config(options: argparse.Namespace, stored: StoredNetwork | None) -> DataCo
         raise TrainError(f"{options.checkpoint}: no run trained it, so nobody knows its image sizes: give a run's own")
     else:
         data = config_from_dict(stored.config).data
-        sizes = {"channels": data.channels, **vars(preprocessing_of(data, stored.preprocessing))}
+        sizes = {"channels": data.channels, **vars(preprocessing_of(data, stored.preprocessing).validation)}
     if options.resize_size is not None:
         sizes["resize_size"] = options.resize_size
     return data_config(path=str(options.data), batch_size=options.batch_size, **sizes)

@@ -20,7 +20,7 @@ from scipy.stats import spearmanr
 import cup
 from cup.planning import round_up
 from launch.benches.measure import machine, rounds_in_turn, write_result
-from launch.benches.step import StepBench
+from launch.benches.step import StepBench, add_batch_size, default_batch_size
 from train.cli import positive_int
 from train.errors import TrainError
 from train.loop.config import TrainConfig
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of which the random widths are multiples; planners take those that pay on the device (default: 1)",
     )
-    parser.add_argument("--batch-size", type=positive_int, default=8, metavar="N", help="default: 8")
+    add_batch_size(parser)
     parser.add_argument("--image-size", type=positive_int, default=128, metavar="PIXELS", help="default: 128")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="default: fp32")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto = GPU if any")
@@ -101,6 +101,7 @@ def measure(options: argparse.Namespace) -> None:
         torch.set_num_threads(1)
     world = open_world(options.device)
     torch.backends.cudnn.benchmark = world.device.type == "cuda"  # as the trainer
+    options.batch_size = options.batch_size or default_batch_size(world.device)
     names = ("batch_size", "image_size", "precision", "widths", "round_to", "clock")
     asked = {name: getattr(options, name) for name in names}
     device, rows = _earlier(options.resume, asked) if options.resume else (None, [])

@@ -32,7 +32,9 @@ from launch.benches.step import (
     StepBench,
     Table,
     Widths,
+    add_batch_size,
     add_device_arguments,
+    default_batch_size,
     epochs_of_run,
     model_of_run,
     steps_at_once,
@@ -56,9 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--val-images", type=non_negative_int, default=50000, metavar="N", help="default: 50000")
     parser.add_argument("--epochs", type=positive_int, default=90, metavar="N", help="default: 90")
     parser.add_argument("--batch-size", type=positive_int, default=256, metavar="N", help="a step's (default: 256)")
-    parser.add_argument(
-        "--measure-batch-size", type=positive_int, default=16, metavar="N", help="one device's, timed (default: 16)"
-    )
+    add_batch_size(parser, "--measure-batch-size")
     parser.add_argument("--classes", type=positive_int, metavar="N", help="default: those of the run's last.pt")
     parser.add_argument(
         "--keep-fr",
@@ -90,10 +90,9 @@ def measure(options: argparse.Namespace) -> None:
     torch.backends.cudnn.benchmark = world.device.type == "cuda"  # as the trainer
     name, classes = model_of_run(options.run), options.classes or _classes_of_run(options.run)
     config = TrainConfig(precision=options.precision, compile=options.compile)
-    bench = StepBench(name, classes, options.image_size, options.measure_batch_size, config, world)
-    schedule = Schedule(
-        options.epochs, options.images, options.val_images, options.batch_size, options.measure_batch_size
-    )
+    at_once = options.measure_batch_size or default_batch_size(world.device)
+    bench = StepBench(name, classes, options.image_size, at_once, config, world)
+    schedule = Schedule(options.epochs, options.images, options.val_images, options.batch_size, at_once)
     path = spread([line["widths"] for line in lines], options.epochs)
     allowed = tables(options.round_to, bench, path[0].keys())
     paths = {f"round_to {key}": [bench.rounded(widths, table) for widths in path] for key, table in allowed.items()}

@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     widths.add_argument("--widths", type=Path, metavar="FILE", help="JSON or YAML: `layer1.0.conv1: 12`")
     widths.add_argument("--reduction", type=float, metavar="FR", help="a plan to this FLOPs reduction, fresh weights")
     add_device_arguments(parser)
-    parser.add_argument("--batch-size", type=positive_int, default=16, metavar="N", help="default: 16")
+    add_batch_size(parser)
     parser.add_argument("--classes", type=positive_int, default=1000, metavar="N", help="default: 1000")
     parser.add_argument("--steps", type=positive_int, metavar="N", help="a measurement (default: 1; 20 on a GPU)")
 
@@ -88,6 +88,16 @@ def add_device_arguments(parser: argparse.ArgumentParser, devices: Sequence[str]
     parser.add_argument("--rounds", type=positive_int, default=5, metavar="N", help="after a warm-up (default: 5)")
 
 
+def add_batch_size(parser: argparse.ArgumentParser, name: str = "--batch-size") -> None:
+    """Images of a step on one device; `default_batch_size` says how many, if not given."""
+    parser.add_argument(name, type=positive_int, metavar="N", help="images at once (default: 256 on a GPU, 8 on a CPU)")
+
+
+def default_batch_size(device: torch.device) -> int:
+    """What a GPU is trained with, whose launches a smaller batch would time; what a CPU does in seconds."""
+    return 256 if device.type == "cuda" else 8
+
+
 def round_to(text: str) -> RoundTo:
     """The `type` of --round-to."""
     return text if text == "measured" else positive_int(text)
@@ -102,7 +112,7 @@ def measure(options: argparse.Namespace) -> None:
         options.model or (model_of_run(options.run) if options.run else "resnet50"),
         options.classes,
         options.image_size,
-        options.batch_size,
+        options.batch_size or default_batch_size(world.device),
         TrainConfig(precision=options.precision, compile=options.compile),
         world,
     )
@@ -172,11 +182,10 @@ class StepBench:
         self.groups = cup.channel_groups(model, self.example)
         self.dense = cup.complexity(model, self.example)
         self.model = model
-        generator = torch.Generator().manual_seed(0)
-        images = torch.randn(batch_size, *self.shape, generator=generator)
-        self.images = images.to(world.device).contiguous(memory_format=MEMORY_FORMAT)
+        made = {"generator": torch.Generator(world.device).manual_seed(0), "device": world.device}
+        self.images = torch.randn(batch_size, *self.shape, **made).contiguous(memory_format=MEMORY_FORMAT)
+        self.labels = torch.randint(classes, (batch_size,), **made)
         self._compiled = 0
-        self.labels = torch.randint(classes, (batch_size,), generator=generator).to(world.device)
 
     @property
     def title(self) -> str:

@@ -13,9 +13,9 @@ from launch.grids.disk import Disk
 from launch.grids.grid import DENSE
 from launch.grids.jobs import MADE_OF_ITS_COST, Job
 from launch.grids.runner import State, Status
-from train.build import build_split_loaders
 from train.config import RunConfig
 from train.errors import ConfigError
+from train.loaders import build_split_loaders
 from train.log.cpu import cpu_seconds
 from train.loop.step import training_step
 from train.network.models import build_model

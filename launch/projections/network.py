@@ -50,20 +50,22 @@ class Moment:
 class ModelledCosts:
     """Seconds of a network's steps on one device. Each image size is traced once.
 
-    cost: of a training step; its batch size counts for validation, too, whose images are as large as the network's.
+    cost: of a training step; its batch size counts for validation, too. val_side: of validation images, pixels.
+    Raises CupError where the network does not take these.
     """
 
-    def __init__(self, network: Network, cost: cup.DeviceCost) -> None:
+    def __init__(self, network: Network, cost: cup.DeviceCost, val_side: int) -> None:
         self._network, self._cost = network, cost
         validation = cup.device_cost(cost.device, batch_size=cost.batch_size, training=False, fused=cost.fused)
-        self._validation = validation.of(network.model, network.groups)
+        self._validation = validation.of(network.model, self._groups(val_side))
         self._by_side: dict[int, cup.StepSeconds] = {}
 
     def at(self, moment: Moment) -> Costs:
         """Raises CupError where the network does not take such small images."""
         if moment.side not in self._by_side:
-            example = torch.zeros(1, self._network.shape[0], moment.side, moment.side)
-            groups = cup.channel_groups(self._network.model, example)
-            self._by_side[moment.side] = self._cost.of(self._network.model, groups)
+            self._by_side[moment.side] = self._cost.of(self._network.model, self._groups(moment.side))
         step_s = self._by_side[moment.side].at(moment.widths)
         return Costs(step_s=step_s, val_s=self._validation.at(moment.widths), first_s=step_s)
+
+    def _groups(self, side: int) -> list[ChannelGroup]:
+        return cup.channel_groups(self._network.model, torch.zeros(1, self._network.shape[0], side, side))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import cup
-from data.batch import train_size
+from data.batch import preprocessing_of, train_size
 from launch.projections.memory import StepMemory, step_memory
 from launch.projections.network import ModelledCosts, Moment, Network
 from launch.projections.ramps import Ramp, dense_ramp, ramp_to_target
@@ -61,7 +61,7 @@ class Projection:
 
     def __init__(self, config: RunConfig, network: Network, cost: cup.DeviceCost, images: int, val_images: int) -> None:
         self._config, self._network, self._cost = config, network, cost
-        self._costs = ModelledCosts(network, cost)
+        self._costs = ModelledCosts(network, cost, preprocessing_of(config.data).validation.image_size)
         self._full_s = self._costs.at(Moment(network.dense_widths, config.data.image_size)).step_s
         epochs, step_images = config.train.epochs, config.data.batch_size
         if images < step_images:

@@ -98,7 +98,9 @@ def render(template: str, **values: Any) -> str:
 
 def _subtitle(runs: list[Run]) -> str:
     data = ", ".join(
-        dict.fromkeys(f"{run.data or 'a data set'} of {run.first['train_images']:,} images" for run in runs)
+        dict.fromkeys(
+            f"{run.data or 'a data set'} of {run.first['train_images']:,} images{run.validated_at}" for run in runs
+        )
     )
     where = ", ".join(dict.fromkeys(_devices(run) for run in runs))
     return f"{_counted(len(runs), 'run')} on {data}; {where}"
@@ -212,10 +214,11 @@ def _by_rank(runs: list[Run]) -> Table | None:
 
 
 def _machine(runs: list[Run]) -> Table | None:
-    """Peak memory, and the shares of data wait and all-reduce in training, where the log has any of them."""
+    """Memory, and the shares of data wait and all-reduce in training, where the log has any of them."""
     lines = []
     for run in runs:
         memory = [line["peak_memory"] for line in run.epochs if line.get("peak_memory")]
+        held = [line["device_memory"] for line in run.epochs if line.get("device_memory")]
         reduce = [line["all_reduce_s"] for line in run.epochs if line.get("all_reduce_s") is not None]
         if memory or reduce:
             spent = {kind: sum(line["seconds"].get(kind, 0.0) for line in run.epochs) for kind in ("step", "data_wait")}
@@ -227,15 +230,19 @@ def _machine(runs: list[Run]) -> Table | None:
                         f"{memory[0] / 2**30:,.2f}" if memory else "",
                         f"{memory[-1] / 2**30:,.2f}" if memory else "",
                         f"{max(memory) / 2**30:,.2f}" if memory else "",
+                        f"{max(held) / 2**30:,.2f}" if held else "",
                         _percent(spent["data_wait"], training),
                         _percent(sum(reduce), training) if reduce else "",
                     ]
                 )
             )
     headings = ["run", *(f"peak memory, {when} (GiB)" for when in ("first epoch", "last epoch", "all"))]
-    headings += ["data wait (% of training)", "all-reduce (% of training)"]
+    headings += ["GPU memory in use (GiB)", "data wait (% of training)", "all-reduce (% of training)"]
     shown = [number for number in range(len(headings)) if any(line.cells[number] for line in lines)]
-    caption = "Memory of the rank that needs most: of tensors on a GPU in that epoch, on a CPU of the process so far."
+    caption = (
+        "Memory of the rank that needs most. Peak: of tensors on a GPU in that epoch, on a CPU of the process so far. "
+        "In use: most of the GPU at an epoch's end, with what the allocator keeps, DALI, NCCL and other processes hold."
+    )
     lines = [Line([line.cells[number] for number in shown]) for line in lines]
     return Table([headings[number] for number in shown], lines, caption=caption) if lines else None
 

@@ -70,6 +70,12 @@ class Run:
         return "synthetic" if self.first["loader"] == "synthetic" else path and Path(path).name
 
     @property
+    def validated_at(self) -> str:
+        """What to say behind its images, where those of validation are not as large as those of training in the end."""
+        size = self.first.get("val_size")
+        return "" if size in (None, self.epochs[-1].get("image_size")) else f", validated at {size} pixels"
+
+    @property
     def shrinks(self) -> bool:
         return self.first["shrinks"]
 

@@ -1,10 +1,12 @@
 """The listing of image folders, and what every disk loader owes to it."""
 
 import ctypes
+import os
 import shutil
 import struct
 import subprocess
 import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -14,11 +16,12 @@ import torch
 from made_images import CPU, build, disk_loaders, equal, made_photo, needs_dali, synthetic, taken, write_split
 from PIL import ExifTags, Image
 
+from data import build_loaders, list_images, pack_lists, unpack_lists
+from data import images as images_module
 from data.batch import DataConfig, DataError
-from data.build import build_loaders
 from data.classes import numbered_classes
 from data.dali import _interpolation
-from data.images import SPLITS, list_split, list_splits, list_validation, with_classes
+from data.images import SPLITS, ImageList, list_split, list_splits, list_validation, with_classes
 from data.prepare import index_shards, prepare_shards
 
 
@@ -30,6 +33,55 @@ def test_listing_is_sorted_by_class_and_name_and_takes_images_only(tmp_path):
     assert images.names == ["a/x.png", "b/10.jpeg", "b/2.JPG"]
     assert images.labels.tolist() == [0, 1, 1] and images.labels.dtype == np.int64
     assert images.classes == ["a", "b"]
+
+
+def test_class_folders_are_listed_side_by_side(photos, monkeypatch):
+    honest, together = images_module.os.scandir, threading.Barrier(2, timeout=20)
+
+    def scandir(folder):
+        if Path(folder).name in ("ant", "bee"):
+            together.wait()  # until the other class is being listed, too
+        return honest(folder)
+
+    monkeypatch.setattr(images_module.os, "scandir", scandir)
+    assert len(list_split(photos, "train").names) == 14
+
+
+@pytest.mark.parametrize("form", ["folder", "shards", "lists"])
+def test_what_one_process_lists_is_the_same_for_the_others(photos, tmp_path, form):
+    """With names that are no text, and in shards the places, too."""
+    (photos / "train/ant/0.jpg").rename(photos / "train/ant" / os.fsdecode(b"M\xfcll \n.jpg"))
+    (photos / "exclude.txt").write_text("train/bee/3.jpg\ntrain/bee/nowhere.jpg\n")
+    (photos / "train/ant/notes.txt").touch()
+    path = photos
+    if form == "shards":
+        prepare_shards(photos, path := tmp_path / "packed")
+    elif form == "lists":
+        path = tmp_path / "lists"
+        path.mkdir()
+        for split in SPLITS:
+            (path / f"{split}.txt").write_text("".join(f"{path}/{n}.jpg {n % 3}\n" for n in range(9)))
+    config = DataConfig(path=str(path), loader="folder", batch_size=2)
+    ours = list_images(config)
+    theirs = unpack_lists(pack_lists(ours))
+    assert {split: told(images) for split, images in theirs.items()} == {s: told(images) for s, images in ours.items()}
+    shutil.rmtree(path / "val" if form != "lists" else path)
+    with pytest.raises(DataError, match=r"rank 0 finds images there, but this machine has no such folder: mount or"):
+        build_loaders(config, rank=1, world_size=2, device=CPU, seed=0, listed=theirs)
+
+
+def test_a_name_that_no_file_can_have_is_an_error(tmp_path):
+    (tmp_path / "train.txt").write_bytes(b"a\0b.jpg 1\n")
+    with pytest.raises(DataError, match="an image's name has a zero byte in it"):
+        pack_lists({"train": list_split(tmp_path, "train")})
+
+
+def told(images: ImageList) -> tuple:
+    """All that a list holds, as what can be compared."""
+    rest = {name: value for name, value in vars(images).items() if name not in ("labels", "places")}
+    places = {} if images.places is None else vars(images.places)
+    arrays = {name: (values.dtype, values.tolist()) for name, values in places.items() if name != "shards"}
+    return rest, images.labels.dtype, images.labels.tolist(), places.get("shards"), arrays
 
 
 def test_missing_folder_says_what_is_expected(tmp_path):
@@ -367,6 +419,19 @@ def test_a_label_means_the_same_class_in_splits_that_number_theirs_differently(t
     for val in (list_splits(tmp_path)[1], list_validation(tmp_path)):
         assert list_splits(tmp_path)[0].classes == val.classes == classes
         assert [val.classes[label] for label in val.labels] == [name.split("/")[0] for name in val.names]
+
+
+@disk_loaders
+def test_validation_at_another_size_has_the_same_share_of_the_image(photos, loader):
+    """And training is as it was, and goes on from each other's state."""
+    train, val = build(photos, loader, image_size=32, resize_size=40, val_size=48)
+    as_ever, _ = build(photos, loader, image_size=32, resize_size=40)
+    [at_48] = build(photos, loader, image_size=48, resize_size=60, splits=("val",))
+    assert equal(taken(val), taken(at_48))
+    assert equal(taken(train), taken(as_ever))
+    as_ever.load_state_dict(train.state_dict())  # or a DataError
+    for one in (train, val, as_ever, at_48):
+        one.close()
 
 
 def test_numbers_that_are_written_differently_are_classes_in_the_same_order_in_every_process():

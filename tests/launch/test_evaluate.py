@@ -13,6 +13,7 @@ from launching import train, write_image_folder, write_network
 
 from launch import evaluate, export
 from train.checkpoint.network import save_network
+from train.log.rundir import read_log
 
 needs_onnx = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")),
@@ -46,12 +47,15 @@ def test_images_to_evaluate_on_need_no_training_set_beside_them(tmp_path, capsys
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of three classes that brightness tells apart; its checkpoint's folder holds every exported form, too."""
+    """A run of three classes that brightness tells apart; its checkpoint's folder holds every exported form, too.
+
+    It is validated at another size than it is trained at, which is that of its exported forms.
+    """
     root = tmp_path_factory.mktemp("trained")
     images = write_image_folder(root / "images", train=32, val=12)
     train(
         root, model__name="resnet20_cifar", data__path=str(images), data__loader="folder", data__channels=3,
-        data__image_size=24, data__resize_size=24, data__batch_size=16, data__threads=1,
+        data__image_size=20, data__resize_size=20, data__val_size=24, data__batch_size=16, data__threads=1,
         train__epochs=3, prune__last_epoch=2,
     )  # fmt: skip
     return root / "tiny" / "last.pt"
@@ -68,7 +72,9 @@ def accuracy_of(arguments: list[str], capsys: pytest.CaptureFixture) -> tuple[fl
 @needs_onnx
 def test_every_form_of_a_network_has_its_accuracy_and_cost(trained: Path, capsys: pytest.CaptureFixture):
     top1, printed = accuracy_of([str(trained)], capsys)
-    assert 40 < top1 < 100 or top1 == 100
+    log = read_log(trained.with_name("log.jsonl"))
+    assert top1 == pytest.approx(log[-1]["top1"], abs=1e-3) and top1 > 40
+    assert (log[0]["val_size"], [line["image_size"] for line in log if line["event"] == "epoch"]) == (24, [20] * 3)
     data = ["--data", str(trained.parents[1] / "images"), "--loader", "folder", "--batch-size", "9"]
     for form, name in (("timm", "last"), ("onnx", "last.onnx")):
         assert export.main([str(trained), "--format", form]) == 0

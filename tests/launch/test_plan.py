@@ -67,7 +67,7 @@ def test_an_epoch_is_priced_at_the_size_of_its_images_and_evaluated_at_the_full_
     groups_16 = cup.channel_groups(network.model, torch.zeros(1, 3, 16, 16))
     forward = cup.device_cost("titan-xp", precision="fp32", batch_size=128, training=False)
     widths = {**network.dense_widths, "layer1.0.conv1": 8}
-    found = ModelledCosts(network, cost).at(Moment(widths, 16))
+    found = ModelledCosts(network, cost, 32).at(Moment(widths, 16))
     assert found.step_s == cost.of(network.model, groups_16).at(widths)
     assert found.val_s == forward.of(network.model, network.groups).at(widths)
 
@@ -78,7 +78,7 @@ def test_growing_images_are_those_of_the_loader_and_save_what_small_ones_cost_le
     projection = Projection(growing, network, cost, images=50000, val_images=10000)
     dense = projection.dense()
     fixed, grown = projection.estimate(dense), projection.estimate(projection.growing(dense))
-    costs = ModelledCosts(network, cost)
+    costs = ModelledCosts(network, cost, 32)
     by_epoch = [costs.at(Moment(network.dense_widths, train_size(growing.data, epoch))) for epoch in range(10)]
     seconds = sum(390 * one.step_s + 79 * one.val_s for one in by_epoch)
     assert 3600 * grown.gpu_hours == pytest.approx(seconds)

@@ -579,7 +579,7 @@ def test_the_page_holds_the_ledger_the_resizes_and_what_newer_logs_say(tmp_path:
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     for line in log:
         if line["event"] == "epoch":
-            line |= {"peak_memory": line["epoch"] * 2**30, "all_reduce_s": 2.0}
+            line |= {"peak_memory": line["epoch"] * 2**30, "device_memory": 3 * 2**30, "all_reduce_s": 2.0}
             line["seconds_by_rank"] = [line["seconds"], line["seconds"] | {"step": 9.0}]
             line["seconds"] = line["seconds"] | {"compile": 3.0, "lost": 1.0}
         elif line["event"] == "done":
@@ -591,7 +591,7 @@ def test_the_page_holds_the_ledger_the_resizes_and_what_newer_logs_say(tmp_path:
     assert ["cup", "1.0", "16.0", "3.0", "6.0", "2.0", "28.0", "20.0"] in cells
     assert ["2", "0.330", "48", "1.00", "→", "2.00", "0.25", "1,000", "→", "1,600", "?", "→", "?"] in cells
     assert ["cup", "1", "1.0", "18.0", "3.0"] in cells
-    assert ["cup", "1.00", "2.00", "2.00", "0.0", "25.0"] in cells and "all-reduce" in text
+    assert ["cup", "1.00", "2.00", "2.00", "3.00", "0.0", "25.0"] in cells and "all-reduce" in text
     for line in log:
         line.pop("all_reduce_s", None)
     (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))

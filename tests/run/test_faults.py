@@ -542,6 +542,6 @@ def test_limits_of_the_system_end_in_a_line(
     def fail(*arguments: object, **more: object) -> None:
         raise error
 
-    monkeypatch.setattr("train.build.build_loaders", fail)
+    monkeypatch.setattr("train.loaders.build_loaders", fail)
     assert launch_train.main(options(run__root=tmp_path)) == 1
     assert words in capfd.readouterr().err

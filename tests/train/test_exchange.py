@@ -87,3 +87,9 @@ def test_peak_memory_is_that_of_this_process_in_bytes():
     assert 0.25e9 < before < 100e9
     assert world.peak_memory() >= before
     assert held.sum() > 0
+
+
+def test_what_a_gpu_holds_is_more_than_tensors(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (30, 80))
+    gpu = World(rank=0, size=1, local_rank=0, local_size=1, device=torch.device("cuda", 0))
+    assert (gpu.device_memory(), World(0, 1, 0, 1, CPU).device_memory()) == (50, None)

@@ -1,11 +1,13 @@
 """Between two looks the host reads no value of the device, which would make both wait; and what a look reads is old."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from launching import ALONE, events, train
+from torch import nn
 
 from data import DataConfig, build_loaders
 from launch.checkup.counting import Operations
@@ -19,6 +21,7 @@ from train.loop.progress import EpochSoFar
 from train.loop.readback import Readback
 from train.loop.trainer import TrainLoop
 from train.methods import Dense
+from train.network.counters import counted_together
 from train.network.ema import MovingAverage
 from train.network.models import build_model
 from train.network.optim import OptimConfig, build_optimizer
@@ -55,14 +58,38 @@ def test_the_steps_of_a_resnet50_read_nothing_from_the_device(precision: str, cl
     with Operations() as seen:
 
         def after_step() -> None:
-            counts.append((len(seen.names), list(seen.reads)))
+            counts.append((seen.names.count("add_"), list(seen.reads)))
             seen.names.clear()
 
         engine.train_epoch(loop, 1, so_far, after_step=after_step)
     assert [reads for _, reads in counts[1:]] == [[], [], []]
+    # Gradients of the second piece and residual sums of both: no batch norm counts for itself.
+    assert max(additions for additions, _ in counts[1:]) < 161 + 2 * 16 + 53
     with Operations() as of_ema:
         loop.state.ema.update_parameters(loop.state.model)
     assert len(of_ema.names) <= 10
+
+
+def test_batch_norms_count_as_ever_in_one_operation():
+    """All but one whose statistics depend on the count, and one that is frozen."""
+    layers = [nn.BatchNorm2d(3), nn.BatchNorm2d(3, momentum=None), nn.BatchNorm2d(3), nn.BatchNorm2d(3)]
+    model = nn.Sequential(*layers, nn.BatchNorm2d(3, track_running_stats=False))
+    model[2].eval()
+    twin, images = copy.deepcopy(model), torch.randn(8, 3, 4, 4)
+    counters = [layer.num_batches_tracked for layer in layers]
+    with Operations() as seen, counted_together(model, 2):
+        for _ in range(2):
+            model(images)
+    for _ in range(2):
+        twin(images)
+    assert [name for name in seen.names if "add_" in name] == ["add_", "add_", "_foreach_add_"]
+    assert [layer.num_batches_tracked for layer in layers] == [2, 2, 0, 2]
+    assert all(layer.num_batches_tracked is counter for layer, counter in zip(layers, counters, strict=True))
+    assert list(model.state_dict()) == list(twin.state_dict())
+    assert all(torch.equal(one, other) for one, other in zip(model.buffers(), twin.buffers(), strict=True))
+    with pytest.raises(ValueError, match="expected 4D input"), counted_together(model, 1):
+        model(images[0])
+    assert layers[0].num_batches_tracked is counters[0] and counters[0] == 2
 
 
 class Event:

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from launching import events, train, write_image_folder
+from launching import events, interrupted, numbers, train, write_image_folder
 from made_images import build, disk_loaders, made_photo
 from PIL import Image
 
+from cup import CupError
 from data import Preprocessing
 from data.batch import MEAN_RGB, STD_RGB
 from launch import evaluate, export, prune
@@ -201,8 +202,28 @@ def test_a_network_from_scratch_has_imagenet_s_usual_images_whatever_is_publishe
     made = {"model__name": "timm:test_resnet", "data__channels": 3, "data__image_size": 32, "data__resize_size": "null"}
     log = train(tmp_path, **made, train__epochs=1, prune__method="none")
     used = load_network(tmp_path / "tiny/last.pt").preprocessing
-    assert used == Preprocessing(image_size=32, resize_size=256)
+    assert used == Preprocessing(image_size=32, resize_size=36)
     assert notes_about_images(log) == []
+
+
+def test_validation_at_another_size_goes_with_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A run that goes on, and one that starts from its checkpoint, train and validate as before."""
+    sizes = {"data__image_size": 24, "data__resize_size": "null", "data__val_size": 28}
+    made = {"model__name": "resnet20_cifar", "data__channels": 3, "prune__method": "none", "train__epochs": 2}
+    whole = train(tmp_path / "whole", **made, **sizes)
+    torn = interrupted(tmp_path / "torn", monkeypatch, 6, **made, **sizes)
+    assert numbers(torn) == numbers(whole)
+    [note] = notes_about_images(whole)
+    assert "resized to 31 pixels (bilinear), the centre 28 (in training 24)" in note
+    used = Preprocessing(image_size=24, resize_size=27, val_size=28)
+    assert load_network(tmp_path / "whole/tiny/last.pt").preprocessing == used
+    again = {**made, "data__image_size": "null", "data__resize_size": "null", "train__epochs": 1}
+    log = train(tmp_path / "again", model__checkpoint=tmp_path / "whole/tiny/last.pt", **again)
+    assert (log[0]["val_size"], [line["image_size"] for line in events(log, "epoch")]) == (28, [24])
+    assert load_network(tmp_path / "again/tiny/last.pt").preprocessing == used
+    smaller = {"data__image_size": 28, "data__resize_size": 28, "data__val_size": 8}
+    with pytest.raises(CupError, match=r"LeNet does not take inputs of shape \(1, 8, 8\)"):
+        train(tmp_path / "lenet", **smaller)
 
 
 def test_a_cut_network_of_an_earlier_version_has_the_images_that_are_published(cut: Path, tmp_path: Path):
@@ -228,8 +249,10 @@ def test_a_run_of_an_earlier_version_goes_on_where_its_settings_are_left_open_no
     stored = {**now, "data": {**now["data"], "image_size": 224, "resize_size": 256}}
     assert now["data"]["image_size"] is None and _differing(stored, now) == []
     other = {**now, "data": {**now["data"], "image_size": 160}}
-    assert _differing(stored, other) == ["data.image_size (224 there, 160 now)"]
-    assert _differing(other, now) == ["data.image_size (160 there, 224 now)"]
+    sizes = ["data.image_size (224 there, 160 now)", "data.resize_size (256 there, 182 now)"]
+    assert _differing(stored, other) == [*sizes, "data.val_size (224 there, 160 now)"]
+    assert _differing({**now, "data": {**now["data"], "val_size": 256}}, now) == ["data.val_size (256 there, 224 now)"]
+    assert _differing({**now, "data": {**now["data"], "val_size": 224}}, now) == []
     begun = {"model": {**now["model"], "checkpoint": "cut.pt"}}
     assert _differing(other | begun, now | begun) == []
     assert _differing(now | begun, other | begun) == ["data.image_size (None there, 160 now)"]

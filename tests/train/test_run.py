@@ -237,5 +237,7 @@ def test_with_a_moving_average_the_accuracy_of_the_weights_is_logged_too(tmp_pat
 def test_epochs_say_the_size_of_their_images(tmp_path: Path):
     grown = {"data__start_size": 16, "data__grow_epochs": 3, "data__size_step": 4}
     settings = {"model__name": "resnet20_cifar", "data__channels": 3, "prune__method": "none"}
-    sizes = [line["image_size"] for line in events(train(tmp_path, **grown, **settings), "epoch")]
-    assert sizes == [16, 20, 24]
+    lines = events(train(tmp_path, **grown, **settings), "epoch")
+    assert [line["image_size"] for line in lines] == [16, 20, 24]
+    # Kernels are chosen for new images in the first step, as after a cut.
+    assert [line["seconds"]["resize_warmup"] > 0 for line in lines] == [False, True, True]

@@ -47,7 +47,7 @@ def test_training_draws_new_widths_for_each_step_and_for_all_pieces_of_it(tmp_pa
 
 def test_a_network_is_judged_with_its_own_weights_and_statistics_on_the_images_held_out(checkpoint: Path):
     source = _load(checkpoint, OPTIONS, None)
-    judge = _Judge(source, OPTIONS, ALONE)
+    judge = _Judge(source, OPTIONS, ALONE, None)
     widths = {group.name: max(1, group.width // 2) for group in judge._pruning_net.groups}
     weights, full = load_checkpoint(checkpoint)["model"], build_model("resnet20_cifar", 10)
     narrow = copy.deepcopy(full)

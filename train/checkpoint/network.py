@@ -131,8 +131,10 @@ def stored_preprocessing(content: dict[str, Any]) -> Preprocessing | None:
     stored = content["preprocessing"]
     if stored is None:
         return None
-    kinds = get_type_hints(Preprocessing) | dict.fromkeys(("image_size", "resize_size"), range(1, MAX_PIXELS + 1))
+    sides = range(1, MAX_PIXELS + 1)
+    kinds = get_type_hints(Preprocessing) | dict.fromkeys(("image_size", "resize_size"), sides)
     wrong = stored.keys() != kinds.keys() or first_misfit(stored, kinds) is not None
+    wrong = wrong or (stored["val_size"] is not None and stored["val_size"] not in sides)
     if wrong or len(stored["mean"]) != len(stored["std"]) or not all(value > 0 for value in stored["std"]):
         raise CheckpointError(f"the stored preprocessing is not as any run writes it: found {str(stored)[:200]}")
     return Preprocessing(**stored | {name: tuple(stored[name]) for name in ("mean", "std")})

@@ -2,7 +2,7 @@
 
 Format 2 was written at the ends of epochs only, format 3 in the middle of them, too. Format 4 names the pruning method
 and holds its state. Format 5 holds the run's id and log, and the names of the classes. Format 6 holds the images that
-the weights want, and the device whose seconds the run plans with.
+the weights want, and the device whose seconds the run plans with; format 7 the side of validation images, too.
 """
 
 from typing import Any, get_args
@@ -10,7 +10,7 @@ from typing import Any, get_args
 from data.batch import NORMALISATION
 from train.log.ledger import Kind
 
-FORMAT = 6
+FORMAT = 7
 WITHOUT_CHECKSUM = (2,)
 """Formats that had none yet."""
 
@@ -20,7 +20,7 @@ def upgrade(content: dict[str, Any]) -> dict[str, Any]:
 
     Raises ValueError for an unknown format, KeyError or TypeError for content that is not as its format says.
     """
-    steps = {2: _from_2, 3: _from_3, 4: _from_4, 5: _from_5}
+    steps = {2: _from_2, 3: _from_3, 4: _from_4, 5: _from_5, 6: _from_6}
     while (found := content["format"]) != FORMAT:
         if found not in steps:
             raise ValueError(f"found format {found!r}, allowed: {', '.join(map(str, steps))} and {FORMAT}")
@@ -74,3 +74,8 @@ def _from_5(content: dict[str, Any]) -> dict[str, Any]:
     sizes = {name: data[name] for name in ("image_size", "resize_size")}
     rest = {"resized_side": "shorter", "interpolation": "bilinear", "mean": list(mean), "std": list(std)}
     return content | {"preprocessing": sizes | rest}
+
+
+def _from_6(content: dict[str, Any]) -> dict[str, Any]:
+    own = content["preprocessing"]
+    return content if own is None else content | {"preprocessing": own | {"val_size": None}}

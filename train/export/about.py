@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import get_args
 
 from cup import Complexity, CupError, SavedNetwork
 from data import Preprocessing
@@ -20,17 +20,25 @@ COSTS = ("flops", "macs", "params")
 
 
 def about(network: StoredNetwork, image_size: int | None = None, licence: str | None = None) -> SavedNetwork:
-    """What is known of a network that is to be exported. image_size: of its images in place of its own, pixels."""
-    channels, height, width = network.architecture.input_shape
+    """What is known of a network that is to be exported.
+
+    image_size: of its images, pixels, in place of that which it was validated with.
+    """
+    channels = network.architecture.input_shape[0]
+    own = _preprocessing(network, image_size)
     cut = {name for plan in network.plans for name in plan.removed}
     return SavedNetwork(
         name=network.architecture.name,
         num_classes=network.architecture.num_classes,
         widths={group.name: group.width for group in network.groups if group.name in cut},
-        input_size=(channels, image_size or height, image_size or width),
+        input_size=(channels, own.image_size, own.image_size),
         classes=network.classes,
         licence=licence,
-        **_preprocessing(network, image_size or width),
+        resize_size=own.resize_size,
+        crop_mode=CROP_MODES[own.resized_side],
+        interpolation=own.interpolation,
+        mean=own.mean,
+        std=own.std,
     )
 
 
@@ -80,14 +88,8 @@ def preprocessing_of_saved(saved: SavedNetwork) -> Preprocessing:
     )
 
 
-def _preprocessing(network: StoredNetwork, image_size: int) -> dict[str, Any]:
-    """What the weights want of an image, as SavedNetwork's fields. The one place that knows it."""
+def _preprocessing(network: StoredNetwork, image_size: int | None) -> Preprocessing:
+    """What the weights want of an image, of the side that is asked for or else their own. The one place that knows."""
     own, _ = own_preprocessing(network.architecture, network.preprocessing, "the checkpoint")
-    own = (own or usual_preprocessing(network.architecture.input_shape)).at_size(image_size)
-    return {
-        "resize_size": own.resize_size,
-        "crop_mode": CROP_MODES[own.resized_side],
-        "interpolation": own.interpolation,
-        "mean": own.mean,
-        "std": own.std,
-    }
+    own = own or usual_preprocessing(network.architecture.input_shape)
+    return own.validation if image_size is None else own.at_size(image_size)

@@ -5,8 +5,9 @@ import itertools
 
 import torch
 
-from train.build import build_split_loaders
+from data.batch import preprocessing_of
 from train.evaluate import DataChanges, evaluation_config
+from train.loaders import build_split_loaders
 from train.source import Source
 from train.world import open_world
 
@@ -29,7 +30,8 @@ def calibration_batches(source: Source, changes: DataChanges, images: int) -> li
     changes: as of an evaluation. Raises DataError, TrainError or CupError where the images cannot be had.
     """
     config, _ = evaluation_config(source, changes)
-    data = dataclasses.replace(config.data, batch_size=min(BATCH_SIZE, images), **UNAUGMENTED)
+    seen = vars(preprocessing_of(config.data).validation)
+    data = dataclasses.replace(config.data, **seen, **UNAUGMENTED, batch_size=min(BATCH_SIZE, images))
     config = dataclasses.replace(config, data=data)
     [loader] = build_split_loaders(config, open_world("cpu"), ("train",), source.classes)
     try:

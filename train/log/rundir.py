@@ -50,6 +50,7 @@ EVENTS = {
         "versions": dict[str, str],
         "train_images": int,
         "val_images": int,
+        "val_size": int,
         **{f"dense_{key}": float for key in ("flops", "macs", "params")},
     },
     "epoch": {
@@ -72,6 +73,7 @@ EVENTS = {
         "seconds_by_rank": list[SECONDS],
         "all_reduce_s": float | None,
         "peak_memory": int,
+        "device_memory": int | None,
         "gpu_hours": float,
         "cpu_seconds": float | None,
         "device": str,

@@ -138,8 +138,10 @@ def _train(trainer: Trainer, epoch: int) -> tuple[float, float, float | None]:
     compiles = False
     if not so_far.is_trained:
         progress.compiled, compiles = trainer.compiler.at_epoch_start(epoch, steps, just_resized, progress.compiled)
-    # The first step after a resize builds DDP's buckets and picks kernels for the new shapes.
-    first_kind: Kind = "compile" if compiles else "resize_warmup" if just_resized else "step"
+    # The first step after a resize builds DDP's buckets and picks kernels for the new shapes, one with other images the
+    # latter alone.
+    has_grown = so_far.step == 0 and epoch > 1 and trainer.image_size(epoch) != trainer.image_size(epoch - 1)
+    first_kind: Kind = "compile" if compiles else "resize_warmup" if just_resized or has_grown else "step"
     last_eval_s = progress.last_line.get("seconds", {}).get("eval", 0.0)
     pace = Pace(trainer.config.epochs, steps, trainer.batch_size, so_far.step, last_eval_s)
     live = f"epoch {epoch}/{trainer.config.epochs}"
@@ -355,11 +357,14 @@ def _epoch_event(
     add up to it over the events.
     step_speedup: of a training step over the full network's, as modelled; None where no cost model is asked for.
     all_reduce_s: the part of the steps' seconds in which a rank waits for the all-reduce of gradients, mean over ranks.
-    peak_memory: bytes, of the rank that needs most. compiled: whether blocks ran compiled.
+    peak_memory: bytes, of the rank that needs most. device_memory: bytes of a GPU in use at the end, with what the
+    allocator keeps, DALI, NCCL and others have; of the rank with most, None on a CPU.
+    compiled: whether blocks ran compiled.
     """
     reports = trainer.world.all_gather(trainer.ledger.since_last_report())
     time_s = trainer.ledger.reported_s
-    peak_memory = max(trainer.world.all_gather(trainer.world.peak_memory()))
+    held = trainer.world.all_gather([trainer.world.device_memory() or 0, trainer.world.peak_memory()])
+    device_memory, peak_memory = map(max, zip(*held, strict=True))
     cost, dense = trainer.resizer.now, trainer.resizer.dense
     return {
         "event": "epoch",
@@ -387,6 +392,7 @@ def _epoch_event(
         "seconds_by_rank": reports,
         "all_reduce_s": all_reduce_s,
         "peak_memory": peak_memory,
+        "device_memory": device_memory or None,
         "gpu_hours": trainer.ledger.gpu_hours(time_s),
         "cpu_seconds": _cpu_seconds(trainer),
         "device": trainer.world.device.type,

@@ -10,6 +10,7 @@ from train.loop.config import TrainConfig
 from train.loop.nonfinite import StepGuard
 from train.loop.teacher import Teacher
 from train.methods import Dense, Method
+from train.network.counters import counted_together
 from train.network.state import MEMORY_FORMAT, TrainState
 from train.world import World, no_sync
 
@@ -52,9 +53,21 @@ def compute_gradients(
     teacher: Teacher | None = None,
 ) -> torch.Tensor:
     """Forward and backward pass; returns the loss."""
-    mean_loss = torch.zeros((), device=images.device)
     count = min(config.accumulate, len(labels))
     pieces = list(zip(images.tensor_split(count), labels.tensor_split(count), strict=True))
+    with counted_together(state.model, len(pieces)):
+        return _gradients_of(state, pieces, config, method, teacher)
+
+
+def _gradients_of(
+    state: TrainState,
+    pieces: list[tuple[torch.Tensor, torch.Tensor]],
+    config: TrainConfig,
+    method: Method,
+    teacher: Teacher | None,
+) -> torch.Tensor:
+    """Of a batch in pieces of images and labels; returns its loss."""
+    mean_loss, total = torch.zeros((), device=pieces[0][0].device), sum(len(labels) for _, labels in pieces)
     for number, (some_images, some_labels) in enumerate(pieces, start=1):
         is_last = number == len(pieces)
         with nullcontext() if is_last else no_sync(state.parallel):
@@ -63,7 +76,7 @@ def compute_gradients(
                 loss = F.cross_entropy(logits, some_labels, label_smoothing=config.label_smoothing)
             if teacher is not None:
                 loss = teacher.taught(loss, some_images, logits)
-            loss = loss * (len(some_labels) / len(labels))
+            loss = loss * (len(some_labels) / total)
             mean_loss += loss.detach()
             if is_last and (penalty := method.penalty(state.model)) is not None:
                 loss = loss + penalty

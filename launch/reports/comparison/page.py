@@ -80,7 +80,8 @@ def _subtitle(comparison: Comparison) -> str:
     run, seeds = points[0].run, sorted({point.job.seed for point in points})
     return (
         f"{len(points)} runs, seeds {', '.join(map(str, seeds))}; {run.network} on {run.data or 'a data set'}, "
-        f"{run.first['train_images']:,} images for training, {run.first.get('val_images', 0):,} for validation; "
+        f"{run.first['train_images']:,} images for training, {run.first.get('val_images', 0):,} for validation"
+        f"{run.validated_at}; "
         f"{run.first['epochs']} epochs"
     )
 
