@@ -22,7 +22,23 @@ Filters that are all equally far from each other lose full width / w - 1, which 
 with the root of the time of a layer; with a loss that grows in equal steps it would take one group down to a single
 channel before it touches the next. What earlier cuts have taken counts as channels of average energy: hence the full
 width over the one now.
+
+A residual block that is dropped loses all that is left of its branch, and its price is that of the next channel, for all
+of them. One channel more of energy e raises L by L e / (what stays), so what stays as a whole costs L(w) once more:
+
+    loss of a dropped block:       the largest L(w) of the groups in its branch, at their widths now
+
+The largest and not the sum: the same signal passes these groups in a row, and is gone when one of them is empty. It
+agrees with the stream's view: of K equal blocks one that goes takes 1/K of the stream's energy from the 2K layers that
+read or write it, a loss of 2K / (K - 1), about 2; that is L of an inner group of two layers that has lost nothing.
+
+So as long as a block's next channel matters less than its average one, which the order of removal sees to at first, it
+is narrowed. It is dropped once what is left of it is alike, and the seconds that do not shrink with its inner width (the
+stream's side of its layers, its last norm, its addition, launches) are as large a part of what it takes. That some
+blocks add more to the stream than others is not looked at.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -39,6 +55,16 @@ def losses_by_width(view: View, group: ChannelGroup, ranking: Ranking) -> np.nda
     signal = np.ones(group.width) if total == 0 else 1 - gone / total
     losses = layers_of(view, group) * group.full_width / group.width / signal
     return np.concatenate([[np.inf], losses])
+
+
+def loss_as_it_is(view: View, group: ChannelGroup) -> float:
+    """The loss of a group at the width it has, ranked or not."""
+    return layers_of(view, group) * group.full_width / group.width
+
+
+def loss_of_branch(losses: Sequence[float]) -> float:
+    """What is lost when a residual block goes. losses: of its groups, one or more, at their widths now."""
+    return max(losses)
 
 
 def layers_of(view: View, group: ChannelGroup) -> int:
