@@ -41,11 +41,13 @@ class ResidualBlock:
     name: dotted name of the module that computes `x + branch(x)`.
     parameters: dotted names of those that go with it, in the module's order.
     groups: names of the channel groups that go with it, in network order: those that it alone writes.
+    branches: how many go, where the module adds more than one to x (a transformer's attention and its perceptron).
     """
 
     name: str
     parameters: tuple[str, ...]
     groups: tuple[str, ...]
+    branches: int = 1
 
 
 def residual_blocks(model: nn.Module, groups: Sequence[ChannelGroup]) -> list[ResidualBlock]:
@@ -60,12 +62,13 @@ def residual_blocks(model: nn.Module, groups: Sequence[ChannelGroup]) -> list[Re
         return []
     sample, twin = groups[0].network.input_shape, meta_copy(model)
     hooked = {name for name, module in model.named_modules() if _has_hooks(module)}
-    names: list[str] | None = None
     traces = [(mode, trace_forward(copy.deepcopy(twin.train(mode)), sample)) for mode in (True, False)]
-    for _, trace in traces:
-        found = _Graph(trace).blocks()
-        names = found if names is None else [name for name in names if name in found]
-    blocks = [_described(model, name, groups) for name in names if not any(is_within(one, name) for one in hooked)]
+    training, evaluation = (_Graph(trace).blocks() for _, trace in traces)
+    blocks = [
+        _described(model, name, branches, groups)
+        for name, branches in training.items()
+        if evaluation.get(name) == branches and not any(is_within(one, name) for one in hooked)
+    ]
     sound = [block for block in blocks if block is not None]
     return _tried(sound, lambda some: all(_same_without(*each, twin, sample, some) for each in traces))
 
@@ -98,7 +101,7 @@ def _has_hooks(module: nn.Module) -> bool:
     return any(map(len, (*forward, backward, module._backward_pre_hooks)))
 
 
-def _described(model: nn.Module, name: str, groups: Sequence[ChannelGroup]) -> ResidualBlock | None:
+def _described(model: nn.Module, name: str, branches: int, groups: Sequence[ChannelGroup]) -> ResidualBlock | None:
     """The block with what goes with it; None where something that it has is used elsewhere, or it has no parameter."""
     module = model.get_submodule(name)
     own = [f"{name}.{inner}" for inner, _ in module.named_parameters()]
@@ -118,7 +121,7 @@ def _described(model: nn.Module, name: str, groups: Sequence[ChannelGroup]) -> R
             goes.append(group.name)
         elif is_within(group.name, name):
             return None  # it stays, and would lose the layer that it has its name from
-    return ResidualBlock(name, tuple(own), tuple(goes))
+    return ResidualBlock(name, tuple(own), tuple(goes), branches)
 
 
 def _tried(blocks: list[ResidualBlock], holds: Callable[[Sequence[str]], bool]) -> list[ResidualBlock]:
@@ -179,12 +182,13 @@ class _Graph:
         self.root, self.nodes = trace.root, list(trace.graph.nodes)
         self.owners = {node: owner_of(node) for node in self.nodes}
 
-    def blocks(self) -> list[str]:
-        """Names of the modules whose own code adds two tensors, and that give back what they read if branches are
-        silent.
+    def blocks(self) -> dict[str, int]:
+        """The modules whose own code adds two tensors, and that give back what they read if the branches are silent;
+        with the number of these.
         """
         adding = dict.fromkeys(self.owners[node] for node in self.nodes if _operands(node) is not None)
-        return [name for name in adding if name and self._is_droppable(name)]
+        counted = {name: self._branches(name) for name in adding if name}
+        return {name: branches for name, branches in counted.items() if branches}
 
     def ends(self, name: str) -> tuple[fx.Node | None, fx.Node | None]:
         """(what the module reads from outside, what others read from it); None where that is not one value."""
@@ -193,27 +197,31 @@ class _Graph:
         written = {node for node in inside if any(user not in inside for user in node.users)}
         return (*read,)[0] if len(read) == 1 else None, (*written,)[0] if len(written) == 1 else None
 
-    def _is_droppable(self, name: str) -> bool:
+    def _branches(self, name: str) -> int:
+        """How many branches are silent where the module gives back what it reads; 0 where it cannot be dropped."""
         read, written = self.ends(name)
         if read is None or written is None or not _are_alike(read, written):
-            return False
+            return 0
         inside = [user for user in self._changing(read) if is_within(self.owners[user], name)]
         outside = [user for user in self._changing(written) if not is_within(self.owners[user], name)]
-        return self._is_bare(written, read) and not inside and not outside
+        return 0 if inside or outside else self._additions(written, read) or 0
 
-    def _is_bare(self, node: fx.Node, read: fx.Node) -> bool:
-        """Whether the node's value is that of `read` once the branches of all additions on the way are silent."""
+    def _additions(self, node: fx.Node, read: fx.Node) -> int | None:
+        """On how many additions the node's value is that of `read` once their branches are silent; None where it is
+        another.
+        """
         if node is read:
-            return True
+            return 0
         if self._is_kind(node, (nn.Identity,), ()):
-            return self._is_bare(node.args[0], read)
+            return self._additions(node.args[0], read)
         if (rectifier := self._rectifier(node)) is not None:
-            return self._rectifier(self._source(read)) == rectifier and self._is_bare(node.args[0], read)
+            return self._additions(node.args[0], read) if self._rectifier(self._source(read)) == rectifier else None
         operands = _operands(node)
-        if operands is None:
-            return False
-        bare = [one for one in operands if _are_alike(one, node) and self._is_bare(one, read)]
-        return len(bare) == 1 and not any(is_constant(one) for one in operands)
+        if operands is None or any(is_constant(one) for one in operands):
+            return None
+        found = [self._additions(one, read) for one in operands if _are_alike(one, node)]
+        bare = [additions for additions in found if additions is not None]
+        return bare[0] + 1 if len(bare) == 1 else None
 
     def _source(self, node: fx.Node) -> fx.Node:
         """What a value was taken from, largest values of regions and identities left aside: its sign is no other."""

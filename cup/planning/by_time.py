@@ -14,7 +14,7 @@ from cup.criteria import View
 from cup.errors import CupError
 from cup.plan import PrunePlan
 from cup.planning.cuts import cut_view, plan_from
-from cup.planning.losses import loss_as_it_is, loss_of_branch, losses_by_width
+from cup.planning.losses import loss_as_it_is, loss_of_block, losses_by_width
 from cup.planning.options import PlanOptions
 from cup.tracing.groups import ChannelGroup, check_groups, is_within, prunable_groups, without_blocks
 
@@ -169,7 +169,7 @@ class _Search:
         saved = self.walk.cost - self.walk.after_drop(block.name)
         if saved <= 1e-9 * self.walk.cost:
             return np.inf
-        return loss_of_branch([self._loss(name) for name in block.groups]) / saved
+        return loss_of_block(block.branches, [self._loss(name) for name in block.groups]) / saved
 
     def _loss(self, name: str) -> float:
         """Of the group at its width now."""

@@ -23,19 +23,19 @@ with the root of the time of a layer; with a loss that grows in equal steps it w
 channel before it touches the next. What earlier cuts have taken counts as channels of average energy: hence the full
 width over the one now.
 
-A residual block that is dropped loses all that is left of its branch, and its price is that of the next channel, for all
-of them. One channel more of energy e raises L by L e / (what stays), so what stays as a whole costs L(w) once more:
+A residual block that is dropped loses all that is left of its branch. Its price is that of the next channel, for all of
+them: one channel more of energy e raises L by L e / (what stays), so what stays as a whole costs L(w) once more.
 
-    loss of a dropped block:       the largest L(w) of the groups in its branch, at their widths now
+    loss of a dropped block:       branches x the largest L(w) of the groups in them, at their widths now
 
 The largest and not the sum: the same signal passes these groups in a row, and is gone when one of them is empty. It
 agrees with the stream's view: of K equal blocks one that goes takes 1/K of the stream's energy from the 2K layers that
 read or write it, a loss of 2K / (K - 1), about 2; that is L of an inner group of two layers that has lost nothing.
 
-So as long as a block's next channel matters less than its average one, which the order of removal sees to at first, it
-is narrowed. It is dropped once what is left of it is alike, and the seconds that do not shrink with its inner width (the
-stream's side of its layers, its last norm, its addition, launches) are as large a part of what it takes. That some
-blocks add more to the stream than others is not looked at.
+As long as a block's next channel matters much less than its average one, which the order of removal sees to at first,
+the block is narrowed. It is dropped once what is left of it is alike, and much of its time does not shrink with its
+inner width: its last norm, its addition, the stream's side of its layers, launches. That some blocks add more to the
+stream than others is not looked at.
 """
 
 from collections.abc import Sequence
@@ -62,9 +62,9 @@ def loss_as_it_is(view: View, group: ChannelGroup) -> float:
     return layers_of(view, group) * group.full_width / group.width
 
 
-def loss_of_branch(losses: Sequence[float]) -> float:
+def loss_of_block(branches: int, losses: Sequence[float]) -> float:
     """What is lost when a residual block goes. losses: of its groups, one or more, at their widths now."""
-    return max(losses)
+    return branches * max(losses)
 
 
 def layers_of(view: View, group: ChannelGroup) -> int:
