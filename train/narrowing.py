@@ -26,8 +26,8 @@ def plan_narrowing(
 ) -> PrunePlan | None:
     """The plan that brings the full network to `model.width` or `model.widths`; None where neither is asked for.
 
-    model, groups: of the full network, only read. Raises ConfigError for a file that is not about this network, CupError
-    where nothing may be narrowed.
+    model, groups: of the full network, only read. Raises ConfigError for a file that is not about this network,
+    CupError where nothing may be narrowed.
     """
     if config.widths is None:
         if config.width == 1:
