@@ -1,0 +1,92 @@
+"""Runs whose cuts drop residual blocks: they go on to the bit, and all that reads a checkpoint knows the blocks."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from launching import EVERY_STEP, broken_off, events, numbers, options, train
+from torch import nn
+
+import cup
+from launch import evaluate, export, prune
+from train.checkpoint.file import load_checkpoint
+from train.checkpoint.network import load_network, stored_plans
+
+# On a T4 the kernels of so small a network take their launches alone: no width saves any of it.
+DROPS = {
+    **{"model__name": "resnet20_cifar", "data__channels": 3, "train__epochs": 2, "train__ema_decay": 0.5},
+    **{"prune__target_reduction": "null", "prune__target_speedup": 1.25, "prune__hard_ramp__kind": "speedup"},
+    **{"prune__scope": "all", "prune__device": "t4", "prune__drop_blocks": True, "prune__last_epoch": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, which has dropped blocks in its second epoch."""
+    root = tmp_path_factory.mktemp("dropping")
+    train(root / "a", **DROPS, **EVERY_STEP)
+    return root
+
+
+def test_the_run_lands_on_its_target_and_says_what_went(root: Path):
+    log = events_of(root / "a")
+    (resize,) = events(log, "resize")
+    (note,) = [event["message"] for event in events(log, "note") if "blocks dropped" in event["message"]]
+    gone = note.removeprefix("epoch 2: blocks dropped: ").split(", ")
+    assert resize["removed"].keys() == {f"{name}.conv1" for name in gone} and len(gone) in (2, 3)
+    before, after = events(log, "epoch")
+    assert before["widths"].keys() - after["widths"].keys() == resize["removed"].keys()
+    assert after["step_speedup"] > 1.2 and after["params"] < before["params"]
+
+
+@pytest.mark.parametrize("at_step", [5, 6])  # in the first step at the new shape, and in the next
+def test_a_run_that_is_broken_off_after_blocks_were_dropped_goes_on_to_the_bit(root: Path, monkeypatch, at_step: int):
+    with broken_off(monkeypatch, at_step=at_step):
+        train(root / f"b{at_step}", **DROPS, **EVERY_STEP)
+    again = train(root / f"b{at_step}", **DROPS, **EVERY_STEP)
+    assert numbers(again) == numbers(events_of(root / "a"))
+    stored = [load_checkpoint(root / run / "tiny/last.pt") for run in ("a", f"b{at_step}")]
+    for part in ("model", "ema"):
+        assert stored[0][part].keys() == stored[1][part].keys()
+        assert all(torch.equal(stored[0][part][name], stored[1][part][name]) for name in stored[0][part])
+    momenta = [[s["momentum_buffer"] for s in content["optimizer"]["state"].values()] for content in stored]
+    assert all(map(torch.equal, *momenta)) and len(momenta[0]) == len(momenta[1])
+
+
+def test_evaluation_export_another_cut_and_a_run_from_its_widths_know_the_blocks(root: Path, tmp_path: Path, capsys):
+    last, folder, cut = root / "a/tiny/last.pt", tmp_path / "folder", tmp_path / "cut.pt"
+    (dropped,) = [plan.dropped for plan in stored_plans(load_checkpoint(last)) if plan.dropped]
+    network = load_network(last)
+    assert all(isinstance(network.model.get_submodule(name), nn.Identity) for name in dropped)
+    images = torch.randn(2, 3, 28, 28)
+    assert export.main([str(last), "--format", "timm", "--out", str(folder)]) == 0
+    with torch.no_grad():
+        assert torch.equal(cup.load(folder)(images), network.model.eval()(images))
+    assert tuple(cup.read_saved(folder).dropped) == dropped
+    assert evaluate.main([str(last), "--data.loader", "synthetic"]) == 0
+    assert prune.main([str(last), "--reduction", "3", "--out", str(cut)]) == 0
+    assert load_network(cut).groups[0].network.dense is not None
+    assert "FR of the full network" in capsys.readouterr().out
+    narrow = DROPS | {"prune__method": "none", "model__widths": last, "train__epochs": 1, "prune__drop_blocks": False}
+    log = train(tmp_path / "thin", **(narrow | {"prune__target_speedup": "null"}))
+    assert events(log, "epoch")[0]["params"] == events(events_of(root / "a"), "epoch")[-1]["params"]
+
+
+def events_of(root: Path) -> list[dict]:
+    from train.log.rundir import read_log
+
+    return read_log(root / "tiny/log.jsonl")
+
+
+def test_blocks_can_be_dropped_for_a_latency_alone(root: Path, capfd):
+    """On the command line, from the dense weights."""
+    train(root / "dense", **(DROPS | {"prune__method": "none", "prune__drop_blocks": False, "train__epochs": 1}))
+    source, out = str(root / "dense/tiny/last.pt"), root / "fast.pt"
+    assert prune.main([source, "--reduction", "2", "--drop-blocks"]) == 2
+    assert "--drop-blocks goes with --latency" in capfd.readouterr().err
+    request = [source, "--latency", "180us", "--device", "t4", "--out", str(out)]
+    assert prune.main(request) == 1
+    assert "--drop-blocks lets whole blocks go" in capfd.readouterr().err
+    assert prune.main([*request, "--drop-blocks"]) == 0
+    assert "blocks dropped: layer" in capfd.readouterr().out
+    assert load_network(out).plans[0].dropped
