@@ -4,16 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import EVERY_STEP, broken_off, events, numbers, options, train
+from launching import EVERY_STEP, broken_off, events, numbers, train
 from torch import nn
 
 import cup
 from launch import evaluate, export, prune
 from train.checkpoint.file import load_checkpoint
 from train.checkpoint.network import load_network, stored_plans
+from train.log.rundir import read_log
 
-# On a T4 the kernels of so small a network take their launches alone: no width saves any of it.
-DROPS = {
+# On a T4 many kernels of so small a network take no longer than their launch, whatever the width.
+DROPS = EVERY_STEP | {
     **{"model__name": "resnet20_cifar", "data__channels": 3, "train__epochs": 2, "train__ema_decay": 0.5},
     **{"prune__target_reduction": "null", "prune__target_speedup": 1.25, "prune__hard_ramp__kind": "speedup"},
     **{"prune__scope": "all", "prune__device": "t4", "prune__drop_blocks": True, "prune__last_epoch": 2},
@@ -24,7 +25,7 @@ DROPS = {
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run, which has dropped blocks in its second epoch."""
     root = tmp_path_factory.mktemp("dropping")
-    train(root / "a", **DROPS, **EVERY_STEP)
+    train(root / "a", **DROPS)
     return root
 
 
@@ -32,18 +33,17 @@ def test_the_run_lands_on_its_target_and_says_what_went(root: Path):
     log = events_of(root / "a")
     (resize,) = events(log, "resize")
     (note,) = [event["message"] for event in events(log, "note") if "blocks dropped" in event["message"]]
-    gone = note.removeprefix("epoch 2: blocks dropped: ").split(", ")
-    assert resize["removed"].keys() == {f"{name}.conv1" for name in gone} and len(gone) in (2, 3)
+    gone = {f"{name}.conv1" for name in note.removeprefix("epoch 2: blocks dropped: ").split(", ")}
     before, after = events(log, "epoch")
-    assert before["widths"].keys() - after["widths"].keys() == resize["removed"].keys()
-    assert after["step_speedup"] > 1.2 and after["params"] < before["params"]
+    assert before["widths"].keys() - after["widths"].keys() == gone and gone < resize["removed"].keys()
+    assert 1.25 <= after["step_speedup"] <= 1.2625 and after["params"] < before["params"]
 
 
 @pytest.mark.parametrize("at_step", [5, 6])  # in the first step at the new shape, and in the next
 def test_a_run_that_is_broken_off_after_blocks_were_dropped_goes_on_to_the_bit(root: Path, monkeypatch, at_step: int):
     with broken_off(monkeypatch, at_step=at_step):
-        train(root / f"b{at_step}", **DROPS, **EVERY_STEP)
-    again = train(root / f"b{at_step}", **DROPS, **EVERY_STEP)
+        train(root / f"b{at_step}", **DROPS)
+    again = train(root / f"b{at_step}", **DROPS)
     assert numbers(again) == numbers(events_of(root / "a"))
     stored = [load_checkpoint(root / run / "tiny/last.pt") for run in ("a", f"b{at_step}")]
     for part in ("model", "ema"):
@@ -73,8 +73,6 @@ def test_evaluation_export_another_cut_and_a_run_from_its_widths_know_the_blocks
 
 
 def events_of(root: Path) -> list[dict]:
-    from train.log.rundir import read_log
-
     return read_log(root / "tiny/log.jsonl")
 
 
