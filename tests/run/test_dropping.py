@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import EVERY_STEP, broken_off, events, numbers, train
+from launching import EVERY_STEP, events, interrupted, numbers, train, write_network
 from torch import nn
 
 import cup
@@ -15,7 +15,8 @@ from train.log.rundir import read_log
 
 # On a T4 many kernels of so small a network take no longer than their launch, whatever the width.
 DROPS = EVERY_STEP | {
-    **{"model__name": "resnet20_cifar", "data__channels": 3, "train__epochs": 2, "train__ema_decay": 0.5},
+    **{"model__name": "resnet20_cifar", "data__channels": 3, "data__image_size": 16, "data__resize_size": 16},
+    **{"train__epochs": 2, "train__ema_decay": 0.5},
     **{"prune__target_reduction": "null", "prune__target_speedup": 1.25, "prune__hard_ramp__kind": "speedup"},
     **{"prune__scope": "all", "prune__device": "t4", "prune__drop_blocks": True, "prune__last_epoch": 2},
 }
@@ -39,13 +40,10 @@ def test_the_run_lands_on_its_target_and_says_what_went(root: Path):
     assert 1.25 <= after["step_speedup"] <= 1.2625 and after["params"] < before["params"]
 
 
-@pytest.mark.parametrize("at_step", [5, 6])  # in the first step at the new shape, and in the next
-def test_a_run_that_is_broken_off_after_blocks_were_dropped_goes_on_to_the_bit(root: Path, monkeypatch, at_step: int):
-    with broken_off(monkeypatch, at_step=at_step):
-        train(root / f"b{at_step}", **DROPS)
-    again = train(root / f"b{at_step}", **DROPS)
+def test_a_run_that_is_broken_off_after_blocks_were_dropped_goes_on_to_the_bit(root: Path, monkeypatch):
+    again = interrupted(root / "b", monkeypatch, 6, **DROPS)  # in the second step without them
     assert numbers(again) == numbers(events_of(root / "a"))
-    stored = [load_checkpoint(root / run / "tiny/last.pt") for run in ("a", f"b{at_step}")]
+    stored = [load_checkpoint(root / run / "tiny/last.pt") for run in "ab"]
     for part in ("model", "ema"):
         assert stored[0][part].keys() == stored[1][part].keys()
         assert all(torch.equal(stored[0][part][name], stored[1][part][name]) for name in stored[0][part])
@@ -58,12 +56,12 @@ def test_evaluation_export_another_cut_and_a_run_from_its_widths_know_the_blocks
     (dropped,) = [plan.dropped for plan in stored_plans(load_checkpoint(last)) if plan.dropped]
     network = load_network(last)
     assert all(isinstance(network.model.get_submodule(name), nn.Identity) for name in dropped)
-    images = torch.randn(2, 3, 28, 28)
+    images = torch.randn(2, 3, 16, 16)
     assert export.main([str(last), "--format", "timm", "--out", str(folder)]) == 0
     with torch.no_grad():
         assert torch.equal(cup.load(folder)(images), network.model.eval()(images))
     assert tuple(cup.read_saved(folder).dropped) == dropped
-    assert evaluate.main([str(last), "--data.loader", "synthetic"]) == 0
+    assert evaluate.main([str(last)]) == 0
     assert prune.main([str(last), "--reduction", "3", "--out", str(cut)]) == 0
     assert load_network(cut).groups[0].network.dense is not None
     assert "FR of the full network" in capsys.readouterr().out
@@ -76,14 +74,14 @@ def events_of(root: Path) -> list[dict]:
     return read_log(root / "tiny/log.jsonl")
 
 
-def test_blocks_can_be_dropped_for_a_latency_alone(root: Path, capfd):
-    """On the command line, from the dense weights."""
-    train(root / "dense", **(DROPS | {"prune__method": "none", "prune__drop_blocks": False, "train__epochs": 1}))
-    source, out = str(root / "dense/tiny/last.pt"), root / "fast.pt"
+def test_blocks_can_be_dropped_for_a_latency_alone(tmp_path: Path, capfd):
+    """On the command line, from dense weights."""
+    source, out = str(tmp_path / "full.pt"), tmp_path / "fast.pt"
+    write_network(Path(source), "resnet20_cifar")
     assert prune.main([source, "--reduction", "2", "--drop-blocks"]) == 2
     assert "--drop-blocks goes with --latency" in capfd.readouterr().err
-    request = [source, "--latency", "180us", "--device", "t4", "--out", str(out)]
-    assert prune.main(request) == 1
+    request = [source, "--latency", "150us", "--device", "t4", "--out", str(out), "--criterion", "l2"]
+    assert prune.main([*request, "--round-to", "1000"]) == 1
     assert "--drop-blocks lets whole blocks go" in capfd.readouterr().err
     assert prune.main([*request, "--drop-blocks"]) == 0
     assert "blocks dropped: layer" in capfd.readouterr().out
