@@ -11,7 +11,10 @@ import cup
 from launch import evaluate, export, prune
 from train.checkpoint.file import load_checkpoint
 from train.checkpoint.network import load_network, stored_plans
+from train.config import ModelConfig
 from train.log.rundir import read_log
+from train.narrowing import plan_narrowing
+from train.network.models import build_model
 
 # On a T4 many kernels of so small a network take no longer than their launch, whatever the width.
 DROPS = EVERY_STEP | {
@@ -62,12 +65,16 @@ def test_evaluation_export_another_cut_and_a_run_from_its_widths_know_the_blocks
         assert torch.equal(cup.load(folder)(images), network.model.eval()(images))
     assert tuple(cup.read_saved(folder).dropped) == dropped
     assert evaluate.main([str(last)]) == 0
-    assert prune.main([str(last), "--reduction", "3", "--out", str(cut)]) == 0
+    (tmp_path / "counts.json").write_text('{"layer3.0.conv1": 20}')
+    counts = ["--counts", str(tmp_path / "counts.json"), "--criterion", "l2"]
+    assert prune.main([str(last), *counts, "--out", str(cut)]) == 0
     assert load_network(cut).groups[0].network.dense is not None
     assert "FR of the full network" in capsys.readouterr().out
-    narrow = DROPS | {"prune__method": "none", "model__widths": last, "train__epochs": 1, "prune__drop_blocks": False}
-    log = train(tmp_path / "thin", **(narrow | {"prune__target_speedup": "null"}))
-    assert events(log, "epoch")[0]["params"] == events(events_of(root / "a"), "epoch")[-1]["params"]
+    full = build_model("resnet20_cifar", 10)
+    groups = cup.channel_groups(full, images)
+    plan = plan_narrowing(ModelConfig(name="resnet20_cifar", widths=str(last)), full, groups, "all")
+    cup.apply_plan(full, plan, groups)
+    assert cup.complexity(full, images) == cup.complexity(network.model, images)
 
 
 def events_of(root: Path) -> list[dict]:

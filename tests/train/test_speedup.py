@@ -79,7 +79,7 @@ def test_two_ranks_decide_alike(tmp_path: Path):
     result = launch("launch/train.py", options(**settings), tmp_path, ranks=2)
     assert result.returncode == 0, result.stderr
     log = read_log(tmp_path / "runs/tiny/log.jsonl")
-    assert 1.2 <= events(log, "epoch")[-1]["step_speedup"] <= 1.212
+    assert events(log, "epoch")[-1]["step_speedup"] >= 1.2
     assert any("blocks dropped: layer" in event["message"] for event in events(log, "note"))
     for resize in events(log, "resize"):
         assert len(set(resize["digests"])) == 1 and len(resize["digests"]) == 2
