@@ -10,8 +10,8 @@ and in evaluation, and its other parameters get the same gradients. What has to 
 
 * The shortcut is bare: x itself, through `nn.Identity` at most. A ReLU behind the addition (ResNets) leaves x as it is
   where x came out of a ReLU; any other activation, norm or downsampling there, or on the shortcut, refuses the block.
-* Nothing changes x in place inside the block, and nothing changes the block's result in place behind it, for both are
-  then the same tensor.
+* Nothing changes x in place, and nothing changes the block's result in place behind it, for both are then the same
+  tensor.
 * None of its parameters or buffers is used elsewhere, it runs no hooks, nothing looks inside it from outside.
 * The network's code does otherwise the same without it, which is tried out: a copy without it is traced again.
 """
@@ -202,9 +202,11 @@ class _Graph:
         read, written = self.ends(name)
         if read is None or written is None or not _are_alike(read, written):
             return 0
-        inside = [user for user in self._changing(read) if is_within(self.owners[user], name)]
-        outside = [user for user in self._changing(written) if not is_within(self.owners[user], name)]
-        return 0 if inside or outside else self._additions(written, read) or 0
+        base = read
+        while self._is_view(base):
+            base = base.args[0]
+        changed = self._changing(base) or any(not is_within(self.owners[one], name) for one in self._changing(written))
+        return 0 if changed else self._additions(written, read) or 0
 
     def _additions(self, node: fx.Node, read: fx.Node) -> int | None:
         """On how many additions the node's value is that of `read` once their branches are silent; None where it is
@@ -246,12 +248,16 @@ class _Graph:
         """The readers that write into the value, or into what may be a view of it."""
         found: list[fx.Node] = []
         for user in node.users:
-            name = str(getattr(user.target, "__name__", user.target)).strip("_")
-            if self._is_kind(user, (nn.Identity, nn.Flatten), ()) or name in _VIEWS:
+            if self._is_view(user):
                 found += self._changing(user)
             if user.args and user.args[0] is node and self._writes_into_first(user):
                 found.append(user)
         return found
+
+    def _is_view(self, node: fx.Node) -> bool:
+        """Whether the node's value may lie in the memory of its first operand."""
+        name = str(getattr(node.target, "__name__", node.target)).strip("_")
+        return self._is_kind(node, (nn.Identity, nn.Flatten), ()) or (node.op.startswith("call_") and name in _VIEWS)
 
     def _writes_into_first(self, node: fx.Node) -> bool:
         """Whether the operation changes its first operand in place."""

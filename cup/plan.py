@@ -59,7 +59,9 @@ class PrunePlan:
         data = json.loads(text)
         for key in data.keys() & {"kept", "folded"}:  # plans of older versions fold nothing
             data[key] = {name: tuple(channels) for name, channels in data[key].items()}
-        return PrunePlan(**data | {"dropped": tuple(data.get("dropped", ()))})  # those before it drop no block
+        return PrunePlan(
+            **data | {"dropped": tuple(map(str, data.get("dropped", ())))}
+        )  # those before it drop no block
 
     def then(self, later: "PrunePlan") -> "PrunePlan":
         """One plan that does what this one and then `later` do.

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -212,6 +213,16 @@ def result_changed_in_place():
     return Changing(Block())
 
 
+def input_changed_later():
+    class Changing(Net):
+        def forward(self, images):
+            x = self.activation(self.first(images))
+            y = self.block(x.permute(0, 1, 3, 2))
+            return self.last((x.mul_(2) + y).mean((2, 3)))
+
+    return Changing(Block())
+
+
 def branch_read():
     class Reading(Net):
         def forward(self, images):
@@ -273,6 +284,7 @@ NOT_DROPPABLE = {
     "a sum with a parameter": lambda: variant(lambda self, x: x + self.conv1.weight.mean()),
     "another branch's value": added_from_outside,
     "its result is changed in place": result_changed_in_place,
+    "what it reads is changed in place later": input_changed_later,
     "its parameter is read outside": inside_read,
     "the code asks what it is": asked_for,
     "it shares a layer": shared,
@@ -307,6 +319,21 @@ def test_a_block_is_found_however_its_sum_is_written(build):
     twin.get_submodule(block.name).conv2.register_forward_hook(lambda module, args, output: output * 0)
     cup.shrink_to(model, {}, images, dropped=[block.name])
     assert torch.equal(model(images), twin(images))
+
+
+@pytest.mark.parametrize("kind", [partial(torch.optim.SGD, momentum=0.9), torch.optim.AdamW])
+@pytest.mark.parametrize("way", [{}, {"foreach": True}, {"fused": True}])
+def test_a_group_of_parameters_that_all_go_stays_as_an_empty_one(kind, way):
+    model, images = Net(Block()), torch.randn(2, 3, 8, 8)
+    optimizer = kind(
+        [{"params": part.parameters(), "lr": 0.1} for part in (model.first, model.block, model.last)], **way
+    )
+    step(model, optimizer, images)
+    cup.carry_optimizer(optimizer, cup.shrink_to(model, {}, images, dropped=["block"]))
+    step(model, optimizer, images)
+    assert [len(group["params"]) for group in optimizer.param_groups] == [2, 0, 2] and len(optimizer.state) == 4
+    optimizer.load_state_dict(optimizer.state_dict())
+    step(model, optimizer, images)
 
 
 def test_a_block_of_two_branches_goes_with_both_and_one_inside_another_with_that():
