@@ -16,7 +16,7 @@ from cup.plan import PrunePlan
 from cup.planning.cuts import cut_view, plan_from
 from cup.planning.losses import loss_as_it_is, loss_of_block, losses_by_width
 from cup.planning.options import PlanOptions
-from cup.tracing.groups import ChannelGroup, check_groups, is_within, prunable_groups, without_blocks
+from cup.tracing.groups import ChannelGroup, Network, check_groups, is_within, prunable_groups, without_blocks
 
 TIME_TOLERANCE = 0.01
 """Relative tolerance around a target speed-up."""
@@ -74,6 +74,7 @@ class _Search:
         self._kept_losses = {group.name: loss_as_it_is(view, group) for group in view.groups}
         self._costs = cost.of(view.model, view.groups)
         self._blocks = {block.name: block for block in blocks if block.groups}
+        self._streams = {block.name: _stream_of(block, view.groups) for block in blocks}
         self._begin()
 
     def _begin(self) -> None:
@@ -169,7 +170,20 @@ class _Search:
         saved = self.walk.cost - self.walk.after_drop(block.name)
         if saved <= 1e-9 * self.walk.cost:
             return np.inf
-        return loss_of_block(block.branches, [self._loss(name) for name in block.groups]) / saved
+        writers, now = self._writers(block)
+        return loss_of_block(block.branches, [self._loss(name) for name in block.groups], writers, now) / saved
+
+    def _writers(self, block: ResidualBlock) -> tuple[int, int]:
+        """How many blocks and layers write the block's stream: in the full network, and now. Of streams that are not
+        followed, all blocks and what began them.
+        """
+        stream, network = self._streams[block.name], self._view.groups[0].network
+        known = {group.name: group for group in self._view.groups}
+        gone = {} if network.dense is None else network.dense.gone
+        before = sum(_writes(network, name, known.get(stream)) for name in gone)
+        others = [name for name, other in self._streams.items() if other == stream]
+        at_start = len(known[stream].producers) if stream in known else len(others) + 1
+        return at_start + before, at_start - len(set(others) & set(self.dropped))
 
     def _loss(self, name: str) -> float:
         """Of the group at its width now."""
@@ -234,6 +248,22 @@ class _Search:
     def _next_wider(self, name: str) -> int:
         allowed = self.allowed[name]
         return allowed[bisect_left(allowed, self.walk.widths[name]) + 1]
+
+
+def _stream_of(block: ResidualBlock, groups: Sequence[ChannelGroup]) -> str | None:
+    """The group that the block adds to; None where it is not followed."""
+    for group in groups:
+        if group.name not in block.groups and any(is_within(place.module, block.name) for place in group.producers):
+            return group.name
+    return None
+
+
+def _writes(network: Network, block: str, stream: ChannelGroup | None) -> bool:
+    """Whether a block that has been dropped wrote this stream."""
+    if stream is None:
+        return True
+    calls = [call for call in network.before_drops.calls if is_within(call.within, block) and call.writes is not None]
+    return any(np.isin(call.writes, stream.numbers).any() for call in calls)
 
 
 def allowed_widths(group: ChannelGroup, options: PlanOptions, granularity: int) -> tuple[int, ...]:

@@ -27,10 +27,13 @@ A residual block that is dropped loses all that is left of its branch. Its price
 them: one channel more of energy e raises L by L e / (what stays), so what stays as a whole costs L(w) once more.
 
     loss of a dropped block:       branches x the largest L(w) of the groups in them, at their widths now
+                                   x writers^2 / (writers now x (writers now - 1))
 
 The largest and not the sum: the same signal passes these groups in a row, and is gone when one of them is empty. It
 agrees with the stream's view: of K equal blocks one that goes takes 1/K of the stream's energy from the 2K layers that
-read or write it, a loss of 2K / (K - 1), about 2; that is L of an inner group of two layers that has lost nothing.
+read or write it, a loss of 2K / (K - 1), about 2; that is L of an inner group of two layers that has lost nothing. The
+more of a stream's writers have gone, the larger the part that the next one takes of what stays, as with channels: noise
+over signal grows from (K - n) / n to (K - n + 1) / (n - 1), which is the last factor.
 
 As long as a block's next channel matters much less than its average one, which the order of removal sees to at first,
 the block is narrowed. It is dropped once what is left of it is alike, and much of its time does not shrink with its
@@ -62,9 +65,13 @@ def loss_as_it_is(view: View, group: ChannelGroup) -> float:
     return layers_of(view, group) * group.full_width / group.width
 
 
-def loss_of_block(branches: int, losses: Sequence[float]) -> float:
-    """What is lost when a residual block goes. losses: of its groups, one or more, at their widths now."""
-    return branches * max(losses)
+def loss_of_block(branches: int, losses: Sequence[float], writers: int, now: int) -> float:
+    """What is lost when a residual block goes.
+
+    losses: of its groups, one or more, at their widths now. writers: blocks and layers that write its stream in the
+    full network; now: those of them that are left, the block included.
+    """
+    return branches * max(losses) * writers**2 / (now * (now - 1)) if now > 1 else np.inf
 
 
 def layers_of(view: View, group: ChannelGroup) -> int:
