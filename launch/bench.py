@@ -7,7 +7,9 @@ python launch/bench.py checkpoint [--folder FOLDER] [--out results/FILE.json]
 python launch/bench.py resize [--rounds N] [--out results/FILE.json]      (--help after a measurement names its options)
 python launch/bench.py step --model NAME [--run DIR | --widths FILE | --reduction FR] [--round-to 1 8 measured]
 python launch/bench.py cost [--models NAME ...] [--widths N] [--out results/FILE.json]
+python launch/bench.py targets --calibration results/cost.json [--speed-up S] [--out results/FILE.json]
 python launch/bench.py devices [--model NAME] [--reduction FR]                 (modelled, nothing is timed)
+python launch/bench.py rates [--devices NAME ...]                    (modelled against published, nothing is timed)
 python launch/bench.py savings --run DIR --images 1281167 --epochs 90 [--round-to 1 8 measured]
 """
 
@@ -18,7 +20,20 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.benches import agreement, checkpoint, cost, devices, loader, memory, models, resize, savings, step
+from launch.benches import (
+    agreement,
+    checkpoint,
+    cost,
+    devices,
+    loader,
+    memory,
+    models,
+    rates,
+    resize,
+    savings,
+    step,
+    targets,
+)
 from train.cli import Parser, exit_code_of
 
 BENCHES = {
@@ -29,9 +44,11 @@ BENCHES = {
     "loader": loader,
     "memory": memory,
     "models": models,
+    "rates": rates,
     "resize": resize,
     "savings": savings,
     "step": step,
+    "targets": targets,
 }
 
 

@@ -155,7 +155,6 @@ def build_run(config: RunConfig, start: Start, world: World, ledger: Ledger, sto
         val_loader=parts.val_loader,
         resizer=parts.resizer,
         compiler=compiler,
-        recalibrate=fitted.prune.recalibrate,
         progress=begun.progress,
         so_far=begun.so_far,
         is_resumed=stored is not None,

@@ -276,7 +276,7 @@ def parse_config(argv: list[str], prog: str, default_config: str) -> RunConfig:
         argv = ["--config", default_config, *argv]
     argv, renamed = options_with_new_names(argv)
     if renamed and os.environ.get("RANK", "0") == "0":
-        warnings.warn(f"settings have new names: {'; '.join(dict.fromkeys(renamed))}", stacklevel=2)
+        warnings.warn(f"settings have changed: {'; '.join(dict.fromkeys(renamed))}", stacklevel=2)
     try:
         namespace = build_parser(prog, default_config).parse_args(argv)
     except ArgumentError as error:

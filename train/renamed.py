@@ -1,4 +1,6 @@
-"""Settings whose names have changed: recipes, command lines and stored configurations of earlier versions are read."""
+"""Settings whose names have changed, or that are gone: what earlier versions wrote is read, and their recipes and
+command lines.
+"""
 
 import copy
 import errno
@@ -21,12 +23,14 @@ NEW_NAMES = {
     **{f"cup.{name}": f"prune.{name}" for name in UNCHANGED},
     "model.from": "model.checkpoint",
 }
+GONE = {"prune.recalibrate": "no training step ever read the statistics that it measured"}
+"""Settings that are read past, and why they are gone."""
 
 
 def with_new_names(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Nested settings with today's names, and a phrase for each that had an older one. The input is not changed.
+    """Nested settings with today's names, and a phrase for each that had an older one, or is gone.
 
-    Where a setting has a value under both names, the one under today's name counts.
+    The input is not changed. Where a setting has a value under both names, the one under today's name counts.
     """
     result = copy.deepcopy(values)
     renamed = []
@@ -35,6 +39,12 @@ def with_new_names(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         settings = result.get(section)
         if isinstance(settings, dict) and key in settings:
             _put(result, new.split("."), _new_value(old, settings.pop(key)))
+            renamed.append(_phrase(old))
+    for old in GONE:
+        section, key = old.split(".")
+        settings = result.get(section)
+        if isinstance(settings, dict) and key in settings:
+            del settings[key]
             renamed.append(_phrase(old))
     if result.get("cup") == {}:
         del result["cup"]
@@ -70,7 +80,7 @@ def options_with_new_names(argv: list[str]) -> tuple[list[str], list[str]]:
     for word in rest:
         option, equals, value = word.partition("=")
         name = option.removeprefix("--") if word.startswith("--") else ""
-        if name != "config" and name not in NEW_NAMES:
+        if name != "config" and name not in NEW_NAMES and name not in GONE:
             words.append(word)
             continue
         following = value if equals else next(rest, None)
@@ -79,6 +89,8 @@ def options_with_new_names(argv: list[str]) -> tuple[list[str], list[str]]:
             recipe, phrases = recipe_with_new_names(given[0])
             words += ["--config", recipe]
             renamed += phrases
+        elif name in GONE:
+            renamed.append(_phrase(name))
         else:
             words += [f"--{NEW_NAMES[name]}" if name in NEW_NAMES else option, *(_new_value(name, v) for v in given)]
             renamed += [_phrase(name)] if name in NEW_NAMES else []
@@ -101,4 +113,6 @@ def _new_value(old: str, value: Any) -> Any:
 def _phrase(old: str) -> str:
     if old == "cup.enabled":
         return "cup.enabled is now prune.method (true: hard_ramp, false: none)"
+    if old in GONE:
+        return f"{old} is gone and does nothing ({GONE[old]})"
     return f"{old} is now {NEW_NAMES[old]}"

@@ -277,7 +277,7 @@ class _Judge:
         cup.apply_plan(network, cup.plan_first_channels(self._groups, widths), self._groups)
         network.to(self._alone.device, memory_format=MEMORY_FORMAT)
         self._pruning_net.fill(network, widths)
-        recalibrate([network.eval()], self._recalibration, self._precision)
+        recalibrate(network.eval(), self._recalibration, self._precision)
         return evaluate(network, self._held_out, self._precision, self._alone).top1
 
     def close(self) -> None:

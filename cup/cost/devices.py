@@ -2,8 +2,9 @@
 
 Sources of the peaks (dense, without sparsity): NVIDIA's data sheets of H100 (SXM: 989.4 TFLOP/s in bf16 and fp16,
 494.7 in TF32, 66.9 in fp32, 3.35 TB/s; PCIe: 756, 378, 51, 2.0), H200 (as H100 SXM, 4.8 TB/s), A100 80 GB (312, 156,
-19.5, 2.04), L4 (121, 60, 30.3, 0.3), L40S (362, 183, 91.6, 0.864), T4 (65 in fp16, 8.1 in fp32, 0.32); the Ada
-white paper for the RTX 4090 (165.2, 82.6, 82.6, 1.008); the product page of the Titan Xp (12.15 in fp32, 0.548).
+19.5, 2.04), L4 (121, 60, 30.3, 0.3), L40S (362, 183, 91.6, 0.864), T4 (65 in fp16, 8.1 in fp32, 0.32); the Ada white
+paper for the RTX 4090 (165.2, 82.6, 82.6, 1.008), the GA102 white paper for the RTX 3090 (71, 35.6, 35.6, 0.936); the
+product page of the Titan Xp (12.15 in fp32, 0.548).
 """
 
 from collections.abc import Mapping
@@ -107,9 +108,15 @@ class DataSheet:
         matrix = Rate(1e12 * self.matrix[precision], 1e12 * self.bandwidth)
         vector = Rate(1e12 * self.vector, 1e12 * self.bandwidth)
         is_matrix = {kernel: kernel.startswith(("conv.", "pointwise.", "linear.", "attention.")) for kernel in KERNELS}
+        backward = Rate(vector.flops_per_s, GROUPED_BACKWARD * vector.bytes_per_s)
         rates = {kernel: matrix if is_matrix[kernel] else vector for kernel in KERNELS}
+        rates |= {kernel: backward for kernel in KERNELS if "grouped." in kernel and not kernel.endswith("forward")}
         return Device(name, precision, rates, LAUNCH_S, self.granularity, self.peaks)
 
+
+GROUPED_BACKWARD = 0.2
+"""The part of the bandwidth that gradients of depthwise and grouped convolutions reach: fitted to the training rates
+of four networks with depthwise convolutions that timm published for an RTX 3090 (`launch/bench.py rates`)."""
 
 LAUNCH_S = 5e-6
 """The least that a kernel takes on a GPU that is fed eagerly: an assumption, of the order that profilers show."""
@@ -120,10 +127,11 @@ def _tensor_cores(matrix_16: float, tf32: float, vector: float, bandwidth: float
     return DataSheet({"fp32": tf32, "bf16": matrix_16, "fp16": matrix_16}, vector, bandwidth, 8, peaks)
 
 
-# Sustained: about half of the tensor cores' peak (A100: 60%, which its large matrix products reach; L4 and T4 are held
-# back by 70 watts), half of the plain units' and 85 to 90% of the bandwidth's. Depthwise convolutions do not run on
-# tensor cores. The numbers of H100 SXM, A100 and Titan Xp are those of an earlier model that came between two
-# published training rates of ResNet-50 on A100 (docs/performance.md).
+# Sustained: about half of the tensor cores' peak (A100: 60%, which its large matrix products reach; RTX cards 80%, for
+# their peaks are those of a lower clock than they run at; L4 and T4 are held back by 70 watts), half of the plain
+# units' and 85 to 90% of the bandwidth's. Depthwise convolutions do not run on tensor cores. The numbers of H100 SXM,
+# A100 and Titan Xp are those of an earlier model that came between two published training rates of ResNet-50 on A100;
+# those of the RTX cards were set by published rates (docs/performance.md, `launch/bench.py rates`).
 DEVICES: dict[str, DataSheet] = {
     "h100-sxm": _tensor_cores(480, 240, 33, 3.0, "989 TFLOP/s bf16, 495 TF32, 67 fp32, 3.35 TB/s"),
     "h100-pcie": _tensor_cores(367, 183, 25, 1.8, "756 TFLOP/s bf16, 378 TF32, 51 fp32, 2.0 TB/s"),
@@ -131,7 +139,8 @@ DEVICES: dict[str, DataSheet] = {
     "a100": _tensor_cores(190, 95, 9.7, 1.7, "312 TFLOP/s bf16, 156 TF32, 19.5 fp32, 2.04 TB/s (80 GB)"),
     "l4": _tensor_cores(55, 27, 15, 0.26, "121 TFLOP/s bf16, 60 TF32, 30 fp32, 0.30 TB/s"),
     "l40s": _tensor_cores(180, 90, 45, 0.76, "362 TFLOP/s bf16, 183 TF32, 92 fp32, 0.864 TB/s"),
-    "rtx-4090": _tensor_cores(100, 50, 41, 0.9, "165 TFLOP/s bf16 (fp32 sums), 83 TF32, 83 fp32, 1.01 TB/s"),
+    "rtx-4090": _tensor_cores(130, 65, 41, 0.9, "165 TFLOP/s bf16 (fp32 sums), 83 TF32, 83 fp32, 1.01 TB/s"),
+    "rtx-3090": _tensor_cores(56, 28, 18, 0.84, "71 TFLOP/s bf16 (fp32 sums), 36 TF32, 36 fp32, 0.936 TB/s"),
     "t4": DataSheet({"fp16": 26, "fp32": 5}, 4, 0.26, 8, "65 TFLOP/s fp16, 8.1 fp32, 0.32 TB/s"),
     "titan-xp": DataSheet({"fp32": 10}, 6, 0.45, 8, "12.15 TFLOP/s fp32, 0.548 TB/s"),
 }

@@ -38,6 +38,9 @@ from cup.tracing.layers import CONVS, TRANSPOSED_CONVS
 ONE = 0
 """The axis of what has no channels that could go: its width is always 1."""
 
+MANY_PER_GROUP = 64
+"""A grouped convolution that reads so many channels a group runs as fast as a plain one: tensor cores are filled."""
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -183,6 +186,8 @@ class _Counting:
         pixels = _size(value if isinstance(layer, TRANSPOSED_CONVS) else result) / _width(layer, value, result)
         if layer.groups > 1:
             per_channel, kind = layer.weight.shape[1], "grouped" if window <= 9 else "wide_grouped"
+            if per_channel >= MANY_PER_GROUP:
+                kind = "conv"
             yield from self._product(op, layer, kind, 2 * window * pixels * per_channel, window * per_channel)
         else:
             kind = "pointwise" if window == 1 else "conv"
@@ -200,7 +205,7 @@ class _Counting:
         value, result = op.reads[0], op.writes
         dim = -1 if kind == "linear" else 1
         read, written = self._elements(value, dim), self._elements(result, dim)
-        axes = (ONE if kind.endswith("grouped") else read[0], written[0])
+        axes = (read[0] if getattr(layer, "groups", 1) == 1 else ONE, written[0])
         both = (read, written)
         work = {"reads": axes[0], "writes": axes[1], "flops": flops, "elements": both, "weights": weights}
         yield Kernel(f"{kind}.forward", **work)

@@ -18,6 +18,7 @@ import torch
 from scipy.stats import spearmanr
 
 import cup
+from cup.planning import round_up
 from launch.benches.measure import machine, rounds_in_turn, write_result
 from launch.benches.step import StepBench
 from train.cli import positive_int
@@ -41,6 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--models", nargs="+", default=NETWORKS, metavar="NAME", help="as in model.name (default: eight)"
     )
     parser.add_argument("--widths", type=positive_int, default=20, metavar="N", help="random ones each (default: 20)")
+    parser.add_argument(
+        "--round-to",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="of which the random widths are multiples; planners take those that pay on the device (default: 1)",
+    )
     parser.add_argument("--batch-size", type=positive_int, default=8, metavar="N", help="default: 8")
     parser.add_argument("--image-size", type=positive_int, default=128, metavar="PIXELS", help="default: 128")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="default: fp32")
@@ -93,7 +101,7 @@ def measure(options: argparse.Namespace) -> None:
         torch.set_num_threads(1)
     world = open_world(options.device)
     torch.backends.cudnn.benchmark = world.device.type == "cuda"  # as the trainer
-    names = ("batch_size", "image_size", "precision", "widths", "clock")
+    names = ("batch_size", "image_size", "precision", "widths", "round_to", "clock")
     asked = {name: getattr(options, name) for name in names}
     device, rows = _earlier(options.resume, asked) if options.resume else (None, [])
     if device is None:
@@ -116,22 +124,27 @@ def measure(options: argparse.Namespace) -> None:
     _print_summary(rows)
 
 
-def random_widths(groups: Sequence[cup.ChannelGroup], count: int) -> list[dict[str, int]]:
-    """So many networks, of every group a quarter of its channels to all: by one share and by one of its own, mixed."""
+def random_widths(groups: Sequence[cup.ChannelGroup], count: int, round_to: int) -> list[dict[str, int]]:
+    """So many networks, of every group a quarter of its channels to all: by one share and by one of its own, mixed.
+
+    Rounded up to the widths that `prune.round_to` allows.
+    """
     rng = random.Random(0)
+    allowed = {group.name: cup.PlanOptions(round_to=round_to).allowed_widths(group) for group in groups}
     networks = []
     for _ in range(count):
         common, mixing = rng.uniform(0.25, 1), rng.random()
         shares = {group.name: mixing * common + (1 - mixing) * rng.uniform(0.25, 1) for group in groups}
-        networks.append({group.name: max(1, round(shares[group.name] * group.width)) for group in groups})
+        wanted = {group.name: max(1, round(shares[group.name] * group.width)) for group in groups}
+        networks.append({name: round_up(width, allowed[name]) for name, width in wanted.items()})
     return networks
 
 
 def _row(bench: StepBench, cost: cup.DeviceCost, options: argparse.Namespace) -> Row:
     groups = cup.prunable_groups(bench.groups, "all")
-    networks = [bench.dense_widths, *random_widths(groups, options.widths)]
+    networks = [bench.dense_widths, *random_widths(groups, options.widths, options.round_to)]
     states = [bench.state(widths) for widths in networks]
-    contenders = {str(index): _timer(bench, state, CLOCKS[options.clock]) for index, state in enumerate(states)}
+    contenders = {str(index): turn_timer(bench, state, CLOCKS[options.clock]) for index, state in enumerate(states)}
     seconds = rounds_in_turn(contenders, options.rounds)
     modelled = cost.of(bench.model, bench.groups)
     return Row(
@@ -142,7 +155,9 @@ def _row(bench: StepBench, cost: cup.DeviceCost, options: argparse.Namespace) ->
     )
 
 
-def _timer(bench: StepBench, state: TrainState, clock: Callable[[], float]) -> Callable[[], float]:
+def turn_timer(
+    bench: StepBench, state: TrainState, clock: Callable[[], float] = time.perf_counter
+) -> Callable[[], float]:
     """Seconds of one step of several in a row, after one that is not timed.
 
     oneDNN keeps the kernels of the last 1,024 shapes that it compiled: twenty other networks have had their turn since

@@ -30,7 +30,7 @@ BEFORE = {
     "search": "search of widths at FR {target:g}",
     "thin": "widths at FR {target:g}",
     "shape": "shape of {0}",
-    "equal_hours": "epochs that cost what {1} did",
+    "equal_hours": "epochs of {0} that cost what {1} did",
 }
 
 
@@ -88,7 +88,7 @@ def _line(job: Job, jobs: Mapping[str, Job], status: Status, disk: Disk) -> tupl
 
 
 def _epochs(job: Job, jobs: Mapping[str, Job]) -> int:
-    """Of its training; where they follow from a method's cost, what that is in dense epochs at most."""
+    """Of its training; where they follow from a method's cost, what that is in epochs of a dense network at most."""
     if job.entry.kind != "equal_hours":
         return job.config.train.epochs
     method = jobs[job.needs[1]]

@@ -19,7 +19,8 @@
 An entry holds settings of launch/train.py and these words:
 
 kind: how it is made, one of KINDS. of: the method that a control belongs to, or several, each with one of its own; the
-run that a search reads. published: what the authors' slides call it. command: of kind search.
+run that a search reads. network: of kind equal_hours. published: what the authors' slides call it. command: of kind
+search.
 """
 
 import json
@@ -44,7 +45,7 @@ search: a command writes a file of widths, which are trained from scratch; it ma
 thin: a uniformly thinner network, prune.target_reduction of the FLOPs, from the first step.
 shape: the widths that the method `of` ended with, from scratch.
 same_schedule: the method `of` with other settings, such as another criterion.
-equal_hours: the dense network, its epochs cut to the cost of the method `of`."""
+equal_hours: the run `network`, dense or a thin one, in as many epochs as cost what the method `of` did."""
 KINDS = get_args(Kind)
 OF_A_METHOD = ("shape", "same_schedule", "equal_hours")
 RETRAINED = ("cut", "search")
@@ -53,7 +54,7 @@ DENSE = "dense"
 """The entry against which savings are measured, and which is cut."""
 MAX_BYTES = 1 << 20
 TOP = ("base", "out", "set", "seeds", "settings", "before", "methods", "controls")
-WORDS = ("kind", "of", "published", "command")
+WORDS = ("kind", "of", "network", "published", "command")
 COMMAND_EXAMPLE = {
     "python": "python",
     "launch": "launch",
@@ -81,6 +82,7 @@ class Entry:
     name: str
     kind: Kind = "train"
     of: str | None = None
+    network: str = DENSE
     settings: Settings = field(default_factory=dict)
     role: Role = "method"
     published: str | None = None
@@ -117,7 +119,11 @@ class Grid:
 
     def own_settings(self, entry: Entry, setting: str) -> Settings:
         """What an entry's run sets over `common`."""
-        of = self.entries[entry.of].settings if entry.kind == "same_schedule" else {}
+        of: Settings = {}
+        if entry.kind == "same_schedule":
+            of = self.entries[entry.of].settings
+        elif entry.kind == "equal_hours":
+            of = self.entries[entry.network].settings
         return self.settings[setting] | of | entry.settings
 
 
@@ -186,7 +192,7 @@ def _entries(content: Any, where: str, role: Role) -> list[Entry]:
         place = f"{where}.{name}"
         values = _mapping({} if values is None else values, place)
         words = {key: values[key] for key in WORDS if key in values}
-        _require_text(words, ["published", "command"], f"{place}.")
+        _require_text(words, ["network", "published", "command"], f"{place}.")
         _require_published(words, place)
         settings = _flat({key: value for key, value in values.items() if key not in WORDS}, place)
         entry = Entry(name=_name(name, where), settings=settings, role=role, **(words | {"of": None}))
@@ -222,6 +228,8 @@ def _require_consistent(entry: Entry, words: Settings, place: str) -> None:
     if entry.kind != "search" and bool(words.get("of")) != (entry.kind in OF_A_METHOD):
         needed = "a method's name, or a list of names" if entry.kind in OF_A_METHOD else "nothing"
         raise ValueError(f"{place}.of: found {words.get('of')!r}, allowed with kind {entry.kind}: {needed}")
+    if "network" in words and entry.kind != "equal_hours":
+        raise ValueError(f"{place}.network: found {entry.network!r}, allowed with kind {entry.kind}: nothing")
     if (entry.command is not None) != (entry.kind == "search"):
         needed = "a command line" if entry.kind == "search" else "nothing"
         raise ValueError(f"{place}.command: found {entry.command!r}, allowed with kind {entry.kind}: {needed}")
@@ -241,7 +249,11 @@ def _require_controls(entries: Mapping[str, Entry]) -> None:
     methods, before = ([n for n, entry in entries.items() if entry.role == role] for role in ("method", "before"))
     if not methods:
         raise ValueError("methods: found none, allowed: names with their settings")
+    networks = [DENSE, *(name for name, entry in entries.items() if entry.kind == "thin")]
     for name, entry in entries.items():
+        if entry.network not in networks:
+            allowed = ", ".join(networks)
+            raise ValueError(f"{name}.network: found {entry.network!r}, allowed: {allowed} (dense, or of kind thin)")
         allowed = before if entry.kind == "search" else methods
         if entry.of is not None and entry.of not in allowed:
             raise ValueError(f"{name}.of: found {entry.of!r}, allowed: {', '.join(allowed) or 'an entry of before'}")

@@ -67,7 +67,7 @@ def _job(grid: Grid, entry: Entry, setting: str, seed: int, parsed: Mapping[tupl
     prune = asked.prune
     if entry.kind in STAYS_AS_IT_IS or not prune.shrinks:
         prune = PruneConfig(method="none", scope=prune.scope)
-    needed = [DENSE] if entry.kind in ("cut", "equal_hours") else []
+    needed = {"cut": [DENSE], "equal_hours": [entry.network]}.get(entry.kind, [])
     needed += [entry.of] if entry.kind in ("search", "shape", "equal_hours") and entry.of is not None else []
     return Job(
         name=name,

@@ -67,8 +67,10 @@ def final_config(job: Job, jobs: dict[str, Job], disk: Disk) -> RunConfig:
     """The configuration of the training, with what follows from other runs. The job's needs must be finished."""
     config, kind = job.config, job.entry.kind
     if kind == "equal_hours":
-        dense, method = job.needs
-        return with_epochs(config, _epochs_that_cost(spent(jobs[method], jobs, disk), jobs[dense], disk))
+        network, method = (jobs[name] for name in job.needs)
+        model = final_config(network, jobs, disk).model
+        epochs = _epochs_that_cost(spent(method, jobs, disk), network, disk)
+        return with_epochs(replace(config, model=model), epochs)
     if kind == "cut":
         # what the dense network began with is in the checkpoint
         model = {"checkpoint": str(disk.made(job.name, ".pt")), "weights": None, "width": 1.0, "widths": None}
@@ -142,9 +144,9 @@ def epochs_for(cost: float, costs: Sequence[float], at_end: float) -> int:
     return max(1, 1 + round((cost - (at_end - last) - first) / an_epoch))
 
 
-def _epochs_that_cost(cost: Cost, dense: Job, disk: Disk) -> int:
-    lines = [event for event in disk.events(dense.name) if event["event"] == "epoch"]
-    done = disk.done(dense.name)
+def _epochs_that_cost(cost: Cost, network: Job, disk: Disk) -> int:
+    lines = [event for event in disk.events(network.name) if event["event"] == "epoch"]
+    done = disk.done(network.name)
     counted = [line.get("cpu_seconds") for line in (*lines, done)]
     if cost.cpu is not None and None not in counted and done["device"] == "cpu":
         hours, total = [seconds / 3600 for seconds in counted], cost.cpu

@@ -221,6 +221,21 @@ def test_attention_counts_its_projections_and_its_products():
     assert found.now * DIAL == pytest.approx(2 * (6 * 3 * 8 + 4 * 6 * 8 * 8 + 2 * 6 * 6 * 8))
 
 
+def test_groups_of_many_channels_fill_tensor_cores_and_depthwise_gradients_miss_their_bandwidth():
+    def kinds(groups: int) -> set[str]:
+        layers = nn.Sequential(nn.Conv2d(3, 128, 3), nn.Conv2d(128, 128, 3, groups=groups))
+        return {
+            one.split(".")[0]
+            for one in cup.device_cost("a100", batch_size=1)
+            .of(layers, cup.channel_groups(layers, torch.empty(1, 3, 9, 9)))
+            .kinds
+        }
+
+    assert "grouped" not in kinds(2) and {"grouped", "conv"} <= kinds(4)
+    rates = cup.named_device("a100", "bf16").rates
+    assert rates["grouped.weight"].bytes_per_s < rates["grouped.forward"].bytes_per_s / 3
+
+
 def test_a_device_survives_its_plain_data():
     device = cup.DEVICES["h100-sxm"].device("h100-sxm", "bf16")
     assert cup.Device.from_dict(json.loads(json.dumps(device.to_dict()))) == device

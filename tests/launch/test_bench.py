@@ -12,7 +12,7 @@ from launching import ALONE, ROOT
 
 import cup
 from launch.bench import main
-from launch.benches import cost, models, savings, step
+from launch.benches import cost, models, rates, savings, step
 from launch.benches.measure import machine, rounds_in_turn
 from launch.projections.schedule import Costs
 from train.loop.config import TrainConfig
@@ -428,6 +428,32 @@ def test_the_cost_model_is_held_against_the_clock_and_goes_on_where_it_was_left(
     assert result["summary"]["median_abs_error"] > 0
     assert main([*arguments, "--precision", "bf16", "--resume", str(out)]) == 1
     assert "asked for" in capsys.readouterr().err
+
+
+def test_modelled_rates_stand_beside_published_ones(tmp_path, capsys, monkeypatch):
+    chosen = [one for one in rates.PUBLISHED_RATES if (one.device, one.network) == ("rtx-3090", "resnet18")]
+    monkeypatch.setattr(rates, "PUBLISHED_RATES", chosen)
+    assert main(["rates", "--out", str(tmp_path / "rates.json")]) == 0
+    row = json.loads((tmp_path / "rates.json").read_text())["rows"][0]
+    error = row["modelled"] / 3481.78 - 1
+    assert abs(error) < 0.1
+    assert f"| 512 | timm | 3,482 | {row['modelled']:,.0f} | {error:+.0%} |" in capsys.readouterr().out
+
+
+def test_plans_to_a_speed_up_stand_beside_plans_by_flops_at_the_same_reduction(tmp_path, capsys):
+    rates = dict.fromkeys(cup.KERNELS, cup.Rate(1e10, 1e9))
+    device = cup.Device("measured (cpu)", "fp32", rates, 0.0, 1, "", overlap=0.0)
+    calibration, out = tmp_path / "cost.json", tmp_path / "targets.json"
+    calibration.write_text(json.dumps({"device": device.to_dict(), "batch_size": 2, "image_size": 32}))
+    arguments = ["targets", "--models", "resnet20_cifar", "--criterion", "l2", "--rounds", "2", "--speed-up", "1.5"]
+    assert main([*arguments, "--calibration", str(calibration), "--out", str(out)]) == 0
+    by_time, inner, everywhere = json.loads(out.read_text())["rows"]["resnet20_cifar"].values()
+    assert by_time["modelled"] == pytest.approx(1.5, rel=0.02) and len(by_time["speed_ups"]) == 2
+    for other in (inner, everywhere):
+        assert other["flops_reduction"] == pytest.approx(by_time["flops_reduction"], rel=0.05)
+    assert "| resnet20_cifar | time, all groups |" in capsys.readouterr().out
+    assert main([*arguments, "--calibration", str(out)]) == 1
+    assert "allowed: a result of bench.py cost" in capsys.readouterr().err
 
 
 def test_errors_and_ranks_of_modelled_times():

@@ -21,9 +21,9 @@ from launching import ROOT, TINY, launch
 from rich.console import Console
 
 from launch import compare
-from launch.grids import estimate, runner
+from launch.grids import estimate, runner, stages
 from launch.grids.board import LiveTable, Progresses, _window, in_words
-from launch.grids.disk import Disk, write_json
+from launch.grids.disk import Cost, Disk, write_json
 from launch.grids.grid import overridden, read_grid
 from launch.grids.jobs import plan_jobs
 from launch.grids.processes import Child, last_words
@@ -159,6 +159,21 @@ def test_the_report_has_tables_sentences_and_what_each_run_cost_in_all(finished,
     assert not quick
 
 
+def test_a_thin_network_gets_as_many_epochs_as_the_hours_of_a_method_pay_for(finished, tmp_path, monkeypatch):
+    folder, _ = finished
+    fair = {"kind": "equal_hours", "of": "ramp", "network": "thin"}
+    controls = {**ENTRIES["controls"], "thin": {"kind": "thin", "optim.lr": 0.03}, "fair": fair}
+    jobs = plan_jobs(read_grid(write_grid(tmp_path, controls=controls, out=str(folder / "out"))))
+    job, disk = jobs["fair_fr2_s0"], Disk(folder / "out")
+    assert job.needs == ("thin_fr2_s0", "ramp_fr2_s0") and job.config.optim.lr == 0.03
+    monkeypatch.setattr(
+        stages, "spent", lambda job, *_: Cost(wall=0.0, cpu=disk.done("thin_fr2_s0")["cpu_seconds"] / 3600)
+    )
+    config = final_config(job, jobs, disk)
+    assert config.model.widths == str(folder / "out/made/thin_fr2_s0.json")
+    assert config.train.epochs == 2, "what the thin run took, paid with what it cost"
+
+
 def test_what_is_finished_is_not_run_again(finished, quick: list, capsys):
     folder, _ = finished
     assert compare.main([str(folder / "tiny.yaml")]) == 0
@@ -270,7 +285,7 @@ def test_a_plan_says_every_run_what_it_needs_and_what_it_costs(tmp_path, capsys)
     file = write_grid(tmp_path, seeds=[0, 1])
     assert compare.main([str(file), "--dry-run", "--jobs", "2"]) == 0
     said = capsys.readouterr().out
-    assert "cut of dense_s1 to FR 2 by l1" in said and "epochs that cost what ramp_fr2_s0 did" in said
+    assert "cut of dense_s1 to FR 2 by l1" in said and "epochs of dense_s0 that cost what ramp_fr2_s0 did" in said
     assert "projected: 16 runs, 32 epochs of 4 steps and 1 of validation, all counted as dense: at most" in said
     assert not (tmp_path / "out").exists()
 
@@ -422,6 +437,11 @@ def test_a_folder_that_was_moved_holds_the_same_runs(finished: tuple[Path, list[
             "allowed: an entry of before",
         ),
         ({"methods": {"ramp": {}, "cut": {"kind": "search"}}}, "methods.cut.command: found None"),
+        ({"methods": {"ramp": {"network": "thin"}}}, "methods.ramp.network: found 'thin', allowed with kind train"),
+        (
+            {"controls": {"dense": {}, "a": {"kind": "equal_hours", "of": "ramp", "network": "ramp"}}},
+            "a.network: found 'ramp', allowed: dense (",
+        ),
         (
             {"controls": {"dense": {}, "shape": {"kind": "shape", "of": [5]}}},
             "controls.shape.of: found [5], allowed: a name, or a list",
@@ -578,6 +598,9 @@ def test_a_recipe_of_a_comparison_has_runs_after_those_that_they_need(recipe: Pa
         assert set(job.needs) <= seen
         seen.add(name)
     kinds = {entry.kind for entry in grid.controls}
-    assert {"train", "cut", "thin", "same_schedule", "shape", "equal_hours"} == kinds
-    assert {entry.settings["prune.criterion"] for entry in grid.controls if entry.kind == "cut"} == {"random"}
+    if recipe.stem.endswith("ablation"):  # of options of one method
+        assert {"train", "thin", "same_schedule", "equal_hours"} == kinds
+    else:
+        assert {"train", "cut", "thin", "same_schedule", "shape", "equal_hours"} == kinds
+        assert {entry.settings["prune.criterion"] for entry in grid.controls if entry.kind == "cut"} == {"random"}
     assert len(grid.seeds) >= 3 and f"launch/configs/compare/{recipe.name}" in recipe.read_text()

@@ -22,7 +22,6 @@ METHODS = {
     "early": {"method": "early", "early__patience": 1, "early__similarity": 0.5},
     "random": {"criterion": "random"},
     "folded": {"fold": "true"},
-    "recalibrated": {"recalibrate": 3},
 }  # fmt: skip
 
 
@@ -30,13 +29,6 @@ METHODS = {
 def test_a_killed_run_of_two_ranks_ends_with_the_bits_of_an_undisturbed_one(tmp_path: Path, name: str):
     """SIGKILL of rank 1 at the second step of epoch 2, between what the method does around it."""
     settings = EVERY_STEP | {f"prune__{key}": value for key, value in METHODS[name].items()} | {"optim__lr": 0.1}
-    if name == "recalibrated":
-        settings |= {
-            "model__name": "resnet20_cifar",
-            "data__channels": 3,
-            "data__image_size": 8,
-            "data__resize_size": 8,
-        }
     settings["train__precision"] = "bf16" if name.endswith("bf16") else "fp32"
     fault = {"FAULT": "killed", "AT_STEP": "6"}
     killed = launch("tests/helpers/faulty_train.py", options(**settings), tmp_path, ranks=2, **fault)

@@ -213,6 +213,16 @@ def test_names_of_earlier_versions_are_read_with_a_line_that_says_the_new_ones(t
         assert parse("--cup.enabled", "false").prune.method == "none"
 
 
+def test_a_setting_that_is_gone_is_read_past_and_told(tmp_path: Path):
+    (tmp_path / "old.yaml").write_text("prune: {recalibrate: 20, every: 2}\n")
+    with pytest.warns(UserWarning, match=r"prune.recalibrate is gone and does nothing \(no training step"):
+        assert parse("--config", str(tmp_path / "old.yaml")).prune.every == 2
+    with pytest.warns(UserWarning, match="prune.recalibrate is gone"):
+        assert parse("--prune.recalibrate", "20", "--prune.every", "3").prune.every == 3
+    stored = parse().to_dict()
+    assert config_from_dict(stored | {"prune": stored["prune"] | {"recalibrate": 0}}) == parse()
+
+
 def test_old_and_new_names_in_one_recipe_are_both_read_and_the_new_one_counts(tmp_path: Path):
     settings = {
         "cup": {"round_to": 4, "target_reduction": 1.5},

@@ -1,6 +1,5 @@
 """What surrounds a cut: the loss before and after it, batch norm measured anew, the learning rate."""
 
-import copy
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from data import Batch, DataConfig, build_loaders
 from train.checkpoint.file import load_checkpoint
 from train.loop import engine
 from train.loop.probe import batches_ahead, mean_loss
-from train.loop.recalibrate import recalibrate
 from train.network.precision import Precision
 
 FP32 = Precision("fp32", torch.device("cpu"))
@@ -72,57 +70,6 @@ def test_a_resize_event_and_the_console_tell_the_loss_around_it(tmp_path: Path, 
     assert f"loss {last['loss_before']:.3f} -> {last['loss_after']:.3f}, all ranks" in capsys.readouterr().out
 
 
-def test_recalibrated_statistics_are_the_means_of_the_batches_own_and_nothing_else_changes():
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=0.3), nn.Dropout(), nn.ReLU(), nn.Conv2d(4, 5, 3),
-        nn.BatchNorm2d(5), nn.BatchNorm2d(5, track_running_stats=False),
-    ).double()  # fmt: skip
-    average = copy.deepcopy(model)
-    average[0].weight.data.mul_(2)
-    batches = [Batch(torch.randn(6, 3, 7, 7).double() + step, torch.zeros(6), torch.ones(6)) for step in range(4)]
-    for network in (model, average):
-        network(batches[0].images)  # some statistics that are to be forgotten
-    before, random_numbers = copy.deepcopy(model), torch.get_rng_state()
-    recalibrate([model, average], iter(batches), FP32)
-    assert torch.equal(torch.get_rng_state(), random_numbers)
-    assert all(module.training for module in model.modules()) and model[1].momentum == 0.3
-    assert all(map(torch.equal, model.parameters(), before.parameters()))
-    for network in (model, average):
-        means, variances = [[], []], [[], []]
-        for batch in batches:
-            values = batch.images
-            for conv, norm, number in ((network[0], network[1], 0), (network[4], network[5], 1)):
-                values = conv(values).detach()
-                mean, variance = values.mean((0, 2, 3)), values.transpose(0, 1).flatten(1).var(1, correction=1)
-                means[number].append(mean)
-                variances[number].append(variance)
-                count = values.numel() / len(mean)
-                shape = (1, -1, 1, 1)
-                values = (values - mean.view(shape)) / (variance * (count - 1) / count + norm.eps).sqrt().view(shape)
-                values = (values * norm.weight.view(shape) + norm.bias.view(shape)).relu()
-        for norm, number in ((network[1], 0), (network[5], 1)):
-            torch.testing.assert_close(norm.running_mean, torch.stack(means[number]).mean(0))
-            torch.testing.assert_close(norm.running_var, torch.stack(variances[number]).mean(0))
-
-
-WITH_BATCH_NORM = {
-    "model__name": "resnet20_cifar", "data__channels": 3, "data__image_size": 8, "data__resize_size": 8,
-    "train__ema_decay": 0.9, "train__mixup": 0.2,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("at_step", [2, 5, 6, 9])
-def test_a_run_that_recalibrates_goes_on_with_the_same_bits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_step: int
-):
-    """More batches than an epoch has; broken off before the cut, right after it, and between two cuts."""
-    settings = {**WITH_BATCH_NORM, "prune__recalibrate": 7, "run__save_every_minutes": 1e-9}
-    monkeypatch.setattr("train.loop.watch.MAX_STEPS", 1)
-    undisturbed = train(tmp_path / "a", **settings)
-    assert same_end(tmp_path, undisturbed, interrupted(tmp_path / "b", monkeypatch, at_step, **settings))
-
-
 def same_end(root: Path, log: list[dict], other_log: list[dict]) -> bool:
     """Whether the runs in a and b have the same numbers, weights, statistics, moving average and momentum."""
     losses = [[(e["loss_before"], e["loss_after"], e["digest"]) for e in events(x, "resize")] for x in (log, other_log)]
@@ -135,18 +82,6 @@ def same_end(root: Path, log: list[dict], other_log: list[dict]) -> bool:
         and all(torch.equal(one["ema"][key], other["ema"][key]) for key in one["ema"] or ())
         and all(map(torch.equal, *momenta))
     )
-
-
-def test_a_recalibrated_cut_costs_less_and_takes_batches_that_training_sees_all_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    settings = {**WITH_BATCH_NORM, "train__ema_decay": 0, "train__epochs": 2, "prune__last_epoch": 2}
-    plain = train(tmp_path / "a", **settings)
-    recalibrated = train(tmp_path / "b", prune__recalibrate=4, **settings)
-    [one], [other] = events(plain, "resize"), events(recalibrated, "resize")
-    assert other["loss_before"] == one["loss_before"] and other["digest"] == one["digest"]
-    assert other["loss_after"] < one["loss_after"]
-    assert numbers(recalibrated)[1][1] == numbers(plain)[1][1], "training itself sees no running statistics"
 
 
 def test_the_learning_rate_warms_up_anew_after_each_cut_across_a_resume(
@@ -191,12 +126,3 @@ def test_looking_ahead_changes_no_batch_of_training(tmp_path: Path, kind: str):
     other.close()
     assert torch.equal(ahead, again[0])
     assert all(map(torch.equal, again, undisturbed))
-
-
-def test_statistics_of_frozen_modules_are_not_measured_anew():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
-    batch = Batch(torch.randn(4, 3, 2, 2), torch.zeros(4, dtype=torch.int64), torch.ones(4, dtype=torch.bool))
-    recalibrate([model], [batch], FP32, frozen=["0"])
-    assert torch.equal(model[0][1].running_mean, torch.zeros(4))
-    assert not torch.equal(model[2].running_mean, torch.zeros(4))

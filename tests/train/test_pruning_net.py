@@ -163,7 +163,7 @@ def test_recalibration_is_the_plain_mean_over_the_batches():
     config = DataConfig(loader="synthetic", synthetic_images=24, channels=1, image_size=8, resize_size=8, batch_size=8)
     [loader] = build_loaders(config, rank=0, world_size=1, device=ALONE.device, seed=0, splits=("train",))
     before = torch.get_rng_state()
-    recalibrate([network.eval()], loader, Precision("fp32", ALONE.device))
+    recalibrate(network.eval(), loader, Precision("fp32", ALONE.device))
     assert torch.equal(torch.get_rng_state(), before)
     loader.go_to(0)
     with torch.no_grad():

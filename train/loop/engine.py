@@ -15,10 +15,9 @@ Every function here is called by all ranks.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
-from itertools import chain, islice
 from typing import Any, Literal
 
 import torch
@@ -33,7 +32,6 @@ from train.loop.nonfinite import AFTER_NONFINITE, AFTER_SKIPPING
 from train.loop.pace import Moment, Pace
 from train.loop.probe import batches_ahead, mean_loss
 from train.loop.progress import EpochSoFar, Progress
-from train.loop.recalibrate import recalibrate
 from train.loop.step import training_step, warm_up_buckets
 from train.loop.trainer import Trainer, TrainLoop
 from train.methods import Action
@@ -339,19 +337,7 @@ def _carry_out(
     if not action.soft:
         trainer.progress.resizes += 1
         trainer.progress.wrapped_at = trainer.progress.step
-        if trainer.recalibrate:
-            _recalibrate(trainer, islice(chain([first], batches), trainer.recalibrate))
     return outcome, (before, loss())
-
-
-def _recalibrate(trainer: Trainer, batches: Iterable[Batch]) -> None:
-    """Measure running statistics anew, those of the moving average with its own weights; equal on all ranks."""
-    state = trainer.state
-    models = [state.model] if state.ema is None else [state.model, state.ema.module]
-    with trainer.compiler.paused():
-        recalibrate(models, batches, state.precision, trainer.config.frozen)
-    for model in models:
-        trainer.world.average_buffers(model)
 
 
 def _epoch_event(

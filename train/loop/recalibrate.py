@@ -1,7 +1,7 @@
-"""Batch norm's running statistics, measured anew after a cut: those of before are of another network."""
+"""Batch norm's running statistics, measured anew: for networks that were put together without training."""
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -13,32 +13,23 @@ from train.network.state import MEMORY_FORMAT
 
 
 @torch.no_grad()
-def recalibrate(
-    models: Sequence[nn.Module], batches: Iterable[Batch], precision: Precision, frozen: Collection[str] = ()
-) -> None:
+def recalibrate(model: nn.Module, batches: Iterable[Batch], precision: Precision) -> None:
     """Set running means and variances to the plain means of the batches' own, in place; no weight changes.
 
     Batch norm works as in training meanwhile, all else as in evaluation: neither random numbers nor other buffers
-    change. Each rank does it with batches of its own; averaging over the ranks is left to the caller.
-    frozen: names of modules in which statistics stay.
+    change. Any rank may call it alone.
     Source: "precise BN", Wu and Johnson, arXiv 2105.07576, section 3.
     """
-    with ExitStack() as stack:
-        for model in models:
-            stack.enter_context(_measuring(model, frozen))
+    with _measuring(model):
         for batch in batches:
-            images = batch.images.contiguous(memory_format=MEMORY_FORMAT)
-            for model in models:
-                with precision.autocast():
-                    model(images)
+            with precision.autocast():
+                model(batch.images.contiguous(memory_format=MEMORY_FORMAT))
 
 
 @contextmanager
-def _measuring(model: nn.Module, frozen: Collection[str]) -> Iterator[None]:
+def _measuring(model: nn.Module) -> Iterator[None]:
     """Inside, running statistics begin anew, and each forward pass counts the same in them."""
-    kept = {part for name in frozen for part in model.get_submodule(name).modules()}
     norms = [part for part in model.modules() if isinstance(part, _BatchNorm) and part.track_running_stats]
-    norms = [norm for norm in norms if norm not in kept]
     was_training, momenta = model.training, [norm.momentum for norm in norms]
     model.eval()
     for norm in norms:

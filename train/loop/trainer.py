@@ -47,8 +47,6 @@ class Trainer:
     val_loader: Loader
     resizer: Resizer
     compiler: BlockCompiler
-    recalibrate: int
-    """Batches by which running statistics are measured anew after a cut; 0 = they are not."""
     progress: Progress
     so_far: EpochSoFar | None
     """The epoch that is under way; None between two epochs."""

@@ -14,7 +14,7 @@ from train.methods.options import SharedOptions
 
 WITHOUT_EFFECT = (
     *("criterion", "features", "use_bias", "sequential", "target_reduction", "target_speedup", "drop_blocks"),
-    *("device", "last_epoch", "every", "momentum", "fold", "recalibrate"),
+    *("device", "last_epoch", "every", "momentum", "fold"),
 )
 """Shared options that decide nothing here: nothing is cut, and the search has its own target."""
 

@@ -36,9 +36,6 @@ class SharedOptions(PlanOptions):
     """Epochs between two cuts."""
     momentum: Literal["carry", "reset"] = "carry"
     """What happens to the optimizer's state at a resize: sliced along, or reset (the reference implementation)."""
-    recalibrate: int = 0
-    """Batches of training images of each rank, from which batch norm's running statistics are measured anew right after
-    a cut. 0 = they stay."""
 
     def __post_init__(self) -> None:
         """Raises ValueError or CupError naming the field, the value found and what is allowed."""
@@ -53,7 +50,6 @@ class SharedOptions(PlanOptions):
             ("device", self.device in ("measured", *DEVICES), f"measured, {', '.join(DEVICES)}"),
             ("last_epoch", self.last_epoch is None or self.last_epoch >= 1, "a whole number from 1, or null"),
             ("every", self.every >= 1, "a whole number from 1"),
-            ("recalibrate", self.recalibrate >= 0, "a whole number from 0"),
         ]
         for name, ok, allowed in checks:
             if not ok:

@@ -28,7 +28,8 @@ FLUSH_BYTES = 1 << 26
 """On a CPU so much is written before each call: in training, too, only what the layer before has just given is in the
 caches, and weights and what the forward pass has left for the backward pass are not."""
 
-# (channels read, channels written, window, image side / pixels of the layer's side, groups)
+# (channels read, channels written, window, image side / pixels of the layer's side, groups); odd widths are there, too:
+# they cost as much as the next multiple of what the library's kernels are made for
 CONVOLUTIONS = (
     *((64, 64, 3, 4, 1), (40, 40, 3, 4, 1), (128, 128, 3, 8, 1), (100, 60, 3, 8, 1), (256, 256, 3, 16, 1)),
     *((200, 120, 3, 16, 1), (512, 512, 3, 32, 1), (150, 300, 3, 32, 1), (24, 48, 3, 2, 1)),
@@ -37,6 +38,9 @@ CONVOLUTIONS = (
     *((2048, 512, 1, 32, 1), (320, 1280, 1, 32, 1), (960, 160, 1, 32, 1)),
     *((96, 96, 3, 4, 96), (144, 144, 3, 4, 144), (240, 240, 3, 8, 240), (480, 480, 3, 16, 480)),
     *((72, 72, 5, 8, 72), (240, 240, 5, 16, 240), (672, 672, 5, 16, 672), (96, 96, 7, 4, 96), (384, 384, 7, 16, 384)),
+    *((61, 93, 3, 4, 1), (89, 49, 3, 8, 1), (181, 105, 3, 16, 1), (81, 337, 3, 32, 1), (33, 97, 1, 4, 1)),
+    *((121, 41, 1, 8, 1), (49, 257, 1, 16, 1), (681, 97, 1, 16, 1), (161, 681, 1, 32, 1)),
+    *((81, 81, 3, 4, 81), (233, 233, 3, 16, 233), (121, 121, 5, 8, 121)),
 )
 # (read, written, image side / side of a map of tokens; 0 = one token an image)
 LINEARS = ((96, 384, 4), (384, 96, 4), (384, 1536, 16), (512, 1000, 0), (2048, 1000, 0), (4096, 4096, 0))

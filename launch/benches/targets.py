@@ -1,0 +1,122 @@
+"""Plans to a speed-up of this device against the clock, beside plans by FLOPs at the same FLOPs reduction."""
+
+import argparse
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+
+import cup
+from launch.benches.cost import turn_timer
+from launch.benches.measure import machine, rounds_in_turn, with_spread, write_result
+from launch.benches.step import StepBench
+from train.cli import positive_int
+from train.errors import TrainError
+from train.loop.config import TrainConfig
+from train.world import open_world
+
+NETWORKS = ("resnet18", "resnet50", "mobilenet_v2")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--calibration", type=Path, required=True, metavar="FILE", help="this device, as bench.py cost --out wrote it"
+    )
+    parser.add_argument(
+        "--models", nargs="+", default=NETWORKS, metavar="NAME", help="as in model.name (default: three)"
+    )
+    parser.add_argument("--speed-up", type=float, default=1.8, metavar="S", help="of a training step (default: 1.8)")
+    parser.add_argument("--criterion", choices=cup.CRITERIA, default="cup", help="default: cup")
+    parser.add_argument("--rounds", type=positive_int, default=5, metavar="N", help="after a warm-up (default: 5)")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """speed_ups: timed, dense over this network's step, round by round; modelled: what the cost model says of it."""
+
+    flops_reduction: float
+    modelled: float
+    speed_ups: list[float]
+
+
+def measure(options: argparse.Namespace) -> None:
+    """Measure, print the table, write the result after each network."""
+    device, settings = _calibration(options.calibration)
+    world = open_world("cpu" if device.name.endswith("(cpu)") else "cuda")
+    torch.backends.cudnn.benchmark = world.device.type == "cuda"  # as the trainer
+    cost = cup.device_cost(device, batch_size=settings["batch_size"])
+    print(
+        f"training steps, {device.precision}, batch {settings['batch_size']}, {settings['image_size']} pixels, fresh "
+        f"weights, criterion {options.criterion}; timed speed-up over the dense step, median of {options.rounds} "
+        "rounds (spread)"
+    )
+    print("| network | plan | FR | modelled | timed | off the target |")
+    print("|---|---|---:|---:|---:|---:|", flush=True)
+    rows = {}
+    for name in options.models:
+        config = TrainConfig(precision=device.precision)
+        bench = StepBench(name, 1000, settings["image_size"], settings["batch_size"], config, world)
+        rows[name] = _plans(bench, cost, options)
+        _print(name, rows[name], options.speed_up)
+        if options.out:
+            content = {
+                "benchmark": f"targets: a training step {options.speed_up:g} times as fast",
+                "machine": machine("torchvision"),
+                **settings,
+                "rounds": options.rounds,
+                "rows": {name: {plan: asdict(one) for plan, one in plans.items()} for name, plans in rows.items()},
+            }
+            write_result(options.out, content)
+
+
+def _plans(bench: StepBench, cost: cup.DeviceCost, options: argparse.Namespace) -> dict[str, Plan]:
+    """By time over all groups; at its FR by FLOPs, over the paper's inner groups and over all."""
+    by_time = cup.plan_by_time(
+        bench.model,
+        bench.groups,
+        options.speed_up,
+        cup.PlanOptions(scope="all", criterion=options.criterion),
+        cost=cost,
+    )
+    reduction = bench.dense.flops / bench.cost(by_time.new_widths).flops
+    widths: dict[str, Mapping[str, int]] = {"dense": bench.dense_widths, "time, all groups": by_time.new_widths}
+    inner = cup.PlanOptions(criterion=options.criterion)
+    widths["FLOPs, inner groups"] = cup.plan_by_reduction(bench.model, bench.groups, reduction, inner).new_widths
+    everywhere = cup.PlanOptions(scope="all", criterion=options.criterion)
+    view = cup.View(bench.model, bench.groups, bench.dense, bench.dense)
+    widths["FLOPs, all groups, one factor"] = cup.uniform_widths_at(view, reduction, everywhere)
+    timers = {plan: turn_timer(bench, bench.state(bench.dense_widths | dict(one))) for plan, one in widths.items()}
+    seconds = rounds_in_turn(timers, options.rounds)
+    modelled = cost.of(bench.model, bench.groups)
+    return {
+        plan: Plan(
+            flops_reduction=bench.dense.flops / bench.cost(one).flops,
+            modelled=modelled.now / modelled.at(one),
+            speed_ups=[dense / own for dense, own in zip(seconds["dense"], seconds[plan], strict=True)],
+        )
+        for plan, one in widths.items()
+        if plan != "dense"
+    }
+
+
+def _calibration(path: Path) -> tuple[cup.Device, dict[str, int]]:
+    """The device, and for which batch and images it was measured. Raises TrainError for any other file."""
+    try:
+        stored = json.loads(path.read_text())
+        device = cup.Device.from_dict(stored["device"])
+        return device, {name: int(stored[name]) for name in ("batch_size", "image_size")}
+    except (OSError, ValueError, TypeError, KeyError, cup.CupError) as error:
+        raise TrainError(f"--calibration {path}: found {error}, allowed: a result of bench.py cost") from error
+
+
+def _print(name: str, plans: Mapping[str, Plan], target: float) -> None:
+    for plan, one in plans.items():
+        off = median(one.speed_ups) / target - 1
+        print(
+            f"| {name} | {plan} | {one.flops_reduction:.2f} | {one.modelled:.2f} | {with_spread(one.speed_ups)} | "
+            f"{off:+.1%} |",
+            flush=True,
+        )
