@@ -4,6 +4,7 @@ Tensors and plain data in, plain data out: nothing here knows of ranks, logging 
 and `read_saved` touch files.
 """
 
+from cup.blocks import ResidualBlock, residual_blocks
 from cup.carry import carry_ema, carry_optimizer, check_optimizer
 from cup.complexity import Complexity, FlopsByWidths, LayerCost, complexity, complexity_after, flops_after
 from cup.cost import (
@@ -86,6 +87,7 @@ __all__ = [
     "PrunePlan",
     "Ranking",
     "Rate",
+    "ResidualBlock",
     "Resized",
     "SavedNetwork",
     "StepSeconds",
@@ -117,6 +119,7 @@ __all__ = [
     "prunable_groups",
     "read_saved",
     "reduction_at",
+    "residual_blocks",
     "save",
     "shrink_to",
     "threshold_at",

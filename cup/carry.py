@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from cup.errors import CupError
-from cup.surgery import Resized, apply_plan
+from cup.surgery import Resized, apply_to
+from cup.tracing.groups import check_groups
 from cup.tracing.narrowing import ParameterChange, select
 
 
@@ -16,16 +17,21 @@ def carry_optimizer(optimizer: torch.optim.Optimizer, resized: Resized) -> None:
     Every state tensor shaped like its parameter (momentum, Adam's moments) keeps the entries of the channels that
     stay; numbers and tensors of one element (step counts, trust ratios) move over unchanged. Where a plan folds
     channels, state is merged as its parameter is: momentum leads the folded weights on as it would have led the others,
-    folded later. The order of the parameter groups and of the parameters in them stays. Parameters that the optimizer
-    does not hold are passed over.
+    folded later. Parameters of dropped blocks go, with their state. The order of the parameter groups and of the
+    parameters in them stays, and so does a group that is left without any. Parameters that the optimizer does not hold
+    are passed over.
     Raises CupError, with the optimizer left as it was, where `check_optimizer` does.
     """
     check_optimizer(optimizer)
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     changes = [change for change in resized.changes if id(change.old) in held]
     new_parameter = {id(change.old): change.new for change in changes}
+    gone = {id(parameter) for parameter in resized.gone}
     for group in optimizer.param_groups:
-        group["params"] = [new_parameter.get(id(parameter), parameter) for parameter in group["params"]]
+        staying = [parameter for parameter in group["params"] if id(parameter) not in gone]
+        group["params"] = [new_parameter.get(id(parameter), parameter) for parameter in staying]
+    for parameter in resized.gone:
+        optimizer.state.pop(parameter, None)
     for change in changes:
         state = optimizer.state.pop(change.old, None)
         if state is not None:
@@ -57,13 +63,14 @@ def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
 
 
 def carry_ema(ema: nn.Module, resized: Resized) -> None:
-    """Remove the same channels from a moving average of the model, in place.
+    """Remove the same channels and blocks from a moving average of the model, in place.
 
     ema: a copy of the model, or torch.optim.swa_utils.AveragedModel around one. Raises CupError if it is not at the
     widths that the model had before the resize; it is then left as it was.
     """
     module = ema.module if isinstance(ema, torch.optim.swa_utils.AveragedModel) else ema
-    apply_plan(module, resized.plan, resized.groups_before)
+    check_groups(module, resized.groups_before)
+    apply_to(module, resized.plan, resized.groups_before, resized.blocks)
 
 
 def _carried(value: Any, change: ParameterChange) -> Any:

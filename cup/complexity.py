@@ -8,7 +8,7 @@ attention of a transformer), which the reference does not speak of, are counted 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,19 @@ from scipy.sparse import csr_array
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from cup.blocks import drop, outermost
 from cup.errors import CupError
 from cup.plan import PrunePlan
-from cup.tracing.groups import OUTSIDE, Call, ChannelGroup, alive_after, keep_masks
+from cup.tracing.groups import (
+    OUTSIDE,
+    Call,
+    ChannelGroup,
+    Network,
+    alive_after,
+    is_within,
+    keep_masks,
+    without_blocks,
+)
 from cup.tracing.heads import head_count
 from cup.tracing.layers import CONVS, TRANSPOSED_CONVS, find_layer, weight_of
 from cup.tracing.meta import (
@@ -33,6 +43,7 @@ from cup.tracing.meta import (
     sample_of,
     tensors_in,
 )
+from cup.tracing.narrowing import narrow_layers
 
 
 @dataclass(frozen=True)
@@ -75,11 +86,18 @@ def flops_after(model: nn.Module, groups: Sequence[ChannelGroup], plan: PrunePla
 
     now: `complexity` of the model as it is, at the input shape of the groups' trace. Nothing is run or changed.
     """
+    if plan.dropped:
+        return complexity_after(model, groups, plan, now).flops
     return FlopsByWidths(model, groups, now).after(plan.kept)
 
 
 def complexity_after(model: nn.Module, groups: Sequence[ChannelGroup], plan: PrunePlan, now: Complexity) -> Complexity:
-    """What `complexity` will count once `plan` is applied; the arguments are those of `flops_after`."""
+    """What `complexity` will count once `plan` is applied; the arguments are those of `flops_after`.
+
+    Where the plan drops blocks, by a forward pass without them on the meta device.
+    """
+    if plan.dropped:
+        return _count(_smaller_twin(model, groups, plan), groups[0].network.input_shape)
     changes = FlopsByWidths(model, groups, now).changes(plan.kept)
     removed, repeated = _removed_parameters(model, groups, plan)
     layers = []
@@ -107,21 +125,25 @@ class FlopsByWidths:
         counted = {layer.name for layer in now.layers}  # auxiliary heads are traced, but not part of inference
         calls = [call for call in network.calls if call.module in counted]
         self._names = [call.module for call in calls]
+        self._within = [call.within for call in calls]
+        self._gone = sum(_flops_in_gone(model, network))
         channels = len(network.alive)
         self._reads, self._fixed_reads = _counting([call.reads for call in calls], channels)
         self._writes, self._fixed_writes = _counting([call.writes for call in calls], channels)
         self._rates = np.array([_rates(model, call) for call in calls], dtype=np.int64)
         self._flops, self._macs = self._costs(network.alive)
 
-    def after(self, kept: Mapping[str, Sequence[int]]) -> int:
-        """FLOPs when of each named group only these channels are left."""
+    def after(self, kept: Mapping[str, Sequence[int]], dropped: Collection[str] = ()) -> int:
+        """FLOPs when of each named group only these channels are left, and these residual blocks are gone."""
         flops, _ = self._costs(alive_after(self._groups, kept))
+        if dropped:
+            flops[[any(is_within(name, block) for block in dropped) for name in self._within]] = 0
         return self._now.flops + int((flops - self._flops).sum())
 
     def full(self) -> int:
-        """FLOPs at the widths of the trace, before any cut."""
+        """FLOPs at the widths of the trace, before any cut, with the blocks that have been dropped since."""
         flops, _ = self._costs(np.ones_like(self._groups[0].network.alive))
-        return self._now.flops + int((flops - self._flops).sum())
+        return self._now.flops + int((flops - self._flops).sum()) + self._gone
 
     def changes(self, kept: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, int]]:
         """Layer -> by how much its FLOPs and its MACs change."""
@@ -155,7 +177,7 @@ def _rates(model: nn.Module, call: Call) -> tuple[int, int, int]:
     An axis where no channel can go counts as one channel.
     """
     if call.module == OUTSIDE:
-        return 0, call.macs // len(call.writes), 0
+        return 0, call.macs // (1 if call.writes is None else len(call.writes)), 0
     layer = model.get_submodule(call.module)
     flops, macs = _cost(layer, call.input_shape, call.output_shape)
     reads = 1 if call.reads is None else len(call.reads)
@@ -163,6 +185,23 @@ def _rates(model: nn.Module, call: Call) -> tuple[int, int, int]:
     mixes = isinstance(layer, nn.Linear) or (isinstance(layer, CONVS) and layer.groups == 1)
     beside = (flops - 2 * macs) // writes
     return (macs // (reads * writes), 0, beside) if mixes else (0, macs // writes, beside)
+
+
+def _flops_in_gone(model: nn.Module, network: Network) -> Iterator[int]:
+    """FLOPs at the widths of the trace of each call in the blocks that have been dropped."""
+    gone = {} if network.dense is None else network.dense.gone
+    for call in network.before_drops.calls if gone else ():
+        if any(is_within(call.within, block) for block in gone):
+            yield 2 * call.macs or _cost(network.find(model, call.module), call.input_shape, call.output_shape)[0]
+
+
+def _smaller_twin(model: nn.Module, groups: Sequence[ChannelGroup], plan: PrunePlan) -> nn.Module:
+    """On the meta device, without the blocks and channels that the plan takes."""
+    twin, names = meta_copy(model), outermost(plan.dropped)
+    staying = without_blocks(groups, {name: twin.get_submodule(name) for name in names})
+    drop(twin, names)
+    narrow_layers(twin, keep_masks((group, plan.kept[group.name]) for group in staying if group.name in plan.removed))
+    return twin
 
 
 def _removed_parameters(

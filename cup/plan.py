@@ -12,10 +12,12 @@ from cup.errors import CupError
 class PrunePlan:
     """For each group the sorted channels that stay, and the width that it had.
 
-    kept: group name -> sorted kept indices. Groups that keep all their channels may be named.
+    kept: group name -> sorted kept indices. Groups that keep all their channels may be named. None are kept of a group
+        that goes with its block.
     widths: group name -> channels before the cut, for the same names.
     folded: group name -> for each old channel the kept one that takes up its work, itself for a kept one; groups whose
         channels go without a trace are absent.
+    dropped: names of the residual blocks that become their shortcut (`residual_blocks`).
     threshold: the height of the cut; for a target reduction, that from which the search took its last steps.
     note: what a reader should know, e.g. that a target could not be reached; not part of the digest.
     """
@@ -25,11 +27,17 @@ class PrunePlan:
     threshold: float | None = None
     note: str = field(default="", compare=False)
     folded: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    dropped: tuple[str, ...] = ()
 
     @property
     def new_widths(self) -> dict[str, int]:
-        """Group name -> channels after the cut."""
+        """Group name -> channels after the cut; 0 for a group that goes with its block."""
         return {name: len(channels) for name, channels in self.kept.items()}
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether all channels and blocks stay."""
+        return not self.removed and not self.dropped
 
     @property
     def removed(self) -> dict[str, int]:
@@ -39,6 +47,7 @@ class PrunePlan:
     def digest(self) -> str:
         """SHA-256 of what the plan does, equal on every machine for equal plans."""
         parts = [dict(self.kept), dict(self.widths)] + ([dict(self.folded)] if self.folded else [])
+        parts += [list(self.dropped)] if self.dropped else []
         content = json.dumps(parts, sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
@@ -50,7 +59,9 @@ class PrunePlan:
         data = json.loads(text)
         for key in data.keys() & {"kept", "folded"}:  # plans of older versions fold nothing
             data[key] = {name: tuple(channels) for name, channels in data[key].items()}
-        return PrunePlan(**data)
+        return PrunePlan(
+            **data | {"dropped": tuple(map(str, data.get("dropped", ())))}
+        )  # those before it drop no block
 
     def then(self, later: "PrunePlan") -> "PrunePlan":
         """One plan that does what this one and then `later` do.
@@ -67,4 +78,5 @@ class PrunePlan:
                 raise CupError(f"the later plan expects {name} at {later.widths[name]} channels, found {len(before)}")
             kept[name] = tuple(before[channel] for channel in channels)
             widths.setdefault(name, later.widths[name])
-        return PrunePlan(kept, widths, later.threshold, later.note)
+        dropped = (*self.dropped, *later.dropped)
+        return PrunePlan(kept, widths, later.threshold, later.note, dropped=dropped)

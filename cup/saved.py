@@ -23,6 +23,8 @@ from cup.surgery import shrink_to
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 VERSION = 1
+WITH_DROPPED = 2
+"""The version of a network with dropped blocks, which readers of version 1 would take for weights that do not fit."""
 MAX_CONFIG_BYTES = 1 << 24
 MAX_SIDE = 16384
 MAX_CHANNELS = 1 << 20
@@ -35,6 +37,7 @@ class SavedNetwork:
 
     name: as `cup.networks.build_network` takes it: `resnet18`, `timm:resnet26d`.
     widths: channel group -> channels, of the groups that are narrower than in the full network.
+    dropped: names of the residual blocks of the full network that are their shortcut in this one.
     input_size: one image, (channels, height, width).
     resize_size: what the image is resized to before the crop of its centre, pixels.
     crop_mode: what is resized, in timm's words: center, the shorter side; squash, both; border, the longer one.
@@ -47,6 +50,7 @@ class SavedNetwork:
     name: str
     num_classes: int
     widths: Mapping[str, int] = field(default_factory=dict)
+    dropped: Sequence[str] = ()
     input_size: tuple[int, int, int]
     resize_size: int
     crop_mode: str = "center"
@@ -64,6 +68,7 @@ class SavedNetwork:
             ("name", isinstance(self.name, str), "a network's name"),
             ("num_classes", _is_count(self.num_classes, MAX_CHANNELS), "a whole number from 1"),
             ("widths", are_widths, "channels, a whole number from 1"),
+            ("dropped", _are_names(self.dropped), "names of blocks"),
             ("input_size", len(self.input_size) == 3 and all(map(_is_count, self.input_size)), "3 whole numbers"),
             ("resize_size", _is_count(self.resize_size), f"1 to {MAX_SIDE}"),
             ("crop_mode", self.crop_mode in CROP_MODES, " or ".join(CROP_MODES)),
@@ -72,7 +77,7 @@ class SavedNetwork:
             ("std", len(self.std) == channels and all(map(_is_above_0, self.std)), f"{channels} above 0"),
             (
                 "classes",
-                self.classes is None or _are_names(self.classes, self.num_classes),
+                self.classes is None or (_are_names(self.classes) and len(self.classes) == self.num_classes),
                 f"{self.num_classes} names",
             ),
             ("licence", self.licence is None or isinstance(self.licence, str), "a name"),
@@ -97,8 +102,8 @@ def load(folder: str | Path, build: Callable[[int], nn.Module] | None = None) ->
     _check_weights(path, digest)
     model = _build(saved, Path(folder) / CONFIG_FILE) if build is None else build(saved.num_classes)
     try:
-        if saved.widths:  # only a network that was cut has to be one that can be traced
-            shrink_to(model, saved.widths, saved.example_input())
+        if saved.widths or saved.dropped:  # only a network that was cut has to be one that can be traced
+            shrink_to(model, saved.widths, saved.example_input(), dropped=saved.dropped)
         _safetensors().load_model(model, path)
     except CupError as error:
         raise CupError(f"{folder}: {error}") from error
@@ -190,9 +195,10 @@ def _to_json(saved: SavedNetwork, digest: str) -> dict[str, Any]:
         **({} if saved.licence is None else {"license": saved.licence}),
     }
     own = {
-        "version": VERSION,
+        "version": WITH_DROPPED if saved.dropped else VERSION,
         "network": saved.name,
         "widths": dict(saved.widths),
+        **({"dropped": list(saved.dropped)} if saved.dropped else {}),
         "resize_size": saved.resize_size,
         "weights_sha256": digest,
     }
@@ -208,12 +214,14 @@ def _to_json(saved: SavedNetwork, digest: str) -> dict[str, Any]:
 def _from_json(config: dict[str, Any]) -> SavedNetwork:
     """Raises CupError for a value out of range, KeyError, TypeError or AttributeError for one that is not there."""
     own, images = config["cup"], config["pretrained_cfg"]
-    if own["version"] != VERSION:
-        raise CupError(f"cup.version: found {own['version']!r}, allowed: {VERSION}; another version wrote it")
+    if own["version"] not in (VERSION, WITH_DROPPED):
+        found, allowed = own["version"], f"{VERSION} or {WITH_DROPPED}"
+        raise CupError(f"cup.version: found {found!r}, allowed: {allowed}; another version wrote it")
     return SavedNetwork(
         name=own["network"],
         num_classes=config["num_classes"],
         widths=own["widths"],
+        dropped=own.get("dropped", ()),
         input_size=tuple(images["input_size"]),
         resize_size=own["resize_size"],
         crop_mode=images["crop_mode"],
@@ -237,10 +245,8 @@ def _is_above_0(value: Any) -> bool:
     return _is_finite(value) and value > 0
 
 
-def _are_names(classes: Any, count: int) -> bool:
-    return (
-        isinstance(classes, list | tuple) and len(classes) == count and all(isinstance(name, str) for name in classes)
-    )
+def _are_names(names: Any) -> bool:
+    return isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
 
 
 def _digest(path: Path) -> str:

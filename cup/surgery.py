@@ -1,7 +1,7 @@
 """Surgery: remove channels from a model in place, and map every old parameter to its new one."""
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from cup.blocks import ResidualBlock, blocks_named, drop, outermost, residual_blocks
 from cup.errors import CupError
 from cup.folding import fold_merges
 from cup.plan import PrunePlan
-from cup.tracing.groups import ChannelGroup, check_groups, keep_masks, narrow_groups
+from cup.tracing.groups import ChannelGroup, check_groups, keep_masks, narrow_groups, without_blocks
 from cup.tracing.layers import find_layer, weight_dim
-from cup.tracing.meta import check_model
+from cup.tracing.meta import check_model, meta_copy
 from cup.tracing.narrowing import ParameterChange, narrow_layers
 from cup.tracing.trace import channel_groups
 
@@ -24,6 +25,8 @@ class Resized:
     """The outcome of `apply_plan`: hand it to `carry_optimizer` and `carry_ema`.
 
     changes: the parameters that were replaced; all others are the same objects as before.
+    gone: the parameters of dropped blocks.
+    blocks: those that were dropped.
     groups: the channel groups at their new widths, as a new trace would find them.
     groups_before: the groups that the plan was applied to.
     """
@@ -32,54 +35,84 @@ class Resized:
     changes: tuple[ParameterChange, ...]
     groups: list[ChannelGroup]
     groups_before: list[ChannelGroup]
+    gone: tuple[nn.Parameter, ...] = ()
+    blocks: tuple[ResidualBlock, ...] = ()
 
 
 def apply_plan(model: nn.Module, plan: PrunePlan, groups: Sequence[ChannelGroup] | None = None) -> Resized:
     """Remove the channels that `plan` does not keep, in place; those that stay take up what the plan folds into them.
 
     Parameters are replaced by narrower ones (dtype, device, memory format, requires_grad and hooks kept, gradients
-    dropped), batch-norm statistics are sliced, the layers' channel attributes follow. Every rank calls it with the same
-    plan, on the bare model: a DDP wrapper is dropped first and made anew after.
+    dropped), batch-norm statistics are sliced, the layers' channel attributes follow. Blocks that the plan drops become
+    `nn.Identity`; whether they can be dropped is looked up anew, which takes a few traces. Every rank calls it with the
+    same plan, on the bare model: a DDP wrapper is dropped first and made anew after.
     groups: from `channel_groups(model)`; traced here if not given.
     Raises CupError, with the model left as it was, for a plan of another network, one that was applied already, and
-    one that names frozen or unknown groups; and for a model that a DDP wrapper holds.
+    one that names frozen or unknown groups, or blocks that cannot be dropped; and for a model that a DDP wrapper holds.
     """
     check_model(model)
     _check_not_in_ddp(model)
     groups_before = list(channel_groups(model) if groups is None else groups)
     check_groups(model, groups_before)
-    _check_plan(plan, groups_before)
-    shrinking = [(group, plan.kept[group.name]) for group in groups_before if group.name in plan.removed]
+    blocks = blocks_named(residual_blocks(model, groups_before), plan.dropped) if plan.dropped else []
+    return apply_to(model, plan, groups_before, blocks)
+
+
+def apply_to(
+    model: nn.Module, plan: PrunePlan, groups: Sequence[ChannelGroup], blocks: Sequence[ResidualBlock]
+) -> Resized:
+    """`apply_plan` for groups that fit the model, and blocks that the plan drops and that can be dropped from it."""
+    _check_plan(plan, groups, blocks)
+    names = outermost(block.name for block in blocks)
+    skeletons = {name: meta_copy(model.get_submodule(name)) for name in names}
+    gone = tuple(parameter for name in names for parameter in model.get_submodule(name).parameters())
+    staying = without_blocks(groups, skeletons) if names else list(groups)
+    shrinking = [(group, plan.kept[group.name]) for group in staying if group.name in plan.removed]
     masks = keep_masks(shrinking)
-    changes = narrow_layers(model, masks, fold_merges(model, plan, [group for group, _ in shrinking], masks))
-    return Resized(plan, changes, narrow_groups(groups_before, dict(plan.kept)), groups_before)
+    merges = fold_merges(model, plan, [group for group, _ in shrinking], masks)
+    changes = narrow_layers(model, masks, merges)
+    drop(model, names)
+    kept = {group.name: plan.kept[group.name] for group in staying if group.name in plan.kept}
+    return Resized(plan, changes, narrow_groups(staying, kept), list(groups), gone, tuple(blocks))
 
 
-def shrink_to(model: nn.Module, widths: Mapping[str, int], example_input: Any = None) -> Resized:
+def shrink_to(
+    model: nn.Module, widths: Mapping[str, int], example_input: Any = None, *, dropped: Iterable[str] = ()
+) -> Resized:
     """Bring groups to the given widths in place, keeping their first channels: the shape to load stored weights into.
 
-    widths: group name -> channels; groups that it does not name keep theirs.
-    Raises CupError for an unknown group or a width outside 1..the width now; the model is left as it was.
+    widths: group name -> channels; groups that it does not name keep theirs. dropped: names of the residual blocks that
+        become their shortcut.
+    Raises CupError for an unknown group, a width outside 1..the width now, or a block that cannot be dropped; the model
+    is left as it was.
     """
-    groups = channel_groups(model, example_input)
-    return apply_plan(model, plan_first_channels(groups, widths), groups)
+    groups, dropped = channel_groups(model, example_input), list(dropped)
+    _check_not_in_ddp(model)
+    blocks = blocks_named(residual_blocks(model, groups), dropped) if dropped else []
+    return apply_to(model, plan_first_channels(groups, widths, blocks), groups, blocks)
 
 
-def plan_first_channels(groups: Sequence[ChannelGroup], widths: Mapping[str, int]) -> PrunePlan:
+def plan_first_channels(
+    groups: Sequence[ChannelGroup], widths: Mapping[str, int], dropped: Sequence[ResidualBlock] = ()
+) -> PrunePlan:
     """The plan that `shrink_to` applies: every named group keeps its first channels, the others all of theirs.
 
+    dropped: of `residual_blocks`; their groups go with them, whatever `widths` says of these.
     Raises CupError for an unknown or frozen group and for a width outside 1..the width now.
     """
     known = {group.name: group for group in groups}
+    gone = {name: 0 for block in dropped for name in block.groups}
     for name, width in widths.items():
         if name not in known:
             raise CupError(f"no channel group {name!r} in this network; there are: {', '.join(known)}")
+        if name in gone:
+            continue
         if not 1 <= width <= known[name].width:
             raise CupError(f"width of {name}: found {width}, allowed: 1 to {known[name].width}")
         if known[name].frozen and width < known[name].width:
             raise CupError(f"{name} must keep its width: {known[name].frozen}")
-    kept = {name: tuple(range(width)) for name, width in widths.items()}
-    return PrunePlan(kept, {name: known[name].width for name in widths})
+    kept = {name: tuple(range(width)) for name, width in {**widths, **gone}.items()}
+    return PrunePlan(kept, {name: known[name].width for name in kept}, dropped=tuple(block.name for block in dropped))
 
 
 def zero_filters(model: nn.Module, plan: PrunePlan, groups: Sequence[ChannelGroup]) -> None:
@@ -143,8 +176,11 @@ def _is_in_ddp(model: nn.Module) -> bool:
     )
 
 
-def _check_plan(plan: PrunePlan, groups: Sequence[ChannelGroup]) -> None:
+def _check_plan(plan: PrunePlan, groups: Sequence[ChannelGroup], blocks: Sequence[ResidualBlock] = ()) -> None:
     known = {group.name: group for group in groups}
+    gone = {name for block in blocks for name in block.groups}
+    if missing := sorted(name for name in gone if plan.kept.get(name, (0,)) != ()):
+        raise CupError(f"{missing[0]} goes with its block, but the plan keeps channels of it; allowed: none")
     for name, channels in plan.kept.items():
         if name not in known:
             raise CupError(f"this plan is another network's: no channel group {name!r}; there are: {', '.join(known)}")
@@ -154,6 +190,8 @@ def _check_plan(plan: PrunePlan, groups: Sequence[ChannelGroup]) -> None:
                 f"this plan expects {name} at {plan.widths[name]} channels, found {group.width}: "
                 "it was applied already, or it is another network's"
             )
+        if name in gone:
+            continue
         if group.frozen and len(channels) < group.width:
             raise CupError(f"{name} must keep its width: {group.frozen}")
         in_range = channels and channels[0] >= 0 and channels[-1] < group.width

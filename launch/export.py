@@ -138,7 +138,7 @@ def _export_folder(options: Namespace, network: StoredNetwork, saved: SavedNetwo
     dense = None if options.dense is None else load_network(options.dense, options.model)
     if dense is not None and (dense.architecture != network.architecture or dense.plans):
         raise ConfigError(f"--dense: {options.dense} is not the full network of {options.checkpoint}")
-    exported = export_folder(network, saved, out, dense if saved.widths else network)
+    exported = export_folder(network, saved, out, dense if saved.widths or saved.dropped else network)
     _say_input(saved, "")
     _say_exported(exported)
     print(f"load it with: {load_call(saved, str(out))}")

@@ -73,20 +73,28 @@ class Latency:
 
 
 def latency_plan(
-    latency: Latency, network: StoredNetwork, groups: Sequence[ChannelGroup], options: PlanOptions
+    latency: Latency,
+    network: StoredNetwork,
+    groups: Sequence[ChannelGroup],
+    options: PlanOptions,
+    drop_blocks: bool,
 ) -> PrunePlan:
     """The cut after which a forward pass takes the target. Where it can be timed, the model's share is what counts: by
     how much the network has to get faster than it was timed.
+
+    drop_blocks: whether whole residual blocks may go, too.
 
     Raises ConfigError where the modelled time is below the target already, TrainError where no cut saves any time.
     """
     now_s = latency.cost.of(network.model, groups).now if latency.before_s is None else latency.before_s
     _check_target(latency.target_s, now_s)
-    plan = cup.plan_by_time(network.model, groups, now_s / latency.target_s, options, cost=latency.cost)
-    if not plan.removed:
+    settings = {"cost": latency.cost, "drop_blocks": drop_blocks}
+    plan = cup.plan_by_time(network.model, groups, now_s / latency.target_s, options, **settings)
+    if plan.changes_nothing:
+        blocks = "" if drop_blocks else "; --drop-blocks lets whole blocks go"
         raise TrainError(
             f"no narrower width is faster on {latency.cost.device.name} (kernel launches bound it, or --scope, "
-            "--round-to and --min-channels allow none); nothing was written"
+            f"--round-to and --min-channels allow none{blocks}); nothing was written"
         )
     return plan
 

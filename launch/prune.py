@@ -34,8 +34,11 @@ def _prune(argv: list[str]) -> None:
     network, note = _open_source(options)
     groups = network.groups or cup.channel_groups(network.model, network.architecture.example_input())
     latency = Latency.of(options, network) if options.latency else None
-    plan = latency_plan(latency, network, groups, settings) if latency else _plan(options, network, groups, settings)
-    if not plan.removed:
+    if latency is not None:
+        plan = latency_plan(latency, network, groups, settings, options.drop_blocks)
+    else:
+        plan = _plan(options, network, groups, settings)
+    if plan.changes_nothing:
         why = f": {plan.note}" if plan.note else ", ask for a deeper one"
         raise TrainError(f"this cut removes no channel of {options.source}, nothing was written{why}")
     trees = _trees(network, groups, plan, settings) if options.dendrogram else []  # read before the model is cut
@@ -69,6 +72,7 @@ def _parse(argv: list[str]) -> Namespace:
     )
     parser.add_argument("--batch", type=positive_int, metavar="N", help="with --latency: images (default: 1)")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="with --latency (default: fp32)")
+    parser.add_argument("--drop-blocks", action="store_true", help="with --latency: whole residual blocks may go, too")
     defaults = PlanOptions()
     parser.add_argument(
         "--criterion", choices=tuple(cup.CRITERIA), default=defaults.criterion, help="which channels go first"
@@ -122,6 +126,8 @@ def _plan_options(options: Namespace) -> PlanOptions:
         raise ConfigError("--latency and --device go together: whose time is it?")
     if options.latency is None and (options.batch or options.precision):
         raise ConfigError("--batch and --precision go with --latency: FLOPs are those of one image")
+    if options.latency is None and options.drop_blocks:
+        raise ConfigError("--drop-blocks goes with --latency: what a block gives is weighed against its time")
     options.scope = options.scope or ("inner" if options.latency is None else "all")
     return PlanOptions(**{name: getattr(options, name) for name in names})
 
@@ -145,6 +151,7 @@ def _trees(
     """The dendrograms that the plan was cut from. Raises ConfigError where the criterion makes none."""
     counts = plan.new_widths
     cuts = cup.cut_groups(network.model, groups, lambda group, ranking: counts[group.name], settings)
+    cuts = [cut for cut in cuts if plan.kept[cut.group.name]]  # not of dropped blocks
     if any(cut.ranking.tree is None for cut in cuts):
         raise ConfigError(f"--dendrogram: found --criterion {settings.criterion}, which makes no tree; allowed: cup")
     return cuts
@@ -179,7 +186,8 @@ def _report(plan: PrunePlan, cut: Cut) -> str:
         ("FR of the full network", f"{cut.reduction_before:.3f} x", f"{cut.reduction_after:.3f} x"),
     ]
     at = [] if plan.threshold is None else [f"cut at t {plan.threshold:.4f}"]
-    notes = [f"note: {plan.note}"] if plan.note else []
+    notes = [f"blocks dropped: {', '.join(plan.dropped)}"] if plan.dropped else []
+    notes += [f"note: {plan.note}"] if plan.note else []
     return "\n".join([_table(widths), "", _table(costs), *at, *notes])
 
 

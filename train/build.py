@@ -316,7 +316,7 @@ def _begin(
     elif source is not None:
         notes = _start_from(source, config, parts)
         progress.gpu_hours_before = source["gpu_hours"]
-    elif (plan := plan_narrowing(config.model, parts.resizer.groups, config.prune.scope)) is not None:
+    elif plan := plan_narrowing(config.model, parts.state.model, parts.resizer.groups, config.prune.scope):
         parts.resizer.replay(parts.state, [plan])
         notes = [f"{config.model.narrowed}: {config.model.name} at FR {parts.resizer.reduction:.2f}"]
     return Restored(progress, so_far=None, allowed_widths=None, step_device=None, notes=notes)

@@ -8,8 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+from torch import nn
+
 import cup
 from cup import ChannelGroup, CupError, PlanOptions, PrunePlan
+from cup.blocks import blocks_named
 from train.checkpoint.file import load_checkpoint
 from train.checkpoint.network import stored_architecture, stored_plans
 from train.config import ModelConfig
@@ -19,25 +22,28 @@ from train.prune import read_counts
 
 
 def plan_narrowing(
-    config: ModelConfig, groups: Sequence[ChannelGroup], scope: Literal["inner", "all"]
+    config: ModelConfig, model: nn.Module, groups: Sequence[ChannelGroup], scope: Literal["inner", "all"]
 ) -> PrunePlan | None:
     """The plan that brings the full network to `model.width` or `model.widths`; None where neither is asked for.
 
-    groups: of the full network. Raises ConfigError for a file that is not about this network, CupError where nothing
-    may be narrowed.
+    model, groups: of the full network, only read. Raises ConfigError for a file that is not about this network,
+    CupError where nothing may be narrowed.
     """
     if config.widths is None:
         if config.width == 1:
             return None
         return cup.plan_first_channels(groups, cup.uniform_widths(groups, 1 - config.width, PlanOptions(scope=scope)))
     try:
-        return cup.plan_first_channels(groups, read_widths(Path(config.widths), config.name))
+        widths, dropped = read_widths(Path(config.widths), config.name)
+        blocks = blocks_named(cup.residual_blocks(model, groups), dropped) if dropped else []
+        return cup.plan_first_channels(groups, widths, blocks)
     except CupError as error:
         raise ConfigError(f"model.widths: {config.widths}: {error}") from error
 
 
-def read_widths(path: Path, network: str) -> Mapping[str, int]:
-    """Group -> channels: those that a checkpoint of this network ended with, or what a JSON or YAML file says.
+def read_widths(path: Path, network: str) -> tuple[Mapping[str, int], list[str]]:
+    """Group -> channels, and dropped blocks: what a checkpoint of this network ended with; or the channels in a file
+    of JSON or YAML.
 
     Raises ConfigError for another network's checkpoint and for a file that holds no widths.
     """
@@ -47,13 +53,15 @@ def read_widths(path: Path, network: str) -> Mapping[str, int]:
     except OSError as error:
         raise ConfigError(f"model.widths: cannot read {path}: {error.strerror}") from error
     if not is_checkpoint:
-        return read_counts(path)
+        return read_counts(path), []
     content = load_checkpoint(path)
     if (found := stored_architecture(content).name) != network:
         raise ConfigError(f"model.widths: {path} holds {found}, allowed: a checkpoint of {network}")
     widths: dict[str, int] = {}
+    dropped: list[str] = []
     for plan in stored_plans(content):
         widths |= plan.new_widths
+        dropped += plan.dropped
     if not widths:
         raise ConfigError(f"model.widths: {path} holds the full network, which was never cut")
-    return widths
+    return widths, dropped

@@ -32,7 +32,7 @@ class ResizeError(TrainError):
 class Outcome:
     """What an action did.
 
-    removed: group -> channels that went, or with a soft action were zeroed; empty where nothing did.
+    removed: group -> channels that went, or with a soft action were zeroed; all of a group whose block was dropped.
     digests: one a rank, all equal; empty where nothing was removed.
     """
 
@@ -113,7 +113,7 @@ class Resizer:
         Raises ResizeError on every rank if the ranks do not end with equal bits.
         """
         before = self.reduction
-        if not action.plan.removed:
+        if action.plan.changes_nothing:
             return Outcome(action, {}, before, before, [])
         if not action.soft:
             state.parallel = state.model  # DDP holds on to the parameters it was built with

@@ -43,8 +43,8 @@ class NetworkFlops:
     def now(self) -> float:
         return self.at({})
 
-    def at(self, widths: Mapping[str, int]) -> float:
-        return self._flops.after({name: range(width) for name, width in widths.items()})
+    def at(self, widths: Mapping[str, int], dropped: Collection[str] = ()) -> float:
+        return self._flops.after({name: range(width) for name, width in widths.items()}, dropped)
 
     def walk(self, widths: Mapping[str, int]) -> "FlopsWalk":
         return FlopsWalk(self, dict(widths))
@@ -55,18 +55,26 @@ class NetworkFlops:
 
 
 class FlopsWalk:
-    """Widths that change one group at a time. cost: at the current widths."""
+    """Widths that change one group at a time, and blocks that go. cost: at the current widths."""
 
     def __init__(self, flops: NetworkFlops, widths: dict[str, int]) -> None:
         self._flops, self.widths = flops, widths
+        self._dropped: tuple[str, ...] = ()
         self.cost = flops.at(widths)
 
     def after(self, name: str, width: int) -> float:
-        return self._flops.at(self.widths | {name: width})
+        return self._flops.at(self.widths | {name: width}, self._dropped)
 
     def move(self, name: str, width: int) -> None:
         self.widths[name] = width
-        self.cost = self._flops.at(self.widths)
+        self.cost = self._flops.at(self.widths, self._dropped)
+
+    def after_drop(self, block: str) -> float:
+        return self._flops.at(self.widths, (*self._dropped, block))
+
+    def drop(self, block: str) -> None:
+        self._dropped = (*self._dropped, block)
+        self.cost = self._flops.at(self.widths, self._dropped)
 
     def neighbours(self, name: str) -> Collection[str]:
         return self._flops.neighbours(name)

@@ -69,17 +69,22 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Work:
-    """All kernels of a training step, or of inference, and the axes that they speak of."""
+    """All kernels of a training step, or of inference, and the axes that they speak of.
+
+    modules: of each kernel, the innermost module that has it run.
+    """
 
     axes: tuple[Axis, ...]
     kernels: tuple[Kernel, ...]
+    modules: tuple[str, ...]
 
 
 def kernels_of(model: nn.Module, network: Network, *, training: bool, fused: bool) -> Work:
     """The kernels in the order of the forward pass, each operation's backward ones behind its own."""
     counting = _Counting(model, network, training, fused)
-    kernels = tuple(kernel for operation in counting.operations for kernel in counting.kernels(operation))
-    return Work(tuple(counting.axes), (*kernels, *counting.sums_of_gradients()))
+    pairs = [(kernel, op.module) for op in counting.operations for kernel in counting.kernels(op)]
+    kernels, modules = zip(*pairs, *counting.sums_of_gradients(), strict=True)
+    return Work(tuple(counting.axes), kernels, modules)
 
 
 PASSES = {"batch_norm": (3, 5), "norm": (2, 5), "unary": (2, 3), "binary": (3, 3), "dropout": (2, 3)}
@@ -124,7 +129,7 @@ class _Counting:
     def __post_init__(self) -> None:
         self.operations = [op for op in self.network.operations if self.training or op.in_evaluation]
         self._axis_of: dict[bytes, int] = {}
-        self._layers = {op.module: self.model.get_submodule(op.module) for op in self.operations}
+        self._layers = {op.module: self.network.find(self.model, op.module) for op in self.operations}
         self._maker = {op.writes: op for op in self.operations if op.writes is not None}
         self._readers: dict[int, list[TracedOp]] = {}
         for op in self.operations:
@@ -161,13 +166,13 @@ class _Counting:
         else:
             yield from self._elementwise(op)
 
-    def sums_of_gradients(self) -> Iterator[Kernel]:
-        """Where several operations read a value, their gradients are added up, one by one."""
+    def sums_of_gradients(self) -> Iterator[tuple[Kernel, str]]:
+        """Where several operations read a value, their gradients are added up, one by one: for the reader's module."""
         for position, readers in self._readers.items():
             if position in self._with_gradient and len(readers) > 1:
                 axis, each = self._elements(position)
-                for _ in readers[1:]:
-                    yield Kernel("binary.backward", elements=((axis, 3 * each),))
+                for reader in readers[1:]:
+                    yield Kernel("binary.backward", elements=((axis, 3 * each),)), reader.module
 
     # --- products ---
 
@@ -341,8 +346,9 @@ class _Counting:
         return found
 
     def _is_trained(self, name: str) -> bool:
+        owner, _, attribute = name.rpartition(".")
         try:
-            return self.model.get_parameter(name).requires_grad
+            return self.network.find(self.model, owner).get_parameter(attribute).requires_grad
         except AttributeError:
             return False  # a buffer, or a constant that the code made
 

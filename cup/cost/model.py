@@ -9,7 +9,7 @@ from cup.tracing.groups import ChannelGroup
 
 
 class Walk(Protocol):
-    """Widths that change one group at a time. cost: at the current widths, `widths`."""
+    """Widths that change one group at a time, and blocks that go. cost: at the current widths, `widths`."""
 
     cost: float
     widths: dict[str, int]
@@ -22,13 +22,21 @@ class Walk(Protocol):
         """Give the group so many channels."""
         ...
 
+    def after_drop(self, block: str) -> float:
+        """The cost if this residual block were its shortcut; asked for only where a planner may drop blocks."""
+        ...
+
+    def drop(self, block: str) -> None:
+        """Take the block out. Its groups are not moved any more."""
+        ...
+
     def neighbours(self, name: str) -> Collection[str]:
         """The groups whose steps may cost something else once this one has moved; itself is one of them."""
         ...
 
 
 class CostByWidths(Protocol):
-    """One network's cost. full: at the widths of the trace; now: at those of the groups."""
+    """One network's cost. full: at the widths of the trace, with all blocks; now: at the groups' widths."""
 
     @property
     def full(self) -> float: ...
@@ -36,8 +44,11 @@ class CostByWidths(Protocol):
     @property
     def now(self) -> float: ...
 
-    def at(self, widths: Mapping[str, int]) -> float:
-        """Where these groups have so many channels, whichever they are; those not named keep their width."""
+    def at(self, widths: Mapping[str, int], dropped: Collection[str] = ()) -> float:
+        """Where these groups have so many channels, whichever they are; those not named keep their width.
+
+        dropped: names of residual blocks that are their shortcut; what `widths` says of their groups does not count.
+        """
         ...
 
     def walk(self, widths: Mapping[str, int]) -> Walk:

@@ -4,7 +4,8 @@ Shape suffixes: K kernels, A axes, G groups.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from scipy.sparse import csr_array
@@ -13,7 +14,7 @@ from torch import nn
 from cup.cost.devices import ELEMENT_BYTES, Device, named_device
 from cup.cost.kernels import Work, counts, kernels_of, occurrences
 from cup.errors import CupError
-from cup.tracing.groups import ChannelGroup
+from cup.tracing.groups import ChannelGroup, is_within
 
 
 def device_cost(
@@ -70,8 +71,11 @@ class StepSeconds:
         if not groups:
             raise CupError("no channel groups: the cost of a network is that of its traced operations")
         network, device = groups[0].network, cost.device
+        self._cost, self._model, self._groups = cost, model, tuple(groups)
         work = kernels_of(model, network, training=cost.training, fused=cost.fused)
         self.kinds = tuple(kernel.kind for kernel in work.kernels)
+        self._modules = work.modules
+        self._rows_in: dict[str, np.ndarray] = {}
         self._names = {group.name: index for index, group in enumerate(groups)}
         self._widths_G = np.array([group.width for group in groups], dtype=np.float64)
         self._counts_A = counts(work.axes, network.alive)
@@ -116,19 +120,36 @@ class StepSeconds:
         self._neighbours = {name: names[rows_KG[rows].any(axis=0)].tolist() for name, rows in self._rows_of.items()}
         self._traffic_of = {name: self._traffic_KA[rows] for name, rows in self._rows_of.items()}
 
-    @property
+    @cached_property
     def full(self) -> float:
-        """At the widths of the trace, before any cut."""
-        return float(self._seconds(self._full_A).sum())
+        """At the widths of the trace, before any cut, with the blocks that have been dropped since."""
+        network = self._groups[0].network
+        if network.dense is None:
+            return float(self._seconds(self._full_A).sum())
+        groups = [replace(group, network=network.before_drops) for group in self._groups]
+        before = StepSeconds(self._cost, self._model, groups)
+        return float(before._seconds(before._full_A).sum())
 
     @property
     def now(self) -> float:
         """At the widths of the groups."""
         return float(self._seconds(self._counts_A).sum())
 
-    def at(self, widths: Mapping[str, int]) -> float:
-        """Where these groups have so many channels, whichever they are; those not named keep their width."""
-        return float(self._seconds(self._counts(widths)).sum())
+    def at(self, widths: Mapping[str, int], dropped: Collection[str] = ()) -> float:
+        """Where these groups have so many channels, whichever they are; those not named keep their width.
+
+        dropped: names of residual blocks that are their shortcut; what `widths` says of their groups does not count.
+        """
+        seconds_K = self._seconds(self._counts(widths))
+        return float(seconds_K.sum() - seconds_K[self._rows_within(dropped)].sum())
+
+    def _rows_within(self, blocks: Collection[str]) -> np.ndarray:
+        """int64: the kernels that these blocks have run, each once."""
+        for block in blocks:
+            if block not in self._rows_in:
+                inside = [is_within(module, block) for module in self._modules]
+                self._rows_in[block] = np.flatnonzero(inside)
+        return np.unique(np.concatenate([np.empty(0, np.int64), *(self._rows_in[block] for block in blocks)]))
 
     def by_kind(self, widths: Mapping[str, int]) -> dict[str, float]:
         """Kernel kind -> seconds of all its kernels."""
@@ -166,24 +187,37 @@ def kernel_seconds(computing: np.ndarray, moving: np.ndarray, launch_s: float, o
 
 
 class Walk:
-    """Widths that change one group at a time. cost: at the current widths."""
+    """Widths that change one group at a time, and blocks that go. cost: at the current widths."""
 
     def __init__(self, seconds: StepSeconds, widths: Mapping[str, int]) -> None:
         self._seconds = seconds
         self.widths = dict(widths)
         self._counts_A = seconds._counts(widths)
+        self._runs_K = np.ones(len(seconds.kinds), dtype=bool)  # False for the kernels of dropped blocks
         self.cost = float(seconds._seconds(self._counts_A).sum())
 
     def after(self, name: str, width: int) -> float:
         """The cost if this group had so many channels."""
-        before = self._seconds._seconds(self._counts_A, name).sum()
-        return self.cost + float(self._seconds._seconds(self._moved(name, width), name).sum() - before)
+        runs = self._runs_K[self._seconds._rows_of[name]]
+        before, after = (self._seconds._seconds(one, name)[runs] for one in (self._counts_A, self._moved(name, width)))
+        return self.cost + float(after.sum() - before.sum())
 
     def move(self, name: str, width: int) -> None:
         """Give the group so many channels."""
         self.cost = self.after(name, width)
         self._counts_A = self._moved(name, width)
         self.widths[name] = width
+
+    def after_drop(self, block: str) -> float:
+        """The cost if this residual block were its shortcut."""
+        rows = self._seconds._rows_within([block])
+        rows = rows[self._runs_K[rows]]
+        return self.cost - float(self._seconds._seconds(self._counts_A)[rows].sum())
+
+    def drop(self, block: str) -> None:
+        """Take the block out."""
+        self.cost = self.after_drop(block)
+        self._runs_K[self._seconds._rows_within([block])] = False
 
     def neighbours(self, name: str) -> Collection[str]:
         """The groups that share a kernel with this one; itself is one of them."""

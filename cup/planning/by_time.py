@@ -2,20 +2,21 @@
 
 import itertools
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 from torch import nn
 
+from cup.blocks import ResidualBlock, outermost, residual_blocks
 from cup.cost.model import Cost, Walk
 from cup.criteria import View
 from cup.errors import CupError
 from cup.plan import PrunePlan
 from cup.planning.cuts import cut_view, plan_from
-from cup.planning.losses import losses_by_width
+from cup.planning.losses import loss_as_it_is, loss_of_block, losses_by_width
 from cup.planning.options import PlanOptions
-from cup.tracing.groups import ChannelGroup, check_groups
+from cup.tracing.groups import ChannelGroup, Network, check_groups, is_within, prunable_groups, without_blocks
 
 TIME_TOLERANCE = 0.01
 """Relative tolerance around a target speed-up."""
@@ -32,6 +33,7 @@ def plan_by_time(
     *,
     cost: Cost,
     full_cost: float | None = None,
+    drop_blocks: bool = False,
 ) -> PrunePlan:
     """The plan after which a step takes 1/target of the time, or less by up to 1% where widths allow that.
 
@@ -43,6 +45,8 @@ def plan_by_time(
 
     cost: what is to be saved, e.g. `device_cost("h100-sxm", batch_size=256)`. Without `options.round_to` widths are
     multiples of its granularity. full_cost: what the target is measured against; the cost now, if not given.
+    drop_blocks: one more kind of step: a residual block that can be dropped (`residual_blocks`) goes with all its
+    kernels. Where that would pass the target by more than 1%, the block stays.
     If even the narrowest widths take longer than that, or none are found near, the plan's `note` says so.
     Raises CupError for a target <= 1, weights that are not finite, or groups of another network.
     """
@@ -50,31 +54,71 @@ def plan_by_time(
         raise CupError(f"target speed-up: found {target}, allowed: a number above 1")
     check_groups(model, groups)
     view = View(model, groups)
-    search = _Search(view, cost, options)
+    search = _Search(view, cost, options, residual_blocks(model, groups) if drop_blocks else [])
     full = search.walk.cost if full_cost is None else full_cost
     note = search.reach(full, target)
-    return replace(plan_from(cut_view(view, lambda group, ranking: search.walk.widths[group.name], options)), note=note)
+    return replace(search.plan(), note=note)
 
 
 class _Search:
-    """Widths on their way to a target."""
+    """Widths on their way to a target, and the blocks that are dropped."""
 
-    def __init__(self, view: View, cost: Cost, options: PlanOptions) -> None:
+    def __init__(self, view: View, cost: Cost, options: PlanOptions, blocks: Sequence[ResidualBlock]) -> None:
         rankings = cut_view(view, lambda group, ranking: group.width, options)
-        self.losses: dict[str, np.ndarray] = {}
-        self.allowed: dict[str, tuple[int, ...]] = {}
+        self._view, self._options = view, options
+        self._losses: dict[str, np.ndarray] = {}
+        self._all_allowed: dict[str, tuple[int, ...]] = {}
         for cut in rankings:
-            self.losses[cut.group.name] = losses_by_width(view, cut.group, cut.ranking)
-            self.allowed[cut.group.name] = allowed_widths(cut.group, options, cost.granularity)
-        self.walk: Walk = cost.of(view.model, view.groups).walk({cut.group.name: cut.group.width for cut in rankings})
+            self._losses[cut.group.name] = losses_by_width(view, cut.group, cut.ranking)
+            self._all_allowed[cut.group.name] = allowed_widths(cut.group, options, cost.granularity)
+        self._kept_losses = {group.name: loss_as_it_is(view, group) for group in view.groups}
+        self._costs = cost.of(view.model, view.groups)
+        self._blocks = {block.name: block for block in blocks if block.groups}
+        self._streams = {block.name: _stream_of(block, view.groups) for block in blocks}
+        self._begin()
+
+    def _begin(self) -> None:
+        """Back to the widths that the network has. allowed: of the groups that no dropped block has taken along."""
+        self.allowed = dict(self._all_allowed)
+        self.dropped: list[str] = []
+        self.walk: Walk = self._costs.walk({name: widths[-1] for name, widths in self.allowed.items()})
+
+    def plan(self) -> PrunePlan:
+        """The plan that leads to the widths now: the criterion ranks what is left when the blocks have gone."""
+        blocks = [self._blocks[name] for name in outermost(self.dropped)]
+        model, groups, gone = self._view.model, self._view.groups, {}
+        if blocks:
+            groups = without_blocks(groups, {block.name: model.get_submodule(block.name) for block in blocks})
+            gone = {name: () for block in blocks for name in block.groups}
+        view = View(model, groups) if blocks else self._view
+        some = prunable_groups(groups, self._options.scope)
+        cuts = cut_view(view, lambda group, ranking: self.walk.widths[group.name], self._options) if some else []
+        widths = {group.name: group.width for group in self._view.groups if group.name in gone}
+        plan = plan_from(cuts)
+        dropped = tuple(block.name for block in blocks)
+        return replace(plan, kept={**plan.kept, **gone}, widths={**plan.widths, **widths}, dropped=dropped)
 
     def reach(self, full: float, target: float) -> str:
         """Move the widths to the target; returns what is to be noted, "" where they are near."""
         goal = full / target
         if self.walk.cost < goal / (1 + TIME_TOLERANCE):
             return f"the step is {full / self.walk.cost:.3f} times faster already, above {target:g}"
-        before = self.walk.cost
-        self._narrow(goal)
+        blocks, too_far = dict(self._blocks), None
+        while True:
+            note = self._approach(full, target, blocks)
+            if too_far is not None and self.walk.cost > goal * (1 + TIME_TOLERANCE):
+                self.walk, self.allowed, self.dropped, note = too_far
+                return note
+            if not note or not self.dropped or self.walk.cost > goal:
+                return note
+            too_far = self.walk, self.allowed, self.dropped, note
+            del blocks[self.dropped[-1]]  # once more without the step that went too far
+            self._begin()
+
+    def _approach(self, full: float, target: float, blocks: Mapping[str, ResidualBlock]) -> str:
+        """Once from the start to the target. blocks: those that may be dropped."""
+        goal, before = full / target, self.walk.cost
+        self._narrow(goal, dict(blocks))
         if self.walk.cost > goal:
             if self.walk.cost <= goal * (1 + TIME_TOLERANCE):
                 return ""
@@ -92,22 +136,62 @@ class _Search:
     def _is_near(self, cost: float, goal: float) -> bool:
         return goal / (1 + TIME_TOLERANCE) <= cost <= goal
 
-    def _narrow(self, goal: float) -> None:
-        """The cheapest step, again and again, until the cost is at the goal or nothing is left that saves any."""
+    def _narrow(self, goal: float, blocks: dict[str, ResidualBlock]) -> None:
+        """The cheapest step, again and again, until the cost is at the goal or nothing is left that saves any.
+
+        blocks: that may be dropped; used up.
+        """
         prices = {name: self._price(name) for name in self.allowed}
+        drops = {name: self._price_of(block) for name, block in blocks.items()}
         while self.walk.cost > goal:
-            name = min(prices, key=lambda name: prices[name][0])
-            price, width = prices[name]
+            name = min(prices, key=lambda name: prices[name][0], default=None)
+            price, width = (np.inf, 0) if name is None else prices[name]
+            block = min(drops, key=lambda name: drops[name], default=None)
+            if block is not None and drops[block] < price:
+                self._drop(blocks[block])
+                blocks = {name: one for name, one in blocks.items() if not is_within(name, block)}
+                prices = {name: self._price(name) for name in self.allowed}
+                drops = {name: self._price_of(one) for name, one in blocks.items()}
+                continue
             if price == np.inf:
                 return
             self.walk.move(name, width)
-            for other in self.walk.neighbours(name):
-                if other in prices:
-                    prices[other] = self._price(other)
+            around = set(self.walk.neighbours(name))
+            prices |= {other: self._price(other) for other in around & prices.keys()}
+            drops |= {one: self._price_of(found) for one, found in blocks.items() if around & set(found.groups)}
+
+    def _drop(self, block: ResidualBlock) -> None:
+        self.walk.drop(block.name)
+        self.dropped.append(block.name)
+        self.allowed = {name: widths for name, widths in self.allowed.items() if name not in block.groups}
+
+    def _price_of(self, block: ResidualBlock) -> float:
+        """Loss for each second saved of the block as a whole; infinite where that saves none."""
+        saved = self.walk.cost - self.walk.after_drop(block.name)
+        if saved <= 1e-9 * self.walk.cost:
+            return np.inf
+        writers, now = self._writers(block)
+        return loss_of_block(block.branches, [self._loss(name) for name in block.groups], writers, now) / saved
+
+    def _writers(self, block: ResidualBlock) -> tuple[int, int]:
+        """How many blocks and layers write the block's stream: in the full network, and now. Of streams that are not
+        followed, all blocks and what began them.
+        """
+        stream, network = self._streams[block.name], self._view.groups[0].network
+        known = {group.name: group for group in self._view.groups}
+        gone = {} if network.dense is None else network.dense.gone
+        before = sum(_writes(network, name, known.get(stream)) for name in gone)
+        others = [name for name, other in self._streams.items() if other == stream]
+        at_start = len(known[stream].producers) if stream in known else len(others) + 1
+        return at_start + before, at_start - len(set(others) & set(self.dropped))
+
+    def _loss(self, name: str) -> float:
+        """Of the group at its width now."""
+        return float(self._losses[name][self.walk.widths[name]] if name in self._losses else self._kept_losses[name])
 
     def _price(self, name: str) -> tuple[float, int]:
         """(loss for each second saved, width) of the group's next step that saves any; infinite where there is none."""
-        losses, now = self.losses[name], self.walk.widths[name]
+        losses, now = self._losses[name], self.walk.widths[name]
         for width in self._narrower(name):
             saved = self.walk.cost - self.walk.after(name, width)
             if saved > 1e-9 * self.walk.cost:
@@ -119,10 +203,11 @@ class _Search:
         start = {name: allowed[-1] for name, allowed in self.allowed.items()}
         while True:
             best, gain = None, 0.0
-            for name, width in self.walk.widths.items():
+            for name in self.allowed:
+                width = self.walk.widths[name]
                 if width < start[name]:
                     wider = self._next_wider(name)
-                    regained = float(self.losses[name][width] - self.losses[name][wider])
+                    regained = float(self._losses[name][width] - self._losses[name][wider])
                     if regained > gain and self.walk.after(name, wider) <= goal:
                         best, gain = (name, wider), regained
             if best is None:
@@ -132,15 +217,17 @@ class _Search:
     def _exchange(self, goal: float) -> None:
         """One group a step wider and another narrower, where that lands near the goal: the pair that loses least."""
         found: list[tuple[float, tuple[str, int], tuple[str, int]]] = []
-        for up, before in list(self.walk.widths.items()):
+        for up in self.allowed:
+            before = self.walk.widths[up]
             if before == self.allowed[up][-1]:
                 continue
             wider = self._next_wider(up)
             self.walk.move(up, wider)
             for down, width in self._first_steps(up):
                 if self._is_near(self.walk.after(down, width), goal):
-                    lost = self.losses[up][wider] + self.losses[down][width] - self.losses[down][self.walk.widths[down]]
-                    found.append((float(lost - self.losses[up][before]), (up, wider), (down, width)))
+                    lost = self._losses[down][width] - self._losses[down][self.walk.widths[down]]
+                    regained = self._losses[up][before] - self._losses[up][wider]
+                    found.append((float(lost - regained), (up, wider), (down, width)))
             self.walk.move(up, before)
         if found:
             _, wider_step, narrower_step = min(found)
@@ -161,6 +248,22 @@ class _Search:
     def _next_wider(self, name: str) -> int:
         allowed = self.allowed[name]
         return allowed[bisect_left(allowed, self.walk.widths[name]) + 1]
+
+
+def _stream_of(block: ResidualBlock, groups: Sequence[ChannelGroup]) -> str | None:
+    """The group that the block adds to; None where it is not followed."""
+    for group in groups:
+        if group.name not in block.groups and any(is_within(place.module, block.name) for place in group.producers):
+            return group.name
+    return None
+
+
+def _writes(network: Network, block: str, stream: ChannelGroup | None) -> bool:
+    """Whether a block that has been dropped wrote this stream."""
+    if stream is None:
+        return True
+    calls = [call for call in network.before_drops.calls if is_within(call.within, block) and call.writes is not None]
+    return any(np.isin(call.writes, stream.numbers).any() for call in calls)
 
 
 def allowed_widths(group: ChannelGroup, options: PlanOptions, granularity: int) -> tuple[int, ...]:

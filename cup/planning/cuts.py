@@ -67,6 +67,8 @@ def require_prunable(groups: Sequence[ChannelGroup], options: PlanOptions) -> li
     if not prunable:
         raise CupError(f"no group may be pruned with scope {options.scope!r}; cup.describe(model) says why")
     named = options.round_to if isinstance(options.round_to, Mapping) else {}
-    if unknown := sorted(set(named) - {group.name for group in groups}):
+    dense = groups[0].network.dense
+    gone = set() if dense is None else {call.module for call in dense.calls}  # groups of dropped blocks are known, too
+    if unknown := sorted(set(named) - {group.name for group in groups} - gone):
         raise CupError(f"round_to: no channel group {unknown[0]!r}; there are: {', '.join(g.name for g in groups)}")
     return prunable

@@ -22,7 +22,26 @@ Filters that are all equally far from each other lose full width / w - 1, which 
 with the root of the time of a layer; with a loss that grows in equal steps it would take one group down to a single
 channel before it touches the next. What earlier cuts have taken counts as channels of average energy: hence the full
 width over the one now.
+
+A residual block that is dropped loses all that is left of its branch. Its price is that of the next channel, for all of
+them: one channel more of energy e raises L by L e / (what stays), so what stays as a whole costs L(w) once more.
+
+    loss of a dropped block:       branches x the largest L(w) of the groups in them, at their widths now
+                                   x writers^2 / (writers now x (writers now - 1))
+
+The largest and not the sum: the same signal passes these groups in a row, and is gone when one of them is empty. It
+agrees with the stream's view: of K equal blocks one that goes takes 1/K of the stream's energy from the 2K layers that
+read or write it, a loss of 2K / (K - 1), about 2; that is L of an inner group of two layers that has lost nothing. The
+more of a stream's writers have gone, the larger the part that the next one takes of what stays, as with channels: noise
+over signal grows from (K - n) / n to (K - n + 1) / (n - 1), which is the last factor.
+
+As long as a block's next channel matters much less than its average one, which the order of removal sees to at first,
+the block is narrowed. It is dropped once what is left of it is alike, and much of its time does not shrink with its
+inner width: its last norm, its addition, the stream's side of its layers, launches. That some blocks add more to the
+stream than others is not looked at.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -39,6 +58,20 @@ def losses_by_width(view: View, group: ChannelGroup, ranking: Ranking) -> np.nda
     signal = np.ones(group.width) if total == 0 else 1 - gone / total
     losses = layers_of(view, group) * group.full_width / group.width / signal
     return np.concatenate([[np.inf], losses])
+
+
+def loss_as_it_is(view: View, group: ChannelGroup) -> float:
+    """The loss of a group at the width it has, ranked or not."""
+    return layers_of(view, group) * group.full_width / group.width
+
+
+def loss_of_block(branches: int, losses: Sequence[float], writers: int, now: int) -> float:
+    """What is lost when a residual block goes.
+
+    losses: of its groups, one or more, at their widths now. writers: blocks and layers that write its stream in the
+    full network; now: those of them that are left, the block included.
+    """
+    return branches * max(losses) * writers**2 / (now * (now - 1)) if now > 1 else np.inf
 
 
 def layers_of(view: View, group: ChannelGroup) -> int:

@@ -27,7 +27,8 @@ class Call:
     input_shape, output_shape: of one sample with its batch dimension, (1, ...), at the widths of the trace.
     reads, writes: int64, the trace's number of the channel at each index of the input's and the output's channel
         axis; None where no channel can go.
-    macs: of a product outside of layers, whose heads can go: multiply-adds for one sample at the widths of the trace.
+    macs: of a product outside of layers: multiply-adds for one sample at the widths of the trace.
+    within: dotted name of the innermost module that does it; `module` itself, but for products outside of layers.
     """
 
     module: str
@@ -36,6 +37,7 @@ class Call:
     reads: np.ndarray | None
     writes: np.ndarray | None
     macs: int = 0
+    within: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,11 +75,22 @@ class TracedOp:
 
 
 @dataclass(frozen=True, eq=False)
+class Dense:
+    """What the trace saw before any block was dropped. gone: name of each dropped block -> its modules, on meta."""
+
+    calls: tuple[Call, ...]
+    operations: tuple[TracedOp, ...]
+    gone: Mapping[str, nn.Module]
+
+
+@dataclass(frozen=True, eq=False)
 class Network:
     """What the trace saw of the network as a whole; its groups share one.
 
     input_shape: one sample's shape, without the batch. alive: bool, one entry for each channel that the trace numbered.
-    values, operations: every tensor, and what is done to it, in the order of the forward pass in training.
+    values, operations: every tensor, and what is done to it, in the order of the forward pass in training; of
+        `values` also those that were in blocks which have been dropped since.
+    dense: what was there before a block was dropped; None where none was.
     """
 
     input_shape: tuple[int, ...]
@@ -85,6 +98,21 @@ class Network:
     alive: np.ndarray
     values: tuple[Value, ...] = ()
     operations: tuple[TracedOp, ...] = ()
+    dense: Dense | None = None
+
+    @property
+    def before_drops(self) -> "Network":
+        """The same with the calls and operations of the blocks that have been dropped; `find` still knows these."""
+        if self.dense is None:
+            return self
+        return replace(self, calls=self.dense.calls, operations=self.dense.operations)
+
+    def find(self, model: nn.Module, name: str) -> nn.Module:
+        """The module of this name; of a dropped block, as it was."""
+        gone = {} if self.dense is None else self.dense.gone
+        # Of a block that was dropped inside another, the inner one: the outer one has an identity in its place.
+        block = max((block for block in gone if is_within(name, block)), key=len, default=None)
+        return model.get_submodule(name) if block is None else gone[block].get_submodule(name[len(block) + 1 :])
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,6 +167,11 @@ class ChannelGroup:
         return self.producers + self.followers + self.consumers
 
 
+def is_within(name: str, module: str) -> bool:
+    """Whether the dotted name is the module's, or of something in it."""
+    return name == module or name.startswith(f"{module}.")
+
+
 def prunable_groups(groups: Iterable[ChannelGroup], scope: str = "inner") -> list[ChannelGroup]:
     """The groups that a planner with this scope (of `PlanOptions`) cuts, in network order."""
     return [group for group in groups if not group.frozen and (group.inner or scope == "all")]
@@ -190,6 +223,46 @@ def narrow_groups(groups: Iterable[ChannelGroup], kept: Mapping[str, Sequence[in
     masks = keep_masks((group, kept[group.name]) for group in groups if group.name in kept)
     network = replace(groups[0].network, alive=alive_after(groups, kept))
     return [_narrow_group(group, kept.get(group.name, range(group.width)), masks, network) for group in groups]
+
+
+def without_blocks(groups: Sequence[ChannelGroup], dropped: Mapping[str, nn.Module]) -> list[ChannelGroup]:
+    """The groups as a new trace would find them once these blocks give back what they read, by arithmetic alone.
+
+    But what a block has frozen, bound together or made residual stays so. dropped: names of blocks, none in another
+    one, -> their modules, on meta.
+    """
+    gone = {group.name: () for group in groups if all(_is_in_one(place, dropped) for place in group.producers)}
+    network = replace(_without(groups[0].network, dropped), alive=alive_after(groups, gone))
+    return [_outside(group, dropped, network) for group in groups if group.name not in gone]
+
+
+def _is_in_one(place: Place, blocks: Iterable[str]) -> bool:
+    return any(is_within(place.module, block) for block in blocks)
+
+
+def _outside(group: ChannelGroup, blocks: Iterable[str], network: Network) -> ChannelGroup:
+    """The group without its places in these blocks."""
+    roles = ("producers", "followers", "consumers")
+    places = {role: tuple(one for one in getattr(group, role) if not _is_in_one(one, blocks)) for role in roles}
+    return replace(group, **places, network=network)
+
+
+def _without(network: Network, dropped: Mapping[str, nn.Module]) -> Network:
+    """The network whose blocks of these names give back what they read."""
+    calls, operations = network.calls, network.operations
+    for block in dropped:
+        calls = tuple(call for call in calls if not is_within(call.within, block))
+        inside = [op for op in operations if is_within(op.module, block)]
+        rest = [op for op in operations if not is_within(op.module, block)]
+        written = {op.writes for op in inside}
+        own = (position for op in inside for position in op.reads if position not in written)
+        (read,) = {position for position in own if network.values[position].samples} or {None}
+        operations = tuple(
+            replace(op, reads=tuple(read if position in written else position for position in op.reads)) for op in rest
+        )
+    before = network.dense or Dense(network.calls, network.operations, {})
+    dense = replace(before, gone={**before.gone, **dropped})
+    return replace(network, calls=calls, operations=operations, dense=dense)
 
 
 def alive_after(groups: Sequence[ChannelGroup], kept: Mapping[str, Sequence[int]]) -> np.ndarray:

@@ -55,9 +55,10 @@ class Trace:
         for node, other in zip(nodes, () if like is None else like.graph.nodes, strict=False):
             if "following" in other.meta:
                 node.meta["following"] = other.meta["following"]
-        return [(node.op, self._target(node), arguments_besides_width(node, self.root)) for node in nodes]
+        return [(node.op, self.target_of(node), arguments_besides_width(node, self.root)) for node in nodes]
 
-    def _target(self, node: fx.Node) -> str:
+    def target_of(self, node: fx.Node) -> str:
+        """What a node calls or reads, comparable between traces of one network."""
         value = operator.attrgetter(node.target)(self.root) if node.op == "get_attr" else None
         if not isinstance(value, torch.Tensor) or isinstance(value, nn.Parameter):
             return str(node.target)

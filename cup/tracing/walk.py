@@ -63,7 +63,7 @@ class _Walk:
             self.channels[node] = self._visit(node)
             if (self.layer_of[node] is not None or product_macs(node)) and node.args and shape_of(node.args[0]):
                 value = node.args[0]
-                if shape_of(node) and (self.layer_of[node] is not None or self.channels[node] is not None):
+                if shape_of(node):
                     self.calls.append((self.layer_of[node], value, self.channels[value], node, self.channels[node]))
         freeze_what_is_counted(self.nodes, self.trace.asked, self.channels, self.labels)
         for node, module in self.trace.hooked:
@@ -225,6 +225,7 @@ class _Walk:
                 numbers(value),
                 numbers(result),
                 0 if layer is not None else product_macs(written) // TRACED_SAMPLES,
+                layer or owner_of(written),
             )
             for layer, read, value, written, result in self.calls
         )

@@ -1,6 +1,6 @@
 """A full network, its FLOPs at any widths, and its seconds at any widths and image size."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -32,19 +32,22 @@ class Network:
     def dense_widths(self) -> dict[str, int]:
         return {group.name: group.width for group in self.groups if not group.frozen}
 
-    def reduction(self, widths: Widths) -> float:
-        """FR at these widths; groups that are not named keep theirs."""
-        kept = {name: tuple(range(width)) for name, width in widths.items()}
-        plan = cup.PrunePlan(kept, {group.name: group.width for group in self.groups if group.name in widths})
-        return self.dense.flops / cup.flops_after(self.model, self.groups, plan, self.dense)
+    def reduction(self, widths: Widths, dropped: Collection[str] = ()) -> float:
+        """FR at these widths, without these blocks; groups that are not named keep theirs."""
+        kept = {name: range(width) for name, width in widths.items()}
+        return self.dense.flops / cup.FlopsByWidths(self.model, self.groups, self.dense).after(kept, dropped)
 
 
 @dataclass(frozen=True)
 class Moment:
-    """What decides the cost of an epoch. widths: of all groups that may shrink. side: of the images, pixels."""
+    """What decides the cost of an epoch. widths: of all groups that may shrink. side: of the images, pixels.
+
+    dropped: names of the residual blocks that are gone.
+    """
 
     widths: Widths
     side: int
+    dropped: tuple[str, ...] = ()
 
 
 class ModelledCosts:
@@ -64,8 +67,8 @@ class ModelledCosts:
         """Raises CupError where the network does not take such small images."""
         if moment.side not in self._by_side:
             self._by_side[moment.side] = self._cost.of(self._network.model, self._groups(moment.side))
-        step_s = self._by_side[moment.side].at(moment.widths)
-        return Costs(step_s=step_s, val_s=self._validation.at(moment.widths), first_s=step_s)
+        step_s = self._by_side[moment.side].at(moment.widths, moment.dropped)
+        return Costs(step_s=step_s, val_s=self._validation.at(moment.widths, moment.dropped), first_s=step_s)
 
     def _groups(self, side: int) -> list[ChannelGroup]:
         return cup.channel_groups(self._network.model, torch.zeros(1, self._network.shape[0], side, side))

@@ -20,14 +20,19 @@ PLANS = 6
 
 @dataclass(frozen=True)
 class Ramp:
-    """widths: of all groups that may shrink, for each epoch. note: what the last plan says of a target not reached."""
+    """For each epoch what a network looks like.
+
+    widths: of all groups that may shrink. dropped: the residual blocks that are gone. note: what the last plan says of
+    a target not reached.
+    """
 
     widths: Sequence[Widths]
+    dropped: Sequence[tuple[str, ...]]
     note: str = ""
 
 
 def dense_ramp(network: Network, epochs: int) -> Ramp:
-    return Ramp([network.dense_widths] * epochs)
+    return Ramp([network.dense_widths] * epochs, [()] * epochs)
 
 
 def ramp_to_target(network: Network, prune: PruneConfig, epochs: int, cost: cup.DeviceCost) -> Ramp:
@@ -38,11 +43,12 @@ def ramp_to_target(network: Network, prune: PruneConfig, epochs: int, cost: cup.
     """
     last_epoch = min(prune.last_epoch or epochs, epochs)
     cuts = [epoch for epoch in range(1, last_epoch + 1) if cup.is_cut_epoch(epoch, prune.every, last_epoch)]
-    planned, note = _planned(network, straight(prune), epochs, _spread(cuts, PLANS), cost)
+    planned, gone, note = _planned(network, straight(prune), epochs, _spread(cuts, PLANS), cost)
     found: list[Widths] = []
     for epoch in range(1, epochs + 1):
         found.append(_between(planned, epoch, prune.round_to) if epoch in cuts else (found or [planned[1]])[-1])
-    return Ramp(found, note)
+    dropped = [gone[max(one for one in gone if one <= epoch)] for epoch in range(1, epochs + 1)]
+    return Ramp(found, dropped, note)
 
 
 def straight(prune: PruneConfig) -> PruneConfig:
@@ -54,17 +60,21 @@ def straight(prune: PruneConfig) -> PruneConfig:
 
 def _planned(
     network: Network, prune: PruneConfig, epochs: int, at: Sequence[int], cost: cup.DeviceCost
-) -> tuple[dict[int, Widths], str]:
-    """Epoch -> widths after the method's cut at its start; for the first epoch, where nothing is cut, the full ones."""
+) -> tuple[dict[int, Widths], dict[int, tuple[str, ...]], str]:
+    """Epoch -> widths after the method's cut at its start, and epoch -> blocks that are gone; for the first epoch,
+    where nothing is cut, the full network.
+    """
     method, model, groups = build_method(prune, epochs), copy.deepcopy(network.model), network.groups
     found, widths, note = {1: network.dense_widths}, network.dense_widths, ""
+    gone: dict[int, tuple[str, ...]] = {1: ()}
+    dropped: tuple[str, ...] = ()
     for epoch in at:
         action = method.epoch_start(epoch, cup.View(model, groups, network.dense, cost=cost))
         if action is not None:
-            groups = cup.apply_plan(model, action.plan, groups).groups
+            groups, dropped = cup.apply_plan(model, action.plan, groups).groups, (*dropped, *action.plan.dropped)
             widths, note = {group.name: group.width for group in groups if not group.frozen}, action.plan.note
-        found[epoch] = widths
-    return found, note
+        found[epoch], gone[epoch] = widths, dropped
+    return found, gone, note
 
 
 def _spread(epochs: Sequence[int], count: int) -> list[int]:
@@ -73,13 +83,17 @@ def _spread(epochs: Sequence[int], count: int) -> list[int]:
 
 
 def _between(planned: dict[int, Widths], epoch: int, round_to: int) -> Widths:
-    """The widths at this epoch, on the line between the plans around it, rounded up."""
+    """The widths at this epoch, on the line between the plans around it, rounded up; of blocks that the plan after it
+    drops as they are.
+    """
     before = max(one for one in planned if one <= epoch)
     after = min((one for one in planned if one >= epoch), default=before)
     if before == after:
         return planned[before]
     share = (epoch - before) / (after - before)
     return {
-        name: min(wide, math.ceil((wide + share * (planned[after][name] - wide)) / round_to - 1e-9) * round_to)
+        name: min(
+            wide, math.ceil((wide + share * (planned[after].get(name, wide) - wide)) / round_to - 1e-9) * round_to
+        )
         for name, wide in planned[before].items()
     }

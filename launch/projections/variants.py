@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 import cup
 from data.batch import preprocessing_of, train_size
 from launch.projections.memory import StepMemory, step_memory
@@ -85,9 +87,7 @@ class Projection:
     def estimate(self, variant: Variant) -> Estimate:
         """Raises CupError where the network does not take the smallest images."""
         path = list(self._path(variant))
-        parts = segments(
-            path, self._costs.at, lambda moment: self._network.reduction(moment.widths), self._schedule, resize_s=0
-        )
+        parts = segments(path, self._costs.at, self._reduction, self._schedule, resize_s=0)
         full_side = replace(path[-1], side=self._config.data.image_size)
         return Estimate(
             label=variant.label,
@@ -99,15 +99,20 @@ class Projection:
             note=variant.ramp.note,
         )
 
+    def _reduction(self, moment: Moment) -> float:
+        return self._network.reduction(moment.widths, moment.dropped)
+
     def _path(self, variant: Variant) -> Iterator[Moment]:
-        for epoch, widths in enumerate(variant.ramp.widths):
+        ramp = variant.ramp
+        for epoch, (widths, dropped) in enumerate(zip(ramp.widths, ramp.dropped, strict=True)):
             side = train_size(self._config.data, epoch) if variant.grows else self._config.data.image_size
-            yield Moment(widths, side)
+            yield Moment(widths, side, dropped)
 
     def _memory_at(self, moment: Moment) -> StepMemory:
         model = copy.deepcopy(self._network.model)
         if moment.widths != self._network.dense_widths:
-            cup.apply_plan(model, cup.plan_first_channels(self._network.groups, moment.widths), self._network.groups)
+            example = torch.zeros(1, *self._network.shape)
+            cup.shrink_to(model, moment.widths, example, dropped=moment.dropped)
         images = (self._cost.batch_size, self._network.shape[0], moment.side, moment.side)
         return step_memory(model, images, self._config)
 
@@ -115,6 +120,7 @@ class Projection:
 def to_reduction(prune: PruneConfig, target: float) -> PruneConfig:
     """The same settings to an FR, with the paper's inner groups."""
     changes = {"method": "hard_ramp", "scope": "inner", "target_reduction": target, "target_speedup": None}
+    changes["drop_blocks"] = False
     return replace(prune, **changes, hard_ramp=replace(prune.hard_ramp, kind="reduction"))
 
 

@@ -185,7 +185,7 @@ def draw_widths(group: Group, directory: Path) -> Figure:
     run = next(run for run in group.runs if run.resizes)
     layers = list(run.epochs[0]["widths"])
     full = widths_at_start(run)
-    shares = np.array([[100 * line["widths"][name] / full[name] for line in run.epochs] for name in layers])
+    shares = np.array([[100 * line["widths"].get(name, 0) / full[name] for line in run.epochs] for name in layers])
     path = directory / f"widths_{group.name.replace('/', '_')}.png"
     with _figure(path, [], 1, 1, figsize=(9, max(2.6, 1.2 + 0.19 * len(layers)))) as axis:
         first, last = run.epochs[0]["epoch"], run.epochs[-1]["epoch"]
@@ -196,7 +196,7 @@ def draw_widths(group: Group, directory: Path) -> Figure:
         resized = [event["epoch"] - 0.5 for event in run.resizes]
         axis.plot(resized, np.full(len(resized), -0.5), "v", color="#D55E00", clip_on=False, markersize=6)
         right, widths = axis.secondary_yaxis("right"), run.epochs[-1]["widths"]
-        right.set_yticks(range(len(layers)), [f"{full[name]} → {widths[name]}" for name in layers], fontsize=8)
+        right.set_yticks(range(len(layers)), [f"{full[name]} → {widths.get(name, 0)}" for name in layers], fontsize=8)
         right.tick_params(length=0)
         axis.spines[:].set_visible(False)
         axis.set_xlabel("epoch")

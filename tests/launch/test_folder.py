@@ -183,7 +183,7 @@ def edited(key: str, value: object) -> Callable[[Path], None]:
         (edited("cup.network", "resnet32_cifar"), "does not fit resnet32_cifar"),
         (edited("cup.widths", {"layer1.0.conv1": 3, "nothing": 4}), "no channel group 'nothing'"),
         (edited("cup.widths", {"layer1.0.conv1": 10**9}), "widths: found"),
-        (edited("cup.version", 2), "another version wrote it"),
+        (edited("cup.version", 3), "another version wrote it"),
         (edited("num_classes", -1), "num_classes: found -1, allowed: a whole number from 1"),
         (edited("label_names", ["cat"]), "classes: found ['cat'], allowed: 3 names"),
     ],

@@ -114,6 +114,21 @@ def test_a_ramp_cuts_when_the_method_would_and_only_in_its_scope(network, cost):
     assert all(width % 4 == 0 for width in widths[-1].values())
 
 
+def test_a_ramp_that_drops_blocks_is_priced_without_them(network):
+    launches = cup.device_cost("t4", precision="fp32", batch_size=16)
+    settings = {"drop_blocks": True, "round_to": 8, "last_epoch": 3, "criterion": "l2"}
+    prune = dataclasses.replace(to_speedup(config().prune, 1.5), **settings)
+    ramp = ramp_to_target(network, prune, 3, launches)
+    assert ramp.dropped[0] == () and set(ramp.dropped[1]) <= set(ramp.dropped[2]) != set()
+    seconds = launches.of(network.model, network.groups)
+    assert seconds.now / seconds.at(ramp.widths[2], ramp.dropped[2]) == pytest.approx(1.5, rel=0.05)
+    model, images = build_model("resnet20_cifar", 10), torch.zeros(1, 3, 32, 32)
+    cup.shrink_to(model, ramp.widths[2], images, dropped=ramp.dropped[2])
+    found = network.reduction(ramp.widths[2], ramp.dropped[2])
+    assert found == network.dense.flops / cup.complexity(model, images).flops
+    assert not to_reduction(prune, 2.0).drop_blocks, "FLOPs know no seconds"
+
+
 def test_the_network_of_a_plan_is_only_read(network, cost):
     before = {name: tensor.clone() for name, tensor in network.model.state_dict().items()}
     ramp_to_target(network, to_reduction(config().prune, 2.0), 3, cost)

@@ -72,13 +72,15 @@ def test_a_network_that_starts_at_the_target_is_cut_no_more(tmp_path: Path, made
 
 
 def test_two_ranks_decide_alike(tmp_path: Path):
-    """A named device: its rates are the same everywhere, and rank 0's plan is what both carry out."""
-    named = {"prune__device": "titan-xp", "prune__target_speedup": 1.1, "prune__round_to": 2, "model__name": "lenet"}
-    settings = SPEEDUP | RAMPS["a straight line"] | named
+    """A named device: its rates are the same everywhere, and rank 0's plan, which drops blocks, is what both do."""
+    named = {"prune__device": "t4", "prune__target_speedup": 1.2, "prune__drop_blocks": True, "train__epochs": 2}
+    images = {"model__name": "resnet20_cifar", "data__channels": 3, "data__image_size": 16, "data__resize_size": 16}
+    settings = SPEEDUP | RAMPS["a straight line"] | named | images | {"prune__last_epoch": 2}
     result = launch("launch/train.py", options(**settings), tmp_path, ranks=2)
     assert result.returncode == 0, result.stderr
     log = read_log(tmp_path / "runs/tiny/log.jsonl")
-    assert 1.1 <= events(log, "epoch")[-1]["step_speedup"] <= 1.111
+    assert events(log, "epoch")[-1]["step_speedup"] >= 1.2
+    assert any("blocks dropped: layer" in event["message"] for event in events(log, "note"))
     for resize in events(log, "resize"):
         assert len(set(resize["digests"])) == 1 and len(resize["digests"]) == 2
 
@@ -88,6 +90,10 @@ def test_two_ranks_decide_alike(tmp_path: Path):
     [
         ({"target_speedup": 0.9}, "target_speedup: found 0.9, allowed: a number above 1"),
         ({"target_speedup": 1.5, "target_reduction": 2.0}, "null beside target_reduction 2.0"),
+        (
+            {"target_reduction": 2.0, "drop_blocks": True},
+            "drop_blocks: found True, allowed: false without target_speedup",
+        ),
         ({"device": "h1000"}, "device: found 'h1000', allowed: measured, h100-sxm"),
         ({"target_speedup": 1.5, "method": "soft_rate"}, "allowed with soft_rate: null"),
     ],

@@ -31,6 +31,7 @@ def about(network: StoredNetwork, image_size: int | None = None, licence: str | 
         name=network.architecture.name,
         num_classes=network.architecture.num_classes,
         widths={group.name: group.width for group in network.groups if group.name in cut},
+        dropped=[name for plan in network.plans for name in plan.dropped],
         input_size=(channels, own.image_size, own.image_size),
         classes=network.classes,
         licence=licence,

@@ -49,7 +49,8 @@ def _images(saved: SavedNetwork) -> str:
         f"Images: {height} x {width} pixels, {channels} channel(s) in 0 to 1, less the mean {list(saved.mean)}, "
         f"divided by the deviation {list(saved.std)}; for evaluation the centre of an image resized to "
         f"{saved.resize_size} pixels ({saved.crop_mode}, {saved.interpolation}). `{CONFIG_FILE}` holds the same, the "
-        "widths of all layers that shrank, and the names of the classes in the order of the logits."
+        "widths of all layers that shrank, the blocks that are gone, and the names of the classes in the order of the "
+        "logits."
     )
 
 
@@ -67,7 +68,8 @@ def _example(saved: SavedNetwork) -> str:
         return "\n".join(load)
     package, call = build
     images = f"torch.zeros(1, {', '.join(map(str, saved.input_size))})"
-    shrink = [f'cup.shrink_to(model, config["cup"]["widths"], {images})'] if saved.widths else []
+    dropped = ', dropped=config["cup"]["dropped"]' if saved.dropped else ""
+    shrink = [f'cup.shrink_to(model, config["cup"]["widths"], {images}{dropped})'] if saved.widths or dropped else []
     by_hand = [
         "",
         f"# or with {package}'s own class",

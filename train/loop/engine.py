@@ -281,7 +281,7 @@ def _act(trainer: Trainer, epoch: int, when: Literal["start", "end"], decide: De
         action = trainer.resizer.ask(decide, trainer.state, trainer.world)
         if action is None:
             return None
-        if action.plan.removed:
+        if not action.plan.changes_nothing:
             next_epoch = epoch - 1 if when == "start" else epoch
             with batches_ahead(trainer.loop.loader, next_epoch, 0) as batches:
                 outcome, losses = _carry_out(trainer, action, batches)
@@ -290,7 +290,9 @@ def _act(trainer: Trainer, epoch: int, when: Literal["start", "end"], decide: De
     plan = action.plan
     if plan.note:
         trainer.sinks.note(plan.note, ledger.total_s)
-    if not plan.removed:
+    if plan.dropped:
+        trainer.sinks.note(f"epoch {epoch}: blocks dropped: {', '.join(plan.dropped)}", ledger.total_s)
+    if plan.changes_nothing:
         at = "" if plan.threshold is None else f" at t {plan.threshold:.3f}"
         trainer.sinks.note(f"epoch {epoch}: a cut{at} removes nothing", ledger.total_s)
         return plan

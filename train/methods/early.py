@@ -93,5 +93,5 @@ class Early(Method):
 
 
 def similarity(one: Mapping[str, int], other: Mapping[str, int]) -> float:
-    """How alike two networks' widths are, from 0 to 1."""
-    return sum(1 - abs(one[name] - other[name]) / (one[name] + other[name]) for name in one) / len(one)
+    """How alike two networks' widths are, from 0 to 1; groups of dropped blocks have a width of 0."""
+    return sum(1 - abs(one[name] - other[name]) / max(1, one[name] + other[name]) for name in one) / len(one)

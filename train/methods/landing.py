@@ -55,9 +55,13 @@ class ReductionTarget:
 
 @dataclass(frozen=True)
 class SpeedupTarget:
-    """Modelled seconds of the full network's step over seconds now, on the device of `view.cost`."""
+    """Modelled seconds of the full network's step over seconds now, on the device of `view.cost`.
+
+    drop_blocks: whether plans may drop residual blocks.
+    """
 
     value: float
+    drop_blocks: bool = False
 
     setting = "target_speedup"
     tolerance = cup.TIME_TOLERANCE
@@ -66,11 +70,11 @@ class SpeedupTarget:
         return view.speedup
 
     def after(self, view: View, plan: PrunePlan) -> float:
-        return view.seconds.full / view.seconds.at(plan.new_widths)
+        return view.seconds.full / view.seconds.at(plan.new_widths, plan.dropped)
 
     def plan(self, view: View, goal: float, options: PlanOptions) -> PrunePlan:
-        full = view.seconds.full
-        return cup.plan_by_time(view.model, view.groups, goal, options, cost=view.cost, full_cost=full)
+        settings = {"cost": view.cost, "full_cost": view.seconds.full, "drop_blocks": self.drop_blocks}
+        return cup.plan_by_time(view.model, view.groups, goal, options, **settings)
 
 
 def plan_to_target(view: View, target: Target, options: PlanOptions) -> PrunePlan:

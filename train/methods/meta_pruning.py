@@ -13,8 +13,8 @@ from train.methods.method import Method
 from train.methods.options import SharedOptions
 
 WITHOUT_EFFECT = (
-    *("criterion", "features", "use_bias", "sequential"),
-    *("target_reduction", "target_speedup", "device", "last_epoch", "every", "momentum", "fold"),
+    *("criterion", "features", "use_bias", "sequential", "target_reduction", "target_speedup", "drop_blocks"),
+    *("device", "last_epoch", "every", "momentum", "fold"),
 )
 """Shared options that decide nothing here: nothing is cut, and the search has its own target."""
 

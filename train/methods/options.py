@@ -23,6 +23,9 @@ class SharedOptions(PlanOptions):
     """In place of target_reduction: stop when a training step is this many times faster than the full network's, as
     modelled for prune.device; the last cut takes what loses least for each second saved. Give scope all with it: inner
     groups alone save a modern GPU little. null = no such stop."""
+    drop_blocks: bool = False
+    """With target_speedup: whole residual blocks may go, too, where they cost more than they give; their shortcuts stay
+    (docs/performance.md#whole-blocks)."""
     device: str = "measured"
     """Whose seconds target_speedup means: measured = those of the device that the run is on, for which a few dozen
     layers are timed at the start (seconds on a GPU, a minute on a CPU); or a name of docs/performance.md's table
@@ -43,6 +46,7 @@ class SharedOptions(PlanOptions):
             ("target_reduction", target is None or target > 1, "a number above 1, or null"),
             ("target_speedup", speedup is None or speedup > 1, "a number above 1, or null"),
             ("target_speedup", None in (speedup, target), f"null beside target_reduction {target}, or that one null"),
+            ("drop_blocks", not self.drop_blocks or speedup is not None, "false without target_speedup"),
             ("device", self.device in ("measured", *DEVICES), f"measured, {', '.join(DEVICES)}"),
             ("last_epoch", self.last_epoch is None or self.last_epoch >= 1, "a whole number from 1, or null"),
             ("every", self.every >= 1, "a whole number from 1"),
@@ -56,7 +60,7 @@ class SharedOptions(PlanOptions):
     def target(self) -> Target | None:
         """Where cuts stop; None for nowhere."""
         if self.target_speedup is not None:
-            return SpeedupTarget(self.target_speedup)
+            return SpeedupTarget(self.target_speedup, self.drop_blocks)
         return None if self.target_reduction is None else ReductionTarget(self.target_reduction)
 
     def plan_options(self, measured: Mapping[str, Sequence[int]] | None = None) -> PlanOptions:

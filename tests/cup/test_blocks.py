@@ -1,0 +1,457 @@
+"""Dropped residual blocks: exact against a twin whose branches are silent, found where that holds and nowhere else."""
+
+import copy
+import json
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cup_twins import Untouched, groups_as_data, make_network, randomise
+from torch import nn
+from torchvision.models.convnext import CNBlockConfig, ConvNeXt
+from torchvision.models.efficientnet import EfficientNet, MBConvConfig
+from torchvision.models.mobilenetv2 import MobileNetV2
+from torchvision.models.mobilenetv3 import InvertedResidualConfig, MobileNetV3
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+import cup
+from cup.networks import build_network
+
+FLAT = cup.Device("flat", "fp32", dict.fromkeys(cup.KERNELS, cup.Rate(1e9, 1e9)), 0.0, 1, "made up")
+COST = cup.device_cost(FLAT, batch_size=8)
+COSTS = [
+    COST,
+    cup.device_cost(FLAT, batch_size=8, fused=True),
+    cup.device_cost("a100", batch_size=2, training=False),
+    cup.FlopsCost(),
+]
+
+
+def two_stages(model, channels):
+    """A ResNet without its widest layers, to be quick."""
+    model.layer3, model.layer4, model.fc = nn.Identity(), nn.Identity(), nn.Linear(channels, 10)
+    return model
+
+
+def mobilenet_v3():
+    rows = [(8, 3, 24, 8, True, "RE", 1, 1), (8, 3, 24, 12, False, "HS", 2, 1), (12, 5, 40, 12, True, "HS", 1, 1)]
+    return MobileNetV3([InvertedResidualConfig(*row, 1.0) for row in rows], 32, 10)
+
+
+def efficientnet():
+    settings = [MBConvConfig(1, 3, 1, 16, 8, 1, 1.0, 1.0), MBConvConfig(6, 3, 2, 8, 12, 3, 1.0, 1.0)]
+    return EfficientNet(settings, dropout=0.0, stochastic_depth_prob=0.0, num_classes=10)
+
+
+# Name -> (what builds it, where each block's branch ends, how many of its blocks can be dropped).
+NETWORKS = {
+    "basic": (lambda: two_stages(ResNet(BasicBlock, [2, 2, 1, 1], 10), 128), "bn2", 3),
+    "bottleneck": (lambda: two_stages(ResNet(Bottleneck, [2, 3, 1, 1], 10), 512), "bn3", 3),
+    "cifar": (lambda: build_network("resnet20_cifar", 10), "bn2", 7),
+    "mobilenet_v2": (
+        lambda: MobileNetV2(10, 0.25, [[1, 16, 1, 1], [6, 24, 3, 2], [6, 32, 2, 2]], dropout=0),
+        "conv",
+        4,
+    ),
+    "mobilenet_v3": (mobilenet_v3, "block", 2),
+    "efficientnet": (efficientnet, "block", 2),
+    "convnext": (
+        lambda: ConvNeXt([CNBlockConfig(8, 16, 2), CNBlockConfig(16, None, 2)], 0.0, num_classes=10),
+        "block",
+        4,
+    ),
+    "timm": (lambda: two_stages(build_network("timm:resnet10t", 10), 128), "bn2", 1),
+}
+
+
+def traced(name, side=32):
+    torch.manual_seed(0)
+    model, images = randomise(NETWORKS[name][0]()), torch.randn(4, 3, side, side)
+    groups = cup.channel_groups(model, images)
+    return model.double(), images.double(), groups
+
+
+def sgd(model):
+    """In four groups of parameters, one of them of the last block alone."""
+    named = list(model.named_parameters())
+    return torch.optim.SGD(
+        [{"params": [p for _, p in named[i::3]], "lr": 0.01 * (i + 1)} for i in range(3)],
+        momentum=0.9,
+        weight_decay=0.1,
+    )
+
+
+def step(model, optimizer, images):
+    optimizer.zero_grad()
+    F.cross_entropy(model(images), torch.arange(len(images)) % 5).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "mobilenet_v3"])
+def test_without_its_blocks_a_network_computes_and_learns_to_the_bit_as_with_silent_branches(name):
+    _, end, count = NETWORKS[name]
+    model, images, groups = traced(name)
+    model.train()
+    blocks = cup.residual_blocks(model, groups)
+    assert len(blocks) == count
+    optimizer, ema = sgd(model), torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+    for _ in range(2):
+        step(model, optimizer, images)
+    twin, gone = copy.deepcopy(model), [block.name for block in blocks[::2]]
+    twin_optimizer = sgd(twin)
+    twin_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for block in gone:
+        silent = lambda module, args, output: output * 0  # noqa: E731
+        twin.get_submodule(f"{block}.{end}").register_forward_hook(silent)
+
+    parameters = {n for n, _ in model.named_parameters()}
+    plan = cup.plan_first_channels(groups, {}, blocks[::2])
+    resized = cup.apply_plan(model, plan, groups)
+    cup.carry_optimizer(optimizer, resized)
+    cup.carry_ema(ema, resized)
+    assert parameters - {n for n, _ in model.named_parameters()} == {n for b in blocks[::2] for n in b.parameters}
+    assert [k for k, _ in ema.module.named_parameters()] == [k for k, _ in model.named_parameters()]
+    assert len(optimizer.state) == len(list(model.parameters()))
+
+    for _ in range(2):
+        step(model, optimizer, images)
+        step(twin, twin_optimizer, images)
+    wanted = dict(twin.named_parameters())
+    for key, parameter in model.named_parameters():
+        assert torch.equal(parameter, wanted[key]), key
+        momenta = [o.state[p]["momentum_buffer"] for o, p in ((optimizer, parameter), (twin_optimizer, wanted[key]))]
+        assert torch.equal(*momenta) and momenta[0].abs().max() > 0, key
+    for key, buffer in model.named_buffers():
+        assert torch.equal(buffer, twin.get_buffer(key)), key
+    with torch.no_grad():
+        for mode in (True, False):
+            assert torch.equal(model.train(mode)(images), twin.train(mode)(images))
+
+
+def test_groups_and_costs_are_those_of_a_new_trace_and_the_full_network_stays_the_measure():
+    model, images, groups = traced("mobilenet_v3")
+    dense, full_costs = cup.complexity(model, images), [cost.of(model, groups).full for cost in COSTS]
+    widths = {g.name: -(-g.width // 2) for g in groups if not g.frozen}
+    blocks = cup.residual_blocks(model, groups)
+    for some in (blocks[:1], blocks[1:]):  # one after the other, and the second cut narrows nothing
+        plan = cup.plan_first_channels(groups, widths, some)
+        expected = cup.complexity_after(model, groups, plan, cup.complexity(model, images))
+        assert cup.flops_after(model, groups, plan, cup.complexity(model, images)) == expected.flops
+        foretold = [cost.of(model, groups).at(plan.new_widths, plan.dropped) for cost in COSTS]
+        groups = cup.apply_plan(model, plan, groups).groups
+        widths = {}
+        assert cup.complexity(model, images) == expected
+        again = cup.channel_groups(model, images)
+        assert [without_remarks(row) for row in groups_as_data(groups)] == list(
+            map(without_remarks, groups_as_data(again))
+        )
+        for cost, full, price in zip(COSTS, full_costs, foretold, strict=True):
+            found = cost.of(model, groups)
+            assert found.now == pytest.approx(cost.of(model, again).now, rel=1e-9)
+            assert found.full == pytest.approx(full, rel=1e-9)
+            # What runs in one kernel with what is foretold only about.
+            assert price == pytest.approx(found.now, rel=0.05 if getattr(cost, "fused", False) else 1e-9)
+    assert full_costs[-1] == dense.flops and cup.residual_blocks(model, groups) == []
+    with torch.no_grad():
+        model.eval()(images)
+
+
+def without_remarks(row):
+    """A group as data, but whether it is inner or frozen: what a dropped block has said of it stays."""
+    return (*row[:2], *row[4:])
+
+
+# --- which blocks are found ---
+
+
+class Block(nn.Module):
+    """`x + branch(x)` behind a first layer and in front of a classifier, with something that a test changes."""
+
+    def __init__(self, channels=6):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 4, 3, padding=1)
+        self.conv2 = nn.Conv2d(4, channels, 3, padding=1)
+
+    def branch(self, x):
+        return self.conv2(F.relu(self.conv1(x)))
+
+    def forward(self, x):
+        return x + self.branch(x)
+
+
+class Net(nn.Module):
+    def __init__(self, block, activation=None):
+        super().__init__()
+        self.first, self.activation = nn.Conv2d(3, 6, 3, padding=1), activation or nn.ReLU()
+        self.block, self.last = block, nn.Linear(6, 5)
+
+    def forward(self, images):
+        return self.last(self.block(self.activation(self.first(images))).mean((2, 3)))
+
+
+def variant(forward, network=Net, **more):
+    """A network whose block does this instead."""
+    return network(type("Variant", (Block,), {"forward": forward, **more})())
+
+
+def added_from_outside():
+    class Outside(Net):
+        def forward(self, images):
+            x = self.activation(self.first(images))
+            return self.last((x + self.block.branch(x)).mean((2, 3)))
+
+    return Outside(Block())
+
+
+def result_changed_in_place():
+    class Changing(Net):
+        def forward(self, images):
+            x = self.activation(self.first(images))
+            return self.last(self.block(x).mul_(2).mean((2, 3)) + x.mean((2, 3)))
+
+    return Changing(Block())
+
+
+def input_changed_later():
+    class Changing(Net):
+        def forward(self, images):
+            x = self.activation(self.first(images))
+            y = self.block(x.permute(0, 1, 3, 2))
+            return self.last((x.mul_(2) + y).mean((2, 3)))
+
+    return Changing(Block())
+
+
+def branch_read():
+    class Reading(Net):
+        def forward(self, images):
+            x, branch = self.block(self.activation(self.first(images)))
+            return self.last((x * branch.mean()).mean((2, 3)))
+
+    return variant(lambda self, x: (lambda branch: (x + branch, branch))(self.branch(x)), Reading)
+
+
+def inside_read():
+    class Reading(Net):
+        def forward(self, images):
+            return super().forward(images) * self.block.conv1.weight.mean()
+
+    return Reading(Block())
+
+
+def asked_for():
+    class Asking(Net):
+        def forward(self, images):
+            x = super().forward(images)
+            return x if isinstance(self.block, Block) else x + 1
+
+    return Asking(Block())
+
+
+def shared():
+    net = Net(Block())
+    net.other = net.block.conv1  # also not run, but its parameters have two owners
+    return net
+
+
+def hooked():
+    net = Net(Block())
+    net.block.conv2.register_forward_hook(lambda module, args, output: output * 2)
+    return net
+
+
+class Downsampled(Block):
+    def __init__(self):
+        super().__init__()
+        self.shortcut = nn.Conv2d(6, 6, 1)
+
+    def forward(self, x):
+        return self.shortcut(x) + self.branch(x)
+
+
+NOT_DROPPABLE = {
+    "a convolution on the shortcut": lambda: Net(Downsampled()),
+    "a scaled shortcut": lambda: variant(lambda self, x: 0.5 * x + self.branch(x)),
+    "x twice": lambda: variant(lambda self, x: x + x + self.branch(x)),
+    "a difference": lambda: variant(lambda self, x: x - self.branch(x)),
+    "an activation that changes its own results": lambda: variant(lambda self, x: F.silu(x + self.branch(x))),
+    "ReLU6 behind ReLU": lambda: variant(lambda self, x: F.relu6(x + self.branch(x))),
+    "ReLU of what had none": lambda: Net(variant(lambda self, x: F.relu(x + self.branch(x))).block, nn.Identity()),
+    "x changed in place by the branch": lambda: variant(lambda self, x: x + self.branch(x.mul_(2))),
+    "x changed in place by the sum": lambda: variant(lambda self, x: x.add_(self.branch(x))),
+    "a value of its branch is read outside": branch_read,
+    "a sum with a parameter": lambda: variant(lambda self, x: x + self.conv1.weight.mean()),
+    "another branch's value": added_from_outside,
+    "its result is changed in place": result_changed_in_place,
+    "what it reads is changed in place later": input_changed_later,
+    "its parameter is read outside": inside_read,
+    "the code asks what it is": asked_for,
+    "it shares a layer": shared,
+    "it has a hook": hooked,
+}
+
+
+@pytest.mark.parametrize("why", NOT_DROPPABLE)
+def test_a_block_is_not_found_where_an_identity_would_compute_something_else(why):
+    model = NOT_DROPPABLE[why]()
+    before = Untouched(model)
+    groups = cup.channel_groups(model, torch.empty(1, 3, 8, 8), allow_hooks=True)
+    assert cup.residual_blocks(model, groups) == []
+    before.check()
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: Net(Block()),
+        lambda: variant(lambda self, x: self.branch(x).add_(x)),
+        lambda: variant(lambda self, x: F.relu(torch.add(self.branch(x), x), inplace=True)),
+        lambda: Net(nn.Sequential(nn.MaxPool2d(2), variant(lambda self, x: F.relu(x + self.branch(x))).block)),
+    ],
+)
+def test_a_block_is_found_however_its_sum_is_written(build):
+    model = build().double().eval()
+    groups = cup.channel_groups(model, torch.empty(1, 3, 8, 8))
+    (block,) = cup.residual_blocks(model, groups)
+    assert block.groups == (f"{block.name}.conv1",) and len(block.parameters) == 4
+    twin, images = copy.deepcopy(model), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    twin.get_submodule(block.name).conv2.register_forward_hook(lambda module, args, output: output * 0)
+    cup.shrink_to(model, {}, images, dropped=[block.name])
+    assert torch.equal(model(images), twin(images))
+
+
+@pytest.mark.parametrize("kind", [partial(torch.optim.SGD, momentum=0.9), torch.optim.AdamW])
+@pytest.mark.parametrize("way", [{}, {"foreach": True}, {"fused": True}])
+def test_a_group_of_parameters_that_all_go_stays_as_an_empty_one(kind, way):
+    model, images = Net(Block()), torch.randn(2, 3, 8, 8)
+    optimizer = kind(
+        [{"params": part.parameters(), "lr": 0.1} for part in (model.first, model.block, model.last)], **way
+    )
+    step(model, optimizer, images)
+    cup.carry_optimizer(optimizer, cup.shrink_to(model, {}, images, dropped=["block"]))
+    step(model, optimizer, images)
+    assert [len(group["params"]) for group in optimizer.param_groups] == [2, 0, 2] and len(optimizer.state) == 4
+    optimizer.load_state_dict(optimizer.state_dict())
+    step(model, optimizer, images)
+
+
+def test_a_block_of_two_branches_goes_with_both_and_one_inside_another_with_that():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.inner, self.mix = Block(), Block(), nn.Conv2d(6, 6, 1)
+
+        def forward(self, x):
+            x = x + self.one.branch(x)
+            return x + self.mix(self.inner(x))
+
+    model, images = Net(Two()).eval(), torch.randn(2, 3, 8, 8)
+    groups = cup.channel_groups(model, images)
+    blocks = {block.name: block for block in cup.residual_blocks(model, groups)}
+    assert {name: (b.branches, len(b.groups)) for name, b in blocks.items()} == {"block": (2, 2), "block.inner": (1, 1)}
+    inner = cup.apply_plan(model, cup.plan_first_channels(groups, {}, [blocks["block.inner"]]), groups)
+    (outer,) = cup.residual_blocks(model, inner.groups)
+    cup.apply_plan(model, cup.plan_first_channels(inner.groups, {}, [outer]), inner.groups)
+    assert isinstance(model.block, nn.Identity)
+    before, cost = COST.of(Net(Two()), groups), COST.of(model, cup.channel_groups(model, images))
+    assert before.at({}, ["block", "block.inner"]) == pytest.approx(cost.now, rel=1e-9)
+    at_once = Net(Two()).eval()
+    cup.shrink_to(at_once, {}, images, dropped=["block.inner", "block"])
+    assert str(at_once) == str(model)
+
+
+# --- plans ---
+
+
+def test_plans_with_dropped_blocks_are_plain_data_and_join():
+    model, images = make_network("resnet20_cifar")
+    groups = cup.channel_groups(model, images)
+    blocks = {block.name: block for block in cup.residual_blocks(model, groups)}
+    one = cup.plan_first_channels(groups, {"layer1.0.conv1": 5, "layer2.1.conv1": 7}, [blocks["layer1.2"]])
+    assert one.kept["layer1.2.conv1"] == () and one.new_widths["layer1.2.conv1"] == 0
+    assert one.removed == {"layer1.0.conv1": 11, "layer2.1.conv1": 25, "layer1.2.conv1": 16}
+    assert cup.PrunePlan.from_json(one.to_json()) == one and not one.changes_nothing
+    stays = cup.plan_first_channels(groups, {"layer1.0.conv1": 5, "layer2.1.conv1": 7})
+    assert len({one.digest(), stays.digest()}) == 2
+    older = {key: value for key, value in json.loads(stays.to_json()).items() if key != "dropped"}
+    assert cup.PrunePlan.from_json(json.dumps(older)) == stays
+    at_once, step_by_step = copy.deepcopy(model), copy.deepcopy(model)
+    resized = cup.apply_plan(step_by_step, one, groups)
+    (block,) = [b for b in cup.residual_blocks(step_by_step, resized.groups) if b.name == "layer2.1"]
+    later = cup.plan_first_channels(resized.groups, {"layer1.0.conv1": 3}, [block])
+    cup.apply_plan(step_by_step, later, resized.groups)
+    cup.apply_plan(at_once, one.then(later), groups)
+    assert one.then(later).dropped == ("layer1.2", "layer2.1")
+    assert at_once.state_dict().keys() == step_by_step.state_dict().keys()
+    assert all(map(torch.equal, at_once.state_dict().values(), step_by_step.state_dict().values()))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dropped": ("layer2.0",)}, "no residual block 'layer2.0' that can be dropped; there are: layer1.0, "),
+        ({"dropped": ("fc",)}, "no residual block 'fc'"),
+        (
+            {"dropped": ("layer1.0",), "kept": {}, "widths": {}},
+            "layer1.0.conv1 goes with its block, but the plan keeps",
+        ),
+        ({"dropped": ()}, "layer1.0.conv1 keeps \\(\\); allowed: sorted channels"),
+    ],
+)
+def test_a_plan_that_does_not_fit_changes_nothing(change, message):
+    model, images = make_network("resnet20_cifar")
+    groups = cup.channel_groups(model, images)
+    plan = {"kept": {"layer1.0.conv1": ()}, "widths": {"layer1.0.conv1": 16}} | change
+    before = Untouched(model)
+    with pytest.raises(cup.CupError, match=message):
+        cup.apply_plan(model, cup.PrunePlan(**plan), groups)
+    before.check()
+
+
+def test_a_saved_network_knows_its_dropped_blocks(tmp_path):
+    model, images = make_network("resnet20_cifar")
+    cup.shrink_to(model, {"layer2.1.conv1": 9}, images, dropped=["layer1.1", "layer3.2"])
+    about = {"name": "resnet20_cifar", "num_classes": 10, "input_size": (3, 32, 32), "resize_size": 32}
+    about |= {"mean": (0.5,) * 3, "std": (0.5,) * 3, "widths": {"layer2.1.conv1": 9}}
+    cup.save(model, tmp_path, cup.SavedNetwork(**about, dropped=("layer1.1", "layer3.2")))
+    assert json.loads((tmp_path / "config.json").read_text())["cup"]["version"] == 2
+    loaded = cup.load(tmp_path)
+    assert isinstance(loaded.layer1[1], nn.Identity) and cup.read_saved(tmp_path).dropped == ["layer1.1", "layer3.2"]
+    with torch.no_grad():
+        assert torch.equal(loaded(images), model.eval()(images))
+    with pytest.raises(cup.CupError, match=r"dropped: found .*, allowed: names of blocks"):
+        cup.SavedNetwork(**about, dropped="layer1.1")
+
+
+# --- the planner ---
+
+
+def test_the_planner_drops_blocks_where_that_saves_more_and_only_if_it_may():
+    """Where launches take all the time, no narrower width saves any: a block's kernels are all that can go."""
+    model, images = make_network("resnet20_cifar")
+    groups = cup.channel_groups(model, images)
+    launches = cup.Device("slow", "fp32", dict.fromkeys(cup.KERNELS, cup.Rate(1e15, 1e15)), 1e-5, 1, "made up")
+    cost = cup.device_cost(launches, batch_size=8)
+    assert cup.plan_by_time(model, groups, 1.3, cost=cost).changes_nothing
+    plan = cup.plan_by_time(model, groups, 1.3, cost=cost, drop_blocks=True)
+    assert len(plan.dropped) == 3 and plan.removed == {f"{name}.conv1": 16 << int(name[5]) - 1 for name in plan.dropped}
+    assert "is the nearest to 1.3" in plan.note  # whole blocks do not land within 1%
+    full = cost.of(model, groups).full
+    groups = cup.apply_plan(model, plan, groups).groups
+    assert full / cost.of(model, groups).now > 1.3
+
+
+@pytest.mark.parametrize(("cost", "targets"), [(COST, (1.5, 2.5, 4.0)), (cup.FlopsCost(), (3.0,))])
+def test_plans_with_dropped_blocks_land_on_the_target_cut_after_cut(cost, targets):
+    """Blocks of which little is left go first; what they leave is ranked without them."""
+    model, images = make_network("resnet20_cifar")
+    groups = cup.channel_groups(model, images)
+    full, dropped = cost.of(model, groups).full, []
+    options = cup.PlanOptions(scope="all", criterion="l2", round_to={"layer1.0.conv1": (4, 8, 12)})
+    for target in targets:
+        plan = cup.plan_by_time(model, groups, target, options, cost=cost, full_cost=full, drop_blocks=True)
+        groups = cup.apply_plan(model, plan, groups).groups
+        dropped += plan.dropped
+        assert plan.note == "" and full / cost.of(model, groups).now == pytest.approx(target, rel=0.011)
+    assert 0 < len(dropped) < 7

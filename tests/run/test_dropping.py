@@ -1,0 +1,95 @@
+"""Runs whose cuts drop residual blocks: they go on to the bit, and all that reads a checkpoint knows the blocks."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from launching import EVERY_STEP, events, interrupted, numbers, train, write_network
+from torch import nn
+
+import cup
+from launch import evaluate, export, prune
+from train.checkpoint.file import load_checkpoint
+from train.checkpoint.network import load_network, stored_plans
+from train.config import ModelConfig
+from train.log.rundir import read_log
+from train.narrowing import plan_narrowing
+from train.network.models import build_model
+
+# On a T4 many kernels of so small a network take no longer than their launch, whatever the width.
+DROPS = EVERY_STEP | {
+    **{"model__name": "resnet20_cifar", "data__channels": 3, "data__image_size": 16, "data__resize_size": 16},
+    **{"train__epochs": 2, "train__ema_decay": 0.5},
+    **{"prune__target_reduction": "null", "prune__target_speedup": 1.25, "prune__hard_ramp__kind": "speedup"},
+    **{"prune__scope": "all", "prune__device": "t4", "prune__drop_blocks": True, "prune__last_epoch": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, which has dropped blocks in its second epoch."""
+    root = tmp_path_factory.mktemp("dropping")
+    train(root / "a", **DROPS)
+    return root
+
+
+def test_the_run_lands_on_its_target_and_says_what_went(root: Path):
+    log = events_of(root / "a")
+    (resize,) = events(log, "resize")
+    (note,) = [event["message"] for event in events(log, "note") if "blocks dropped" in event["message"]]
+    gone = {f"{name}.conv1" for name in note.removeprefix("epoch 2: blocks dropped: ").split(", ")}
+    before, after = events(log, "epoch")
+    assert before["widths"].keys() - after["widths"].keys() == gone and gone < resize["removed"].keys()
+    assert 1.25 <= after["step_speedup"] <= 1.2625 and after["params"] < before["params"]
+
+
+def test_a_run_that_is_broken_off_after_blocks_were_dropped_goes_on_to_the_bit(root: Path, monkeypatch):
+    again = interrupted(root / "b", monkeypatch, 6, **DROPS)  # in the second step without them
+    assert numbers(again) == numbers(events_of(root / "a"))
+    stored = [load_checkpoint(root / run / "tiny/last.pt") for run in "ab"]
+    for part in ("model", "ema"):
+        assert stored[0][part].keys() == stored[1][part].keys()
+        assert all(torch.equal(stored[0][part][name], stored[1][part][name]) for name in stored[0][part])
+    momenta = [[s["momentum_buffer"] for s in content["optimizer"]["state"].values()] for content in stored]
+    assert all(map(torch.equal, *momenta)) and len(momenta[0]) == len(momenta[1])
+
+
+def test_evaluation_export_another_cut_and_a_run_from_its_widths_know_the_blocks(root: Path, tmp_path: Path, capsys):
+    last, folder, cut = root / "a/tiny/last.pt", tmp_path / "folder", tmp_path / "cut.pt"
+    (dropped,) = [plan.dropped for plan in stored_plans(load_checkpoint(last)) if plan.dropped]
+    network = load_network(last)
+    assert all(isinstance(network.model.get_submodule(name), nn.Identity) for name in dropped)
+    images = torch.randn(2, 3, 16, 16)
+    assert export.main([str(last), "--format", "timm", "--out", str(folder)]) == 0
+    with torch.no_grad():
+        assert torch.equal(cup.load(folder)(images), network.model.eval()(images))
+    assert tuple(cup.read_saved(folder).dropped) == dropped
+    assert evaluate.main([str(last)]) == 0
+    (tmp_path / "counts.json").write_text('{"layer3.0.conv1": 20}')
+    counts = ["--counts", str(tmp_path / "counts.json"), "--criterion", "l2"]
+    assert prune.main([str(last), *counts, "--out", str(cut)]) == 0
+    assert load_network(cut).groups[0].network.dense is not None
+    assert "FR of the full network" in capsys.readouterr().out
+    full = build_model("resnet20_cifar", 10)
+    groups = cup.channel_groups(full, images)
+    plan = plan_narrowing(ModelConfig(name="resnet20_cifar", widths=str(last)), full, groups, "all")
+    cup.apply_plan(full, plan, groups)
+    assert cup.complexity(full, images) == cup.complexity(network.model, images)
+
+
+def events_of(root: Path) -> list[dict]:
+    return read_log(root / "tiny/log.jsonl")
+
+
+def test_blocks_can_be_dropped_for_a_latency_alone(tmp_path: Path, capfd):
+    """On the command line, from dense weights."""
+    source, out = str(tmp_path / "full.pt"), tmp_path / "fast.pt"
+    write_network(Path(source), "resnet20_cifar")
+    assert prune.main([source, "--reduction", "2", "--drop-blocks"]) == 2
+    assert "--drop-blocks goes with --latency" in capfd.readouterr().err
+    request = [source, "--latency", "150us", "--device", "t4", "--out", str(out), "--criterion", "l2"]
+    assert prune.main([*request, "--round-to", "1000"]) == 1
+    assert "--drop-blocks lets whole blocks go" in capfd.readouterr().err
+    assert prune.main([*request, "--drop-blocks"]) == 0
+    assert "blocks dropped: layer" in capfd.readouterr().out
+    assert load_network(out).plans[0].dropped
