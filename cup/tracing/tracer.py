@@ -186,7 +186,7 @@ _PLAIN_ATTRIBUTES = ("dtype", "ndim", "layout", "requires_grad", "is_cuda", "is_
 
 
 class _Tracer(fx.Tracer):
-    """Looks inside all modules but torch's own and those that have a rule."""
+    """Looks inside all modules but those that have a rule and torch's own, and inside torch's encoder."""
 
     def __init__(self, inputs: Any, hooked: Collection[str]) -> None:
         super().__init__()
@@ -236,6 +236,8 @@ class _Tracer(fx.Tracer):
         return _StandIn.__iter__(obj)
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        if type(module) in (nn.TransformerEncoder, nn.TransformerEncoderLayer):
+            return False
         return "forward" not in vars(module) and (is_known(module) or super().is_leaf_module(module, name))
 
     def call_module(self, module: nn.Module, forward: Any, args: tuple, kwargs: dict) -> Any:
