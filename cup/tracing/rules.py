@@ -914,7 +914,7 @@ _FOREIGN_MODULES: dict[str, Rule] = {
 }
 
 _WIDTHLESS = (
-    *("dim", "ndim", "ndimension", "dtype", "device", "layout", "requires_grad", "is_cuda", "training"),
+    *("dim", "ndim", "ndimension", "dtype", "device", "layout", "requires_grad", "is_cuda", "is_nested", "training"),
     *("is_floating_point", "is_complex", torch.is_floating_point, torch.is_complex, torch._assert),
 )
 _JOINING = (_add, _elementwise, _product, _cat, _stack, _expand, _retyped)

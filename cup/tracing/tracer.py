@@ -182,7 +182,17 @@ class _StandInAttribute(fx.proxy.Attribute, _StandIn):
     """An attribute of a value: a node of its own unless it is called as a method."""
 
 
-_PLAIN_ATTRIBUTES = ("dtype", "ndim", "layout", "requires_grad", "is_cuda", "is_sparse", "is_quantized", "is_meta")
+_PLAIN_ATTRIBUTES = (
+    "dtype",
+    "ndim",
+    "layout",
+    "requires_grad",
+    "is_cuda",
+    "is_sparse",
+    "is_quantized",
+    "is_meta",
+    "is_nested",
+)
 
 
 class _Tracer(fx.Tracer):
