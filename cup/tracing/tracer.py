@@ -9,6 +9,7 @@ number, and nothing tells a 64 that is a width from a 64 that is something else.
 """
 
 import dataclasses
+import functools
 import operator
 import random
 from collections.abc import Callable, Collection, Iterator
@@ -76,7 +77,7 @@ def trace_forward(twin: nn.Module, sample: Sample, hooked: Collection[str] = ())
     """
     tracer = _Tracer(meta_input(sample, batch=TRACED_SAMPLES), hooked)
     try:
-        with _recorded_factories(tracer), _same_chance():
+        with _recorded_functions(tracer), _same_chance():
             graph = tracer.trace(twin)
     except Exception as error:  # whatever a network's own code raises on stand-ins
         refusal = None if isinstance(error, fx.proxy.TraceError) else _refusal(twin, sample)
@@ -113,11 +114,12 @@ def _same_chance() -> Iterator[None]:
 
 
 @contextmanager
-def _recorded_factories(tracer: "_Tracer") -> Iterator[None]:
-    """Functions that make a tensor of a given size take stand-ins for sizes meanwhile; torch's own parser does not."""
+def _recorded_functions(tracer: "_Tracer") -> Iterator[None]:
+    """Functions whose stand-ins torch's own parser of arguments does not take are noted before it sees them."""
     with torch.device("meta"):
         torch.empty(0)  # torch's table of such functions is made once, at their first use: with the originals, then
-    originals = {name: getattr(torch, name) for name in _FACTORIES}
+    places = {*((torch, name) for name in _FACTORIES), *_of_numbers()}
+    originals = {place: getattr(*place) for place in places}
 
     def recorded(original: Callable) -> Callable:
         def make(*args: Any, **kwargs: Any) -> Any:
@@ -127,15 +129,31 @@ def _recorded_factories(tracer: "_Tracer") -> Iterator[None]:
         return make
 
     try:
-        for name, original in originals.items():
-            setattr(torch, name, recorded(original))
+        for place, original in originals.items():
+            setattr(*place, recorded(original))
         yield
     finally:
-        for name, original in originals.items():
-            setattr(torch, name, original)
+        for place, original in originals.items():
+            setattr(*place, original)
 
 
 _FACTORIES = ("zeros", "ones", "empty", "full", "rand", "randn", "arange", "linspace", "eye")
+"""They make a tensor of a given size, and a stand-in for a size is refused."""
+
+
+@functools.cache
+def _of_numbers() -> tuple[tuple[Any, str], ...]:
+    """(module, name) of the functions that may take a number, often a tensor in its place.
+
+    The parser, in search of a number, reads a stand-in's memory as if it were the tensor that it says it is: that ends
+    the process.
+    """
+    schemas = [schema for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("aten::")]
+    number = [one for one in schemas if any(str(a.type) in ("number", "Optional[number]") for a in one.arguments)]
+    names = {one.name.removeprefix("aten::") for one in number}
+    plain = [(torch, name) for name in names if name[0] != "_"]
+    special = [(torch.special, name.removeprefix("special_")) for name in names if name.startswith("special_")]
+    return tuple(place for place in (*plain, *special) if callable(getattr(*place, None)))
 
 
 class _StandIn(fx.Proxy):

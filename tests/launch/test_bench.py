@@ -74,7 +74,7 @@ def test_a_table_of_networks_goes_on_where_it_was_left(tmp_path, capsys, monkeyp
 def test_torch_pruning_stands_beside_us(tmp_path, capsys):
     pytest.importorskip("torch_pruning")
     out = tmp_path / "models.json"
-    asked = ["models", "--models", "resnet20_cifar", "--reduction", "1.3", "--out", str(out)]
+    asked = ["models", "--models", "lenet", "--reduction", "1.3", "--out", str(out)]
     assert main(asked) == 0
     assert main([*asked, "--resume", str(out), "--rival", "torch-pruning"]) == 0
     (row,) = json.loads(out.read_text())["rows"]
