@@ -128,13 +128,16 @@ def _recorded_functions(tracer: "_Tracer") -> Iterator[None]:
 
         return make
 
+    apply = vars(torch.autograd.Function)["apply"]
     try:
         for place, original in originals.items():
             setattr(*place, recorded(original))
+        torch.autograd.Function.apply = classmethod(lambda cls, *args: recorded(apply.__get__(None, cls))(*args))
         yield
     finally:
         for place, original in originals.items():
             setattr(*place, original)
+        torch.autograd.Function.apply = apply
 
 
 _FACTORIES = ("zeros", "ones", "empty", "full", "rand", "randn", "arange", "linspace", "eye")
@@ -242,7 +245,7 @@ class _Tracer(fx.Tracer):
         tensors = (*self.root.named_parameters(), *self.root.named_buffers())
         self._names = {id(tensor): name for name, tensor in tensors}
         positional, named = arguments(map_tensors(self._inputs, self._placeholder))
-        return lambda root: tuple(_tensors_in(root.forward(*positional, **named))), [self.root]
+        return lambda root: tuple(_outputs_in(root.forward(*positional, **named))), [self.root]
 
     def create_node(self, kind: str, target: Any, args: tuple, kwargs: dict, *names: Any, **more: Any) -> fx.Node:
         node = super().create_node(kind, target, args, kwargs, *names, **more)
@@ -339,6 +342,18 @@ def _call(module: nn.Module, args: tuple, kwargs: dict) -> Any:
 
 def _on_meta(argument: Any) -> Any:
     return torch.device("meta") if isinstance(argument, torch.device) else argument
+
+
+def _outputs_in(value: Any, seen: tuple[Any, ...] = ()) -> Iterator[Any]:
+    """All stand-ins in what a network gives, those in an object of its own (a cache of keys and values) among them.
+
+    seen: the objects around the value, which may know each other.
+    """
+    for found in _tensors_in(value):
+        if isinstance(found, fx.Proxy | torch.Tensor) or not hasattr(found, "__dict__"):
+            yield found
+        elif not isinstance(found, nn.Module | type) and all(found is not other for other in seen):
+            yield from _outputs_in(list(vars(found).values()), (*seen, found))
 
 
 def _tensors_in(value: Any) -> Iterator[Any]:

@@ -186,7 +186,7 @@ def _transformers(name: str) -> tuple[nn.Module, Any]:
         now = getattr(size, key, None)
         if now is not None and isinstance(value, list) == isinstance(now, list):
             setattr(size, key, value)
-    config.num_labels, config.architectures = 5, []
+    config.num_labels, config.architectures, config.use_cache = 5, [], False  # keys and values are kept to write texts
     if name in _TEXTS:
         config.pad_token_id, config.bos_token_id, config.eos_token_id = 0, 1, 2
         model = transformers.AutoModelForSequenceClassification.from_config(config, attn_implementation="eager")
