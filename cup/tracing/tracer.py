@@ -272,7 +272,7 @@ class _Tracer(fx.Tracer):
         return "forward" not in vars(module) and (is_known(module) or super().is_leaf_module(module, name))
 
     def call_module(self, module: nn.Module, forward: Any, args: tuple, kwargs: dict) -> Any:
-        if self._computing:
+        if self._computing or module not in self.submodule_paths:  # `nn.ReLU()(x)`: made on the way
             return forward(*args, **kwargs)
         result = super().call_module(module, forward, args, kwargs)
         name = self.path_of_module(module)

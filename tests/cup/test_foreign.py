@@ -250,6 +250,7 @@ IDIOMS = {
     "an equalised learning rate": lambda s, y, x: s.equal(y),
     "an equalised convolution used twice": lambda s, y, x: s.equal(F.relu(s.equal(y))),
     "a scalar buffer": lambda s, y, x: y * s.step,
+    "a module that is made on the way": lambda s, y, x: nn.ReLU()(s.c2(y)),
 }
 
 

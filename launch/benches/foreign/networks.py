@@ -190,7 +190,9 @@ def _transformers(name: str) -> tuple[nn.Module, Any]:
     if name in _TEXTS:
         config.pad_token_id, config.bos_token_id, config.eos_token_id = 0, 1, 2
         model = transformers.AutoModelForSequenceClassification.from_config(config, attn_implementation="eager")
-        return model, {"input_ids": torch.randint(3, 200, (2, 12))}
+        # Without a mask the code asks whether position numbers start anew somewhere: nobody knows of shapes alone.
+        mask = {} if name == "fnet" else {"attention_mask": torch.ones(2, 12, dtype=torch.long)}
+        return model, {"input_ids": torch.randint(3, 200, (2, 12)), **mask}
     if name not in _OF_STAGES:
         size.image_size = 4 * size.patch_size
     model = transformers.AutoModelForImageClassification.from_config(config, attn_implementation="eager")
