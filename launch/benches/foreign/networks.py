@@ -169,8 +169,8 @@ _CAUSAL = (
     *("biogpt", "bloom", "gpt2", "gpt_neo", "gpt_neox", "gptj", "llama", "mistral", "opt", "phi", "qwen2", "stablelm"),
     "starcoder2",
 )
-"""Without a mask these ask whether the numbers of the positions start anew somewhere, and the others with one whether it
-leaves anything out: what shapes alone do not answer.
+"""Without a mask these ask whether the numbers of the positions start anew somewhere; with one the others ask whether it
+leaves anything out. Shapes alone do not answer that.
 """
 _SMALL = {
     **{"num_hidden_layers": 2, "n_layer": 2, "n_layers": 2, "num_layers": 2, "hidden_size": 96, "n_embd": 96},
