@@ -169,7 +169,7 @@ _CAUSAL = (
     *("biogpt", "bloom", "gpt2", "gpt_neo", "gpt_neox", "gptj", "llama", "mistral", "opt", "phi", "qwen2", "stablelm"),
     "starcoder2",
 )
-"""Without a mask these ask whether the numbers of the positions start anew somewhere; with one the others ask whether it
+"""Without a mask these ask whether the numbers of the positions start anew somewhere; with one the others ask if it
 leaves anything out. Shapes alone do not answer that.
 """
 _SMALL = {
