@@ -221,8 +221,8 @@ class _Walk:
         calls = tuple(
             Call(
                 OUTSIDE if layer is None else layer,
-                (1, *shape_of(read)[1:]),
-                (1, *shape_of(written)[1:]),
+                _of_one_sample(read),
+                _of_one_sample(written),
                 numbers(value),
                 numbers(result),
                 0 if layer is not None else product_macs(written) // TRACED_SAMPLES,
@@ -279,6 +279,20 @@ class _Walk:
             numbers=channels,
             network=network,
         )
+
+
+def _of_one_sample(node: fx.Node) -> tuple[int, ...]:
+    """The shape for one of the samples that are traced together.
+
+    They may be rows among others (tokens or windows of all samples in one dimension), or lie behind the tokens.
+    """
+    shape = shape_of(node)
+    if is_constant(node):
+        return shape
+    if shape[0] % TRACED_SAMPLES == 0:
+        return (shape[0] // TRACED_SAMPLES, *shape[1:])
+    dim = shape.index(TRACED_SAMPLES) if TRACED_SAMPLES in shape[1:-1] else 0
+    return (*shape[:dim], 1, *shape[dim + 1 :])
 
 
 def _tensor_keywords(node: fx.Node) -> bool:

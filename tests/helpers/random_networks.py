@@ -68,7 +68,7 @@ class RandomNetwork(nn.Module):
                     result = made(*values)
                 if result.dim() == 4 and 1 < result.shape[-1] <= 16 and 1 < result.shape[-2] <= 16:
                     return made if 0 < result.shape[1] <= 64 else Nothing()
-            except (RuntimeError, ValueError, IndexError):
+            except (RuntimeError, ValueError, IndexError, AssertionError):
                 pass  # operands that do not go together
         return Nothing()
 
