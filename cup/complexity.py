@@ -31,8 +31,8 @@ from cup.tracing.groups import (
     keep_masks,
     without_blocks,
 )
-from cup.tracing.heads import head_count
-from cup.tracing.layers import CONVS, TRANSPOSED_CONVS, find_layer, weight_of
+from cup.tracing.heads import CutAttention
+from cup.tracing.layers import CONVS, TRANSPOSED_CONVS, bias_of, find_layer, only_counts_heads, weight_of
 from cup.tracing.meta import (
     Sample,
     arguments,
@@ -182,7 +182,7 @@ def _rates(model: nn.Module, call: Call) -> tuple[int, int, int]:
     flops, macs = _cost(layer, call.input_shape, call.output_shape)
     reads = 1 if call.reads is None else len(call.reads)
     writes = 1 if call.writes is None else len(call.writes)
-    mixes = isinstance(layer, nn.Linear) or (isinstance(layer, CONVS) and layer.groups == 1)
+    mixes = isinstance(layer, _LINEAR) or (isinstance(layer, CONVS) and layer.groups == 1)
     beside = (flops - 2 * macs) // writes
     return (macs // (reads * writes), 0, beside) if mixes else (0, macs // writes, beside)
 
@@ -217,7 +217,7 @@ def _removed_parameters(
     for name in dict.fromkeys(name for name, _ in masks):
         layer = find_layer(model, name)
         is_buffer = isinstance(layer, torch.Tensor) and not isinstance(layer, nn.Parameter)
-        if is_buffer or (isinstance(layer, nn.Module) and head_count(layer) is not None):
+        if is_buffer or only_counts_heads(layer):
             continue
         stays = {axis: masks[name, axis] for axis in ("in", "out") if (name, axis) in masks}
         weight = weight_of(layer)
@@ -226,7 +226,7 @@ def _removed_parameters(
             after = after // len(mask) * int(mask.sum())
         repeated += before - after if id(weight) in counted else 0
         counted.add(id(weight))
-        if "out" in stays and getattr(layer, "bias", None) is not None:
+        if "out" in stays and bias_of(layer) is not None:
             before, after = before + len(stays["out"]), after + int(stays["out"].sum())
         removed[name] = before - after
     return removed, repeated
@@ -242,7 +242,10 @@ def _count(twin: nn.Module, sample: Sample) -> Complexity:
         counted = isinstance(module, _COUNTED)
         read = next(tensors_in((inputs, named_inputs)), None)
         written = next(tensors_in(output), None)  # of a pooling's values and indices the values
-        flops, macs = _cost(module, tuple(read.shape), tuple(written.shape)) if counted else (0, 0)
+        written_shape = tuple(written.shape)
+        if isinstance(module, CutAttention):  # its own weights' work; its output layer is a module, too
+            written_shape = (*read.shape[:-1], len(module.in_proj_weight))
+        flops, macs = _cost(module, tuple(read.shape), written_shape) if counted else (0, 0)
         before = costs.get(name, LayerCost(name, type(module).__name__, 0, 0, _own_parameters(module)))
         costs[name] = LayerCost(name, before.kind, before.flops + flops, before.macs + macs, before.params)
 
@@ -272,7 +275,8 @@ def _count(twin: nn.Module, sample: Sample) -> Complexity:
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _RELUS, _POOLS = (nn.ReLU, nn.ReLU6), (nn.MaxPool2d, nn.AvgPool2d)
-_COUNTED = (*CONVS, nn.Linear, *_BATCH_NORMS, *_RELUS, *_POOLS)
+_LINEAR = (nn.Linear, nn.MultiheadAttention)
+_COUNTED = (*CONVS, nn.Linear, CutAttention, *_BATCH_NORMS, *_RELUS, *_POOLS)
 
 
 def _cost(module: nn.Module, value: tuple[int, ...], output: tuple[int, ...]) -> tuple[int, int]:
@@ -285,9 +289,9 @@ def _cost(module: nn.Module, value: tuple[int, ...], output: tuple[int, ...]) ->
         inputs = value[1] if module.groups == 1 else module.in_channels // module.groups
         macs = elements * inputs * math.prod(module.kernel_size)
         return 2 * macs + (elements if module.bias is not None else 0), macs
-    if isinstance(module, nn.Linear):
+    if isinstance(module, _LINEAR):
         macs = elements * value[-1]
-        return 2 * macs + (elements if module.bias is not None else 0), macs
+        return 2 * macs + (elements if bias_of(module) is not None else 0), macs
     if isinstance(module, _BATCH_NORMS):
         return 2 * math.prod(value), 0
     if isinstance(module, _RELUS):

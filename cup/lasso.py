@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from cup.tracing.groups import ChannelGroup
-from cup.tracing.layers import find_layer, weight_dim
+from cup.tracing.layers import find_layer, weight_dim, weight_of
 
 
 class GroupLasso:
@@ -43,7 +43,7 @@ class _Axis:
     def norms(self, model: nn.Module) -> torch.Tensor:
         """(channels,). `vector_norm`, and not the root of a sum, has a gradient at zero."""
         layer = find_layer(model, self.module)
-        rows = layer.weight.movedim(weight_dim(layer, self.name), 0).flatten(1)
+        rows = weight_of(layer).movedim(weight_dim(layer, self.name), 0).flatten(1)
         if self.blocks is not None:
             rows = rows[self.blocks.to(rows.device)].flatten(1)
         return torch.linalg.vector_norm(rows, dim=1)

@@ -14,7 +14,7 @@ from cup.errors import CupError
 from cup.folding import fold_merges
 from cup.plan import PrunePlan
 from cup.tracing.groups import ChannelGroup, check_groups, keep_masks, narrow_groups, without_blocks
-from cup.tracing.layers import find_layer, weight_dim
+from cup.tracing.layers import find_layer, weight_dim, weight_of
 from cup.tracing.meta import check_model, meta_copy
 from cup.tracing.narrowing import ParameterChange, narrow_layers
 from cup.tracing.trace import channel_groups
@@ -126,7 +126,7 @@ def zero_filters(model: nn.Module, plan: PrunePlan, groups: Sequence[ChannelGrou
     with torch.no_grad():
         for name, filters in filters_that_go(plan, groups).items():
             layer = find_layer(model, name)
-            layer.weight.index_fill_(weight_dim(layer, "out"), filters.to(layer.weight.device), 0)
+            weight_of(layer).index_fill_(weight_dim(layer, "out"), filters.to(weight_of(layer).device), 0)
 
 
 def mask_gradients(model: nn.Module, filters: Mapping[str, torch.Tensor]) -> None:
@@ -136,8 +136,9 @@ def mask_gradients(model: nn.Module, filters: Mapping[str, torch.Tensor]) -> Non
     """
     for name, indices in filters.items():
         layer = find_layer(model, name)
-        if layer.weight.grad is not None:
-            layer.weight.grad.index_fill_(weight_dim(layer, "out"), indices.to(layer.weight.device), 0)
+        gradient = weight_of(layer).grad
+        if gradient is not None:
+            gradient.index_fill_(weight_dim(layer, "out"), indices.to(gradient.device), 0)
 
 
 def filters_that_go(plan: PrunePlan, groups: Sequence[ChannelGroup]) -> dict[str, torch.Tensor]:

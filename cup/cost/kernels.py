@@ -16,8 +16,8 @@ the image), the gradient of its weight. What only moves memory counts the tensor
 
 Views are free. In inference batch norm takes 2 and dropout nothing.
 
-The optimizer's kernel is counted for the weights of convolutions and linear layers only: norms, biases, free parameters
-and `nn.MultiheadAttention` have none.
+The optimizer's kernel is counted for the weights of convolutions and linear layers only, torch's attention among them:
+norms, biases and free parameters have none.
 
 Fused: an operation on single elements that is the only reader of what a norm or another such operation gives runs
 in the same kernel. It costs only the other tensors that it reads, and backward one more for the branch that it
@@ -33,7 +33,7 @@ import torch
 from torch import nn
 
 from cup.tracing.groups import Network, TracedOp, Value
-from cup.tracing.layers import CONVS, TRANSPOSED_CONVS
+from cup.tracing.layers import CONVS, TRANSPOSED_CONVS, weight_of
 
 ONE = 0
 """The axis of what has no channels that could go: its width is always 1."""
@@ -194,7 +194,7 @@ class _Counting:
             yield from self._product(op, layer, kind, 2 * window * pixels, window)
 
     def _linear(self, op: TracedOp, layer: nn.Module) -> Iterator[Kernel]:
-        if not isinstance(layer, nn.Linear):
+        if not isinstance(layer, nn.Linear | nn.MultiheadAttention):
             yield from self._free_weight(op)
             return
         result = self.network.values[op.writes]
@@ -211,9 +211,9 @@ class _Counting:
         yield Kernel(f"{kind}.forward", **work)
         if value in self._with_gradient:
             yield Kernel(f"{kind}.input", **work)
-        if result in self._with_gradient and layer.weight.requires_grad:
+        if result in self._with_gradient and (weight := weight_of(layer)).requires_grad:
             yield Kernel(f"{kind}.weight", **work)
-            yield from self._optimizer(layer.weight, axes, weights)
+            yield from self._optimizer(weight, axes, weights)
 
     def _optimizer(self, weight: torch.Tensor, axes: tuple[int, int], weights: float) -> Iterator[Kernel]:
         """SGD with momentum in fp32: weight, gradient and momentum are read, weight and momentum written."""
@@ -234,7 +234,7 @@ class _Counting:
             yield Kernel("attention.input", flops=2 * flops, elements=tuple((axis, 2 * n) for axis, n in elements))
 
     def _multihead(self, op: TracedOp, layer: nn.Module) -> Iterator[Kernel]:
-        """torch's own module: projections of query, key and value, attention, projection of the result."""
+        """torch's own module as a whole, where it is not followed: four projections, and attention."""
         value = self.network.values[op.reads[0]]
         channels, tokens = value.shape[-1], _size(value) / value.shape[-1]
         length = value.shape[1 if getattr(layer, "batch_first", False) else 0]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from cup.errors import CupError
-from cup.tracing.layers import CONVS, find_layer, weight_dim
+from cup.tracing.layers import CONVS, bias_of, find_layer, weight_dim, weight_of
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -29,7 +29,7 @@ class Weights:
         return isinstance(find_layer(self._model, name), CONVS)
 
     def is_linear(self, name: str) -> bool:
-        return isinstance(find_layer(self._model, name), nn.Linear)
+        return isinstance(find_layer(self._model, name), nn.Linear | nn.MultiheadAttention)
 
     def filters(self, name: str) -> np.ndarray:
         """(O, I, ...): a layer's weight, what it writes first, also for a transposed convolution."""
@@ -45,7 +45,7 @@ class Weights:
 
     def bias(self, name: str) -> np.ndarray | None:
         """float64 (O,), None for a layer without."""
-        bias = find_layer(self._model, name).bias
+        bias = bias_of(find_layer(self._model, name))
         return None if bias is None else self._finished(name, bias.detach().double().cpu().numpy())
 
     def batch_norm_scale(self, name: str) -> np.ndarray | None:
@@ -57,7 +57,7 @@ class Weights:
 
     def _read(self, name: str) -> torch.Tensor:
         layer = find_layer(self._model, name)
-        weight = layer.weight.detach().movedim(weight_dim(layer, "out"), 0).cpu()
+        weight = weight_of(layer).detach().movedim(weight_dim(layer, "out"), 0).cpu()
         return weight if weight.dtype == torch.float64 else weight.float()
 
     def _finished(self, name: str, values: np.ndarray) -> np.ndarray:

@@ -24,7 +24,8 @@ OUTSIDE = "(products outside of layers)"
 class Call:
     """One call of a module in the forward pass, or one product of attention, for counting its cost at other widths.
 
-    input_shape, output_shape: of one sample with its batch dimension, (1, ...), at the widths of the trace.
+    input_shape, output_shape: of one sample, at the widths of the trace; mostly (1, ...), but (tokens, ...) where those
+        of all samples are in one dimension.
     reads, writes: int64, the trace's number of the channel at each index of the input's and the output's channel
         axis; None where no channel can go.
     macs: of a product outside of layers: multiply-adds for one sample at the widths of the trace.

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from cup.errors import CupError
-from cup.tracing.heads import head_count, set_head_count
+from cup.tracing.heads import head_count, set_head_count, spell_out
 
 AxisName = Literal["in", "out"]
 
@@ -23,9 +23,24 @@ def find_layer(model: nn.Module, name: str) -> nn.Module | torch.Tensor:
         raise CupError(f"these groups are another network's: no layer {name}") from error
 
 
+def tensor_names(layer: nn.Module) -> tuple[str, str]:
+    """What the layer calls its weight and its bias. torch's attention projects to query, key and value with them."""
+    return ("in_proj_weight", "in_proj_bias") if isinstance(layer, nn.MultiheadAttention) else ("weight", "bias")
+
+
 def weight_of(layer: nn.Module | torch.Tensor) -> torch.Tensor | None:
     """The tensor with the layer's channels; None for a norm without weights, and for a module that counts heads."""
-    return layer if isinstance(layer, torch.Tensor) else getattr(layer, "weight", None)
+    return layer if isinstance(layer, torch.Tensor) else getattr(layer, tensor_names(layer)[0], None)
+
+
+def bias_of(layer: nn.Module | torch.Tensor) -> torch.Tensor | None:
+    return None if isinstance(layer, torch.Tensor) else getattr(layer, tensor_names(layer)[1], None)
+
+
+def only_counts_heads(layer: nn.Module | torch.Tensor) -> bool:
+    """Whether it is a module whose "out" axis are heads that other layers write. torch's own has their weights."""
+    is_module = isinstance(layer, nn.Module) and not isinstance(layer, nn.MultiheadAttention)
+    return is_module and head_count(layer) is not None
 
 
 def weight_dim(layer: nn.Module | torch.Tensor, axis: AxisName) -> int:
@@ -48,8 +63,10 @@ def axis_length(layer: nn.Module | torch.Tensor, axis: AxisName) -> int | None:
         return getattr(layer, written if axis == "out" else read)
     if isinstance(layer, nn.LayerNorm):
         return layer.normalized_shape[0]
-    if (heads := head_count(layer)) is not None:
-        return heads if axis == "out" else None
+    if isinstance(layer, nn.MultiheadAttention):
+        return None if layer.in_proj_weight is None else layer.in_proj_weight.shape[weight_dim(layer, axis)]
+    if only_counts_heads(layer):
+        return head_count(layer) if axis == "out" else None
     names = ("num_features", "num_channels", "num_parameters")
     return next((getattr(layer, name) for name in names if hasattr(layer, name)), None) if axis == "out" else None
 
@@ -75,7 +92,9 @@ def set_widths(layer: nn.Module, entries: int) -> None:
         layer.normalized_shape = (entries,)
     elif isinstance(layer, nn.PReLU):
         layer.num_parameters = entries
-    elif head_count(layer) is not None:
+    elif isinstance(layer, nn.MultiheadAttention):
+        spell_out(layer)
+    elif only_counts_heads(layer):
         set_head_count(layer, entries)
     else:
         layer.num_features = entries

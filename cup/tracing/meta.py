@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from cup.errors import CupError
+from cup.tracing.heads import can_be_cut, spell_out
 
 # Sides to try for a network whose input nobody named. Adaptive pooling takes them all; where a flatten fixes the
 # side, only the right one runs, so one that runs gives the same channel groups as any other that does.
@@ -33,7 +34,10 @@ def hooked_modules(model: nn.Module) -> set[str]:
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
-    """The same modules on the meta device, as fp32 and without hooks; allocates no tensor memory, copies no data."""
+    """The same modules on the meta device, as fp32 and without hooks; allocates no tensor memory, copies no data.
+
+    torch's attention does the same there in single steps, which can be followed.
+    """
     memo: dict[int, torch.Tensor] = {}
     for tensor in model.buffers():
         memo[id(tensor)] = torch.empty_like(tensor, device="meta")
@@ -46,6 +50,8 @@ def meta_copy(model: nn.Module) -> nn.Module:
     for module in twin.modules():  # a user's hooks expect real activations, and should not see this pass
         for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
             hooks.clear()
+        if can_be_cut(module):
+            spell_out(module)
     return twin
 
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from cup.errors import CupError
 from cup.tracing.groups import Masks
-from cup.tracing.heads import head_count
-from cup.tracing.layers import AxisName, find_layer, set_widths, weight_dim
+from cup.tracing.heads import stop_shortcuts
+from cup.tracing.layers import AxisName, find_layer, only_counts_heads, set_widths, tensor_names, weight_dim
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +74,7 @@ def narrow_layers(model: nn.Module, masks: Masks, merges: Merges = NO_MERGES) ->
     ]  # all before any of it is installed
     for layer in narrowed:
         _install(model, layer)
+    stop_shortcuts(model)
     return tuple(change for layer in narrowed for change in layer.changes)
 
 
@@ -133,17 +134,18 @@ def _narrowed(
         return _NarrowedLayer(name, (_change(model, name, weight_axes, weight_merges, renewed),), {})
     if isinstance(layer, torch.Tensor):
         return _NarrowedLayer(name, (), {name: select(layer, weight_axes, weight_merges)})
-    if head_count(layer) is not None:
+    if only_counts_heads(layer):
         return _NarrowedLayer(name, (), {}, len(axes["out"]))
     changes = []
-    if layer.weight is not None:
-        changes.append(_change(model, f"{name}.weight", weight_axes, weight_merges, renewed))
+    weight, bias = tensor_names(layer)
+    if getattr(layer, weight) is not None:
+        changes.append(_change(model, f"{name}.{weight}", weight_axes, weight_merges, renewed))
     if "out" not in axes:
         return _NarrowedLayer(name, tuple(changes), {})
     entries = {0: axes["out"]}
     entry_merges = {0: merging["out"]} if "out" in merging else {}
-    if getattr(layer, "bias", None) is not None:
-        changes.append(_change(model, f"{name}.bias", entries, entry_merges, renewed))
+    if getattr(layer, bias, None) is not None:
+        changes.append(_change(model, f"{name}.{bias}", entries, entry_merges, renewed))
     statistics = {key: getattr(layer, key, None) for key in ("running_mean", "running_var")}
     buffers = {
         f"{name}.{key}": select(value, entries, entry_merges) for key, value in statistics.items() if value is not None
@@ -189,3 +191,6 @@ def _install(model: nn.Module, narrowed: _NarrowedLayer) -> None:
     layer = find_layer(model, narrowed.name)
     if isinstance(layer, nn.Module):
         set_widths(layer, narrowed.entries)
+    owner = model.get_submodule(narrowed.name.rpartition(".")[0])
+    if isinstance(owner, nn.MultiheadAttention):  # its output layer has another width than torch's code would think
+        set_widths(owner, narrowed.entries)

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from cup.tracing.heads import head_count
+from cup.tracing.heads import CutAttention, head_count
 from cup.tracing.labels import Channels, Labels
+from cup.tracing.layers import only_counts_heads, tensor_names
 
 
 def shape_of(node: Any) -> tuple[int, ...] | None:
@@ -64,7 +65,14 @@ def _is_view(node: fx.Node) -> bool:
 
 
 def _spelt_out(node: fx.Node) -> tuple[Any, ...]:
-    """The sizes or dimensions that a view or permute was given: one list, or one argument each."""
+    """The sizes or dimensions that a view or permute was given: one list, or one argument each.
+
+    For an unflatten as a view would be: -1, which follows, for the dimensions that it leaves alone.
+    """
+    if node.target in _UNFLATTENS:
+        dim, sizes = (*node.args[1:], *node.kwargs.values())
+        before = len(shape_of(node.args[0]))
+        return (-1,) * (dim % before) + tuple(sizes) + (-1,) * (before - 1 - dim % before)
     rest = node.args[1:] or tuple(node.kwargs.values())
     return tuple(rest[0]) if rest and isinstance(rest[0], list | tuple) else rest
 
@@ -90,7 +98,7 @@ def find_rule(operation: Operation) -> Rule | None:
         rule = _FUNCTIONS.get(node.target)
         operands = [n for n in node.all_input_nodes if shape_of(n) is not None or n.meta.get("unknown")]
         return rule if len(operands) == 1 or rule in _JOINING else None  # x.clamp(y): more than the rule looks at
-    computed = [name for name in ("weight", "bias") if hasattr(layer, name) and name not in layer._parameters]
+    computed = [name for name in tensor_names(layer) if hasattr(layer, name) and name not in layer._parameters]
     if has_width(layer) and computed:
         return None  # by a parametrization or a hook, on the fly
     if node.op == "call_function":  # a subclass of a known layer, whose forward calls the function on its weights
@@ -114,8 +122,8 @@ def layer_at(node: fx.Node, model: nn.Module) -> str | None:
     owner = owner_of(node)
     layer = model.get_submodule(owner)
     read = {n.target for n in map(unscaled, node.all_input_nodes) if n.op == "get_attr"}
-    own = {f"{owner}.{name}" for name in ("weight", "bias", "running_mean", "running_var")}
-    if not isinstance(layer, kind) or f"{owner}.weight" not in read or not read <= own:
+    own = {f"{owner}.{name}" for name in (*tensor_names(layer), "running_mean", "running_var")}
+    if not isinstance(layer, kind) or f"{owner}.{tensor_names(layer)[0]}" not in read or not read <= own:
         return None
     position, name = _WIDTH_ARGUMENTS.get(node.target, (None, ""))
     given = node.args[position] if position is not None and len(node.args) > position else node.kwargs.get(name)
@@ -253,7 +261,7 @@ def _linear(op: Operation, labels: Labels) -> Channels | None:
     if value is not None and value.dim != last:
         labels.freeze([value], f"{op.name} mixes another axis than the channels")
         value = None
-    return _produce(op, labels, value, op.layer.out_features, dim=last)
+    return _produce(op, labels, value, op.output_shape[last], dim=last)
 
 
 def _produce(op: Operation, labels: Labels, value: Channels | None, width: int, dim: int) -> Channels:
@@ -363,7 +371,8 @@ def _split_into_heads(op: Operation, labels: Labels) -> Channels | None:
         dim = counted[-1]
         by_head_HX = np.moveaxis(value.labels_C.reshape(after[first : last + 1]), dim - first, 0).reshape(heads, -1)
         labels_H = labels.bundle(by_head_HX.reshape(-1), heads)
-        labels.followers.append((owner, labels_H))
+        if only_counts_heads(op.model.get_submodule(owner)):
+            labels.followers.append((owner, labels_H))
         _note_follower(op.node, dim)
         return Channels(dim, labels_H)
     return None
@@ -506,7 +515,8 @@ def _reduce(op: Operation, labels: Labels) -> Channels | None:
         return None
     dims = {dim % rank for dim in ([dims] if isinstance(dims, int) else dims or range(rank))}
     if value.dim in dims:
-        labels.freeze([value], f"{op.name} works across channels")
+        if op.node.users:  # the mean of attention's weights, which hardly anybody reads
+            labels.freeze([value], f"{op.name} works across channels")
         return None
     kept = len(op.output_shape) == rank
     return value if kept else Channels(value.dim - sum(dim < value.dim for dim in dims), value.labels_C)
@@ -849,7 +859,7 @@ _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 _LAYERS: dict[type[nn.Module], Rule] = {
     **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED), _conv),
     **dict.fromkeys((*_BATCH_NORMS, *_INSTANCE_NORMS), _norm),
-    nn.Linear: _linear,
+    **dict.fromkeys((nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, CutAttention), _linear),
     nn.GroupNorm: _group_norm,
     nn.LayerNorm: _layer_norm,
     nn.PReLU: _prelu,
@@ -859,7 +869,7 @@ LAYER_FUNCTIONS: dict[Any, tuple[type[nn.Module], ...]] = {
     F.conv1d: (nn.Conv1d,),
     F.conv2d: (nn.Conv2d,),
     F.conv3d: (nn.Conv3d,),
-    F.linear: (nn.Linear,),
+    F.linear: (nn.Linear, CutAttention),
     F.batch_norm: _BATCH_NORMS,
     F.group_norm: (nn.GroupNorm,),
     F.layer_norm: (nn.LayerNorm,),
@@ -904,11 +914,12 @@ _FOREIGN_MODULES: dict[str, Rule] = {
 }
 
 _WIDTHLESS = (
-    *("dim", "ndim", "ndimension", "dtype", "device", "layout", "requires_grad", "is_cuda", "training"),
+    *("dim", "ndim", "ndimension", "dtype", "device", "layout", "requires_grad", "is_cuda", "is_nested", "training"),
     *("is_floating_point", "is_complex", torch.is_floating_point, torch.is_complex, torch._assert),
 )
 _JOINING = (_add, _elementwise, _product, _cat, _stack, _expand, _retyped)
-_SIZED = (torch.reshape, "view", "reshape")
+_UNFLATTENS = (torch.unflatten, "unflatten")
+_SIZED = (torch.reshape, "view", "reshape", *_UNFLATTENS)
 _CHUNKS = (torch.chunk, "chunk")
 _UNBINDS = (torch.unbind, "unbind")
 _SPLITS = (*_CHUNKS, torch.split, "split")

@@ -9,6 +9,7 @@ number, and nothing tells a 64 that is a width from a 64 that is something else.
 """
 
 import dataclasses
+import functools
 import operator
 import random
 from collections.abc import Callable, Collection, Iterator
@@ -77,7 +78,7 @@ def trace_forward(twin: nn.Module, sample: Sample, hooked: Collection[str] = ())
     """
     tracer = _Tracer(meta_input(sample, batch=TRACED_SAMPLES), hooked)
     try:
-        with _recorded_factories(tracer), _same_chance():
+        with _recorded_functions(tracer), _same_chance():
             graph = tracer.trace(twin)
     except Exception as error:  # whatever a network's own code raises on stand-ins
         refusal = None if isinstance(error, fx.proxy.TraceError) else _refusal(twin, sample)
@@ -114,11 +115,12 @@ def _same_chance() -> Iterator[None]:
 
 
 @contextmanager
-def _recorded_factories(tracer: "_Tracer") -> Iterator[None]:
-    """Functions that make a tensor of a given size take stand-ins for sizes meanwhile; torch's own parser does not."""
+def _recorded_functions(tracer: "_Tracer") -> Iterator[None]:
+    """Functions whose stand-ins torch's own parser of arguments does not take are noted before it sees them."""
     with torch.device("meta"):
         torch.empty(0)  # torch's table of such functions is made once, at their first use: with the originals, then
-    originals = {name: getattr(torch, name) for name in _FACTORIES}
+    places = {*((torch, name) for name in _FACTORIES), *_of_numbers()}
+    originals = {place: getattr(*place) for place in places}
 
     def recorded(original: Callable) -> Callable:
         def make(*args: Any, **kwargs: Any) -> Any:
@@ -127,16 +129,35 @@ def _recorded_factories(tracer: "_Tracer") -> Iterator[None]:
 
         return make
 
+    apply = vars(torch.autograd.Function)["apply"]
     try:
-        for name, original in originals.items():
-            setattr(torch, name, recorded(original))
+        for place, original in originals.items():
+            setattr(*place, recorded(original))
+        torch.autograd.Function.apply = classmethod(lambda cls, *args: recorded(apply.__get__(None, cls))(*args))
         yield
     finally:
-        for name, original in originals.items():
-            setattr(torch, name, original)
+        for place, original in originals.items():
+            setattr(*place, original)
+        torch.autograd.Function.apply = apply
 
 
 _FACTORIES = ("zeros", "ones", "empty", "full", "rand", "randn", "arange", "linspace", "eye")
+"""They make a tensor of a given size, and a stand-in for a size is refused."""
+
+
+@functools.cache
+def _of_numbers() -> tuple[tuple[Any, str], ...]:
+    """(module, name) of the functions that may take a number, often a tensor in its place.
+
+    The parser, in search of a number, reads a stand-in's memory as if it were the tensor that it says it is: that ends
+    the process.
+    """
+    schemas = [schema for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("aten::")]
+    number = [one for one in schemas if any(str(a.type) in ("number", "Optional[number]") for a in one.arguments)]
+    names = {one.name.removeprefix("aten::") for one in number}
+    plain = [(torch, name) for name in names if name[0] != "_"]
+    special = [(torch.special, name.removeprefix("special_")) for name in names if name.startswith("special_")]
+    return tuple(place for place in (*plain, *special) if callable(getattr(*place, None)))
 
 
 class _StandIn(fx.Proxy):
@@ -183,11 +204,21 @@ class _StandInAttribute(fx.proxy.Attribute, _StandIn):
     """An attribute of a value: a node of its own unless it is called as a method."""
 
 
-_PLAIN_ATTRIBUTES = ("dtype", "ndim", "layout", "requires_grad", "is_cuda", "is_sparse", "is_quantized", "is_meta")
+_PLAIN_ATTRIBUTES = (
+    "dtype",
+    "ndim",
+    "layout",
+    "requires_grad",
+    "is_cuda",
+    "is_sparse",
+    "is_quantized",
+    "is_meta",
+    "is_nested",
+)
 
 
 class _Tracer(fx.Tracer):
-    """Looks inside all modules but torch's own and those that have a rule."""
+    """Looks inside all modules but those that have a rule and torch's own, and inside torch's encoder."""
 
     def __init__(self, inputs: Any, hooked: Collection[str]) -> None:
         super().__init__()
@@ -215,7 +246,7 @@ class _Tracer(fx.Tracer):
         tensors = (*self.root.named_parameters(), *self.root.named_buffers())
         self._names = {id(tensor): name for name, tensor in tensors}
         positional, named = arguments(map_tensors(self._inputs, self._placeholder))
-        return lambda root: tuple(_tensors_in(root.forward(*positional, **named))), [self.root]
+        return lambda root: tuple(_outputs_in(root.forward(*positional, **named))), [self.root]
 
     def create_node(self, kind: str, target: Any, args: tuple, kwargs: dict, *names: Any, **more: Any) -> fx.Node:
         node = super().create_node(kind, target, args, kwargs, *names, **more)
@@ -237,10 +268,12 @@ class _Tracer(fx.Tracer):
         return _StandIn.__iter__(obj)
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        if type(module) in (nn.TransformerEncoder, nn.TransformerEncoderLayer):
+            return False
         return "forward" not in vars(module) and (is_known(module) or super().is_leaf_module(module, name))
 
     def call_module(self, module: nn.Module, forward: Any, args: tuple, kwargs: dict) -> Any:
-        if self._computing:
+        if self._computing or module not in self.submodule_paths:  # `nn.ReLU()(x)`: made on the way
             return forward(*args, **kwargs)
         result = super().call_module(module, forward, args, kwargs)
         name = self.path_of_module(module)
@@ -310,6 +343,18 @@ def _call(module: nn.Module, args: tuple, kwargs: dict) -> Any:
 
 def _on_meta(argument: Any) -> Any:
     return torch.device("meta") if isinstance(argument, torch.device) else argument
+
+
+def _outputs_in(value: Any, seen: tuple[Any, ...] = ()) -> Iterator[Any]:
+    """All stand-ins in what a network gives, those in an object of its own (a cache of keys and values) among them.
+
+    seen: the objects around the value, which may know each other.
+    """
+    for found in _tensors_in(value):
+        if isinstance(found, fx.Proxy | torch.Tensor) or not hasattr(found, "__dict__"):
+            yield found
+        elif not isinstance(found, nn.Module | type) and all(found is not other for other in seen):
+            yield from _outputs_in(list(vars(found).values()), (*seen, found))
 
 
 def _tensors_in(value: Any) -> Iterator[Any]:

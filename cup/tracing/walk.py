@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from cup.tracing.groups import OUTSIDE, AxisName, Call, ChannelGroup, Network, Place, TracedOp, Value
 from cup.tracing.labels import Channels, Labels
+from cup.tracing.layers import weight_of
 from cup.tracing.meta import Sample
 from cup.tracing.rules import (
     KEYWORD_OPERANDS,
@@ -43,7 +44,7 @@ def groups_of(trace: Trace, sample: Sample) -> list[ChannelGroup]:
 Entries = list[tuple[str, np.ndarray]]
 """(layer or free parameter, int64: the channel at each of its indices)."""
 
-_IS_OUTPUT = "it is an output of the network"
+IS_OUTPUT = "it is an output of the network"
 
 
 class _Walk:
@@ -74,14 +75,14 @@ class _Walk:
         inputs = [self.channels[n] for n in node.all_input_nodes if self.channels[n] is not None]
         layer = self.layer_of[node]
         if node.op == "output":
-            self.labels.freeze(inputs, _IS_OUTPUT)
+            self.labels.freeze(inputs, IS_OUTPUT)
             return None
         if node.op == "get_attr":
             return self._read(node)
         if node.op == "placeholder" or (shape_of(node) is None and not gives_parts(node)):
             if node.meta.get("unknown"):  # several tensors in one value: a chunk, a split, attention, several heads
                 is_output = all(user.op == "output" for user in node.users)
-                self.labels.freeze(inputs, _IS_OUTPUT if is_output else f"{title(node)} is not followed")
+                self.labels.freeze(inputs, IS_OUTPUT if is_output else f"{title(node)} is not followed")
             elif not reads_no_width(node):
                 self.labels.freeze(inputs, f"{title(node)} may read its width as a number")
             return None  # the network's input, or a size: no channels that could go
@@ -105,7 +106,7 @@ class _Walk:
 
     def _weight(self, layer: str) -> int | str:
         """What tells the layer from all others, but for those that have its weight."""
-        weight = getattr(self.twin.get_submodule(layer), "weight", None)
+        weight = weight_of(self.twin.get_submodule(layer))
         return layer if weight is None else id(weight)
 
     def _read(self, node: fx.Node) -> Channels | None:
@@ -220,8 +221,8 @@ class _Walk:
         calls = tuple(
             Call(
                 OUTSIDE if layer is None else layer,
-                (1, *shape_of(read)[1:]),
-                (1, *shape_of(written)[1:]),
+                _of_one_sample(read),
+                _of_one_sample(written),
                 numbers(value),
                 numbers(result),
                 0 if layer is not None else product_macs(written) // TRACED_SAMPLES,
@@ -281,6 +282,20 @@ class _Walk:
         )
 
 
+def _of_one_sample(node: fx.Node) -> tuple[int, ...]:
+    """The shape for one of the samples that are traced together.
+
+    They may be rows among others (tokens or windows of all samples in one dimension), or lie behind the tokens.
+    """
+    shape = shape_of(node)
+    if is_constant(node):
+        return shape
+    if shape[0] % TRACED_SAMPLES == 0:
+        return (shape[0] // TRACED_SAMPLES, *shape[1:])
+    dim = shape.index(TRACED_SAMPLES) if TRACED_SAMPLES in shape[1:-1] else 0
+    return (*shape[:dim], 1, *shape[dim + 1 :])
+
+
 def _tensor_keywords(node: fx.Node) -> bool:
     """Whether a tensor is passed by keyword: the rules look at positions, and at a layer's own weights by name."""
     if node.target in KEYWORD_OPERANDS and len(node.args) >= 3:  # query, key and value; a mask may have a name
@@ -293,8 +308,10 @@ def _tensor_keywords(node: fx.Node) -> bool:
 
 def _operation_name(node: fx.Node, twin: nn.Module) -> str:
     """As in `TracedOp.name`: one spelling for a module, a function and a method that do the same."""
-    name = type(twin.get_submodule(node.target)).__name__ if node.op == "call_module" else title(node)
-    return name.lower().replace("_", "")
+    module = twin.get_submodule(node.target) if node.op == "call_module" else None
+    if isinstance(module, nn.Linear):
+        return "linear"
+    return (title(node) if module is None else type(module).__name__).lower().replace("_", "")
 
 
 def title(node: fx.Node) -> str:

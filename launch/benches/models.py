@@ -16,9 +16,10 @@ from torch import nn
 
 import cup
 from cup.tracing.meta import arguments, map_tensors, meta_copy, tensors_in
-from launch.benches import networks
+from cup.tracing.walk import IS_OUTPUT
+from launch.benches.foreign import networks, rival
+from launch.benches.foreign.twins import silence
 from launch.benches.measure import machine, write_result
-from launch.benches.twins import silence
 from train.errors import TrainError
 
 TWIN_TOLERANCE = 1e-6
@@ -40,6 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume", type=Path, metavar="FILE", help="an earlier --out: its networks are not run again, their rows stay"
     )
+    parser.add_argument(
+        "--rival", choices=("torch-pruning",), help="another library beside us; of --resume's networks alone it"
+    )
     parser.add_argument("--scope", choices=("inner", "all"), default="inner", help="groups to prune (default: inner)")
 
 
@@ -49,16 +53,22 @@ def measure(options: argparse.Namespace) -> None:
     for name in names:
         networks.check_name(name)
     what = {"benchmark": "models", "reduction": options.reduction, "scope": options.scope}
-    what["machine"] = machine("torchvision", "timm", "transformers", "segmentation_models_pytorch", "scipy", "numpy")
-    rows = _rows_of(options.resume, what) if options.resume else []
+    libraries = ("torchvision", "timm", "transformers", "segmentation_models_pytorch", "scipy", "numpy")
+    if options.rival:
+        rival.check_installed()
+        libraries = (*libraries, "torch-pruning")
+    what["machine"] = machine(*libraries)
+    rows = {row.name: row for row in (_rows_of(options.resume, what) if options.resume else [])}
     for name in names:
-        if any(row.name == name for row in rows):
+        if name in rows and not (options.rival and not rows[name].rival):
             continue
-        rows.append(run_model(name, options.reduction, options.scope))
-        print(f"{name}: {rows[-1].verdict}", flush=True)
+        row = rows[name] = rows.get(name) or run_model(name, options.reduction, options.scope)
+        if options.rival:
+            row.rival = run_rival(name, options.reduction)
+        print(f"{name}: {row.verdict}", flush=True)
         if options.out:  # after each, for they take an hour together
-            write_result(options.out, {**what, "rows": [asdict(row) for row in rows]})
-    _print_table(rows, options.reduction)
+            write_result(options.out, {**what, "rows": [asdict(row) for row in rows.values()]})
+    _print_table(list(rows.values()), options.reduction)
 
 
 def _rows_of(path: Path, what: Mapping[str, Any]) -> "list[Row]":
@@ -86,6 +96,8 @@ class Row:
     round_trip: whether a copy that is shrunk to these widths and loads the weights gives the same, to the bit.
     seconds: of the processor, for trace, plan, and resize (apply and carry of momentum).
     failure: what went wrong, or "".
+    rival: what another library did with it: "outcome" (passes, fails, differs), "reached" (FR), "seconds" and, where it
+        does not pass, "why"; empty where it was not asked for.
     """
 
     name: str
@@ -102,12 +114,19 @@ class Row:
     round_trip: bool = True
     seconds: dict[str, float] = field(default_factory=dict)
     failure: str = ""
+    rival: dict[str, Any] = field(default_factory=dict)
 
     @property
     def verdict(self) -> str:
-        if self.failure:
-            return f"failed: {self.failure}"
-        return f"FR {self.reached:.2f} of at most {self.limit:.4g}, {sum(self.seconds.values()):.1f} s"
+        ours = f"FR {self.reached:.2f} of at most {self.limit:.4g}, {sum(self.seconds.values()):.1f} s"
+        ours = f"failed: {self.failure}" if self.failure else ours
+        return f"{ours}; the other library {_rivals_cell(self.rival)}" if self.rival else ours
+
+
+def _rivals_cell(rival: Mapping[str, Any]) -> str:
+    if rival["outcome"] == "passes":
+        return f"{rival['reached']:.2f} in {rival['seconds']:.1f} s"
+    return f"{rival['outcome']}: {rival['why']}"
 
 
 def run_model(name: str, reduction: float, scope: str) -> Row:
@@ -121,11 +140,47 @@ def run_model(name: str, reduction: float, scope: str) -> Row:
     return row
 
 
-def _run(row: Row, reduction: float, scope: str) -> None:
+def run_rival(name: str, reduction: float) -> dict[str, Any]:
+    """Torch-Pruning on one network, judged as we are: `Row.rival`."""
+    found: dict[str, Any] = {"outcome": "fails", "reached": 1.0, "seconds": 0.0, "why": ""}
+    try:
+        _run_rival(found, name, reduction)
+    except Exception as error:
+        found["why"] = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+    gc.collect()
+    return found
+
+
+def _run_rival(found: dict[str, Any], name: str, reduction: float) -> None:
+    model, example, inputs = _built(name)
+    rival.tell_apart(model)
+    full, dense = copy.deepcopy(model), cup.complexity(model, example).flops
+    writers = [group.name for group in cup.channel_groups(model, example) if group.frozen == IS_OUTPUT]
+
+    def reached(network: nn.Module) -> float:
+        found["reached"] = dense / cup.complexity(network, example).flops
+        return found["reached"]
+
+    found["seconds"] = rival.prune(model, inputs, reduction, writers, reached)
+    twin = rival.masked_twin(full, model)
+    differences = [_difference(model.train(mode), twin.train(mode), inputs) for mode in (True, False)]
+    if not max(differences) <= TWIN_TOLERANCE:
+        found["outcome"], found["why"] = "differs", f"by {max(differences):.1e} from its masked twin"
+    elif found["reached"] < reduction * (1 - cup.REDUCTION_TOLERANCE):
+        found["why"] = f"stops at FR {found['reached']:.2f}"
+    else:
+        found["outcome"] = "passes"
+
+
+def _built(name: str) -> tuple[nn.Module, Any, Any]:
+    """The network, an example that tells its shapes, and inputs to run; in float64, so that only mistakes count."""
     torch.manual_seed(0)
-    model, example = networks.build(row.name)
-    # In float64, so that only mistakes count.
-    model, inputs = _without_chance(model).double(), map_tensors(_small(model, example), _as_double)
+    model, example = networks.build(name)
+    return _without_chance(model).double(), example, map_tensors(_small(model, example), _as_double)
+
+
+def _run(row: Row, reduction: float, scope: str) -> None:
+    model, example, inputs = _built(row.name)
     row.side = next(tensors_in(example)).shape[-1]
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     _train_step(model, optimizer, inputs)  # fills the momentum and
@@ -288,12 +343,14 @@ def _print_table(rows: Sequence[Row], reduction: float) -> None:
     whole = [row for row in rows if not row.failure]
     reached = sum(row.reached >= reduction * (1 - cup.REDUCTION_TOLERANCE) for row in whole)
     numbers = "| input | groups | may shrink | limit | FR | parameters (M) | twin | step | CPU s |"
-    print(f"| model {numbers} frozen, and why |")
-    print(f"|---{'|---:' * 9}|---|")
+    others = any(row.rival for row in rows)
+    print(f"| model {numbers} frozen, and why |{' Torch-Pruning |' * others}")
+    print(f"|---{'|---:' * 9}|---|{'---|' * others}")
     for row in rows:
         cells = [row.name, row.side, row.groups, row.prunable, f"{row.limit:.4g}", f"{row.reached:.2f}"]
         cells += [f"{row.params[0] / 1e6:.1f} to {row.params[1] / 1e6:.1f}"]
         differences = (max(row.twin_difference, row.eval_difference), row.step_difference)
         cells += [*(f"{difference:.0e}" for difference in differences), f"{sum(row.seconds.values()):.1f}"]
-        print(f"| {' | '.join(map(str, [*cells, row.failure or _why_frozen(row.frozen)]))} |")
+        cells += [row.failure or _why_frozen(row.frozen)] + [_rivals_cell(row.rival) if row.rival else ""] * others
+        print(f"| {' | '.join(map(str, cells))} |")
     print(f"{len(whole)} of {len(rows)} pass, {reached} reach FR {reduction:g}")

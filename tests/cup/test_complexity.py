@@ -166,6 +166,33 @@ def test_costs_after_a_plan_are_what_the_resized_network_counts(name, scope):
         assert expected.flops == flops < now.flops
 
 
+class Rows(nn.Module):
+    """Tokens of all samples as rows, as OPT has them; tokens in front of the samples; a layer on numbers of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.one, self.two, self.out = (nn.Linear(a, b) for a, b in ((4, 6), (6, 8), (8, 9), (9, 5)))
+        self.own, self.head = nn.Linear(2, 7), nn.Linear(7, 5)
+        self.register_buffer("places", torch.rand(1, 3, 2))
+
+    def forward(self, x):
+        rows = F.relu(self.one(self.embed(x).flatten(0, 1)))
+        behind = self.two(rows.view(*x.shape[:2], -1).transpose(0, 1))
+        return self.out(behind).transpose(0, 1).mean(1) + self.head(self.own(self.places)).mean(1)
+
+
+@pytest.mark.parametrize("tokens", [3, 4])
+def test_costs_after_a_plan_are_right_wherever_the_samples_lie(tokens):
+    model, x = Rows(), torch.zeros(3, tokens, 4)
+    groups = cup.channel_groups(model, x)
+    kept = random_kept(groups, scope="all")
+    assert len(kept) == 4
+    now, plan = cup.complexity(model, x), plan_of(groups, kept)
+    expected = cup.complexity_after(model, groups, plan, now)
+    cup.apply_plan(model, plan, groups)
+    assert cup.complexity(model, x) == expected
+
+
 def test_flops_after_a_plan_leave_auxiliary_heads_out():
     """They are traced, for they shrink along, but inference does not run them."""
     model, images = torchvision.models.googlenet(num_classes=5, init_weights=False), torch.empty(1, 3, 64, 64)

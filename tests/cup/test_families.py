@@ -23,6 +23,7 @@ FAMILIES = {
     "vgg11_bn": (11, 10, 10),
     "convnext_tiny": (23, 18, 22),
     "swin_t": (29, 12, 12),
+    "vit_b_16": (50, 24, 24),
     "timm:resnet10t": (11, 6, 10),
     "timm:resnetv2_50": (38, 33, 37),
     "timm:seresnet18": (21, 16, 20),

@@ -235,6 +235,7 @@ IDIOMS = {
     ),
     "powers and sines": lambda s, y, x: torch.sin(y).pow(2) + y**2 + torch.square(y),
     "where": lambda s, y, x: torch.where(y > 0, y, s.c2(y)),
+    "numbers where a tensor may be": lambda s, y, x: torch.where(y > 0, torch.pow(y, 3.0), 0.0) + torch.sub(1.0, y),
     "maximum": lambda s, y, x: torch.maximum(y, s.c2(y)),
     "addcmul": lambda s, y, x: torch.addcmul(y, s.c2(y), s.gate(y), value=0.5),
     "stacked": lambda s, y, x: torch.stack([y, s.c2(y)], 1).mean(1),
@@ -249,7 +250,44 @@ IDIOMS = {
     "an equalised learning rate": lambda s, y, x: s.equal(y),
     "an equalised convolution used twice": lambda s, y, x: s.equal(F.relu(s.equal(y))),
     "a scalar buffer": lambda s, y, x: y * s.step,
+    "a module that is made on the way": lambda s, y, x: nn.ReLU()(s.c2(y)),
 }
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(context, x):
+        return x * 2
+
+    @staticmethod
+    def backward(context, gradient):
+        return gradient * 2
+
+
+def test_an_autograd_function_is_not_followed_and_breaks_nothing():
+    model, images = built(Idioms(lambda s, y, x: Doubled.apply(y)))
+    groups = check_against_twin(model, images)
+    assert next(group for group in groups if group.name == "c1").frozen == "apply is not followed"
+
+
+class Cache:
+    def __init__(self, *values):
+        self.values, self.names, self.owner = values, {"first": 1}, self
+
+
+def test_what_an_object_in_the_output_keeps_is_an_output():
+    class Kept(Idioms):
+        def forward(self, x):
+            y = self.c1(x)
+            return self.fc(self.c3(F.relu(y)).mean((2, 3))), Cache(y, [x])
+
+    model, images = built(Kept(None))
+    groups = cup.channel_groups(model, images)
+    assert [group.frozen for group in groups] == [
+        "it is an output of the network",
+        "",
+        "it is an output of the network",
+    ]
 
 
 @pytest.mark.parametrize("case", list(IDIOMS))

@@ -271,7 +271,7 @@ FROZEN = {
     "uneven chunks": (lambda s, x: s.head(s.down(s.a(x).repeat(1, 2, 1, 1).chunk(3, 1)[1])), "a", ""),
     "split": (lambda s, x: s.head(s.narrow(torch.split(s.a(x), 4, dim=1)[0])), "a", ""),
     "unbind": (lambda s, x: s.fc(s.a(x).unbind(1)[0].mean(2)), "a", "takes channels apart"),
-    "attention": (lambda s, x: s.fc(s.attention(*[s.embed(x.mean(1))] * 3)[0].mean(1)), "embed", ""),
+    "attention": (lambda s, x: s.fc(s.attention(y := s.embed(x.mean(1)), y.flip(1), y)[0].mean(1)), "embed", "linear"),
     "used twice, once on the image": (lambda s, x: s.head(s.b(F.relu(s.b(wide(x)) + s.a(x)))), "b", "more than once"),
     "input of a grouped convolution": (lambda s, x: s.head(s.grouped(s.custom(s.a(x)))), "grouped", "grouped"),
     "parameter in a fixed view": (lambda s, x: s.head(s.b(s.a(x) * s.scale.view(1, 8, 1, 1))), "a", "mul"),

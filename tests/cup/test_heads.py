@@ -1,6 +1,7 @@
 """Attention heads as channels: whole heads go, and what the modules say of them follows. Twins in float64."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from cup_twins import check_against_twin, plan_of, randomise
 from torch import nn
 
 import cup
+from cup.tracing.heads import spell_out
 
 WIDTH, HEADS = 12, 3
 
@@ -69,6 +71,27 @@ class Counted(Attention):
         return self.proj(x.transpose(1, 2).reshape(batch, tokens, self.num_heads * self.head_dim))
 
 
+class Torch(nn.Module):
+    """torch's own module; call: what it is given beside query, key and value."""
+
+    def __init__(self, call=(), **options):
+        super().__init__()
+        self.inner, self.call = nn.MultiheadAttention(WIDTH, HEADS, **options), dict(call)
+
+    num_heads = property(lambda self: self.inner.num_heads)
+
+    def forward(self, x):
+        x = x if self.inner.batch_first else x.transpose(0, 1)
+        y, _ = self.inner(x, x, x, **self.call)
+        return y if self.inner.batch_first else y.transpose(0, 1)
+
+
+class Causal(Torch):
+    def forward(self, x):
+        mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
+        return self.inner(x, x, x, attn_mask=mask, is_causal=True, key_padding_mask=x[..., 0] * 0 > 1)[0]
+
+
 class Block(nn.Module):
     """Attention and MLP on a residual stream that must stay."""
 
@@ -91,6 +114,9 @@ FOLLOWED = {
     "separate": Separate,
     "masked": Masked,
     "counted": Counted,
+    "torch": lambda: Torch(call={"need_weights": False}, batch_first=True),
+    "torch, tokens first": lambda: Torch(bias=False),
+    "torch, causal": lambda: Causal(batch_first=True),
 }
 
 
@@ -108,7 +134,11 @@ def test_whole_heads_go(case):
     model, tokens = built(FOLLOWED[case]())
     group = heads_of(check_against_twin(copy.deepcopy(model), tokens))
     assert (group.width, group.frozen, group.inner) == (HEADS, "", True)
-    assert {place.module for place in group.consumers} <= {"attention.proj", "attention.out"}
+    assert {place.module for place in group.consumers} <= {
+        "attention.proj",
+        "attention.out",
+        "attention.inner.out_proj",
+    }
     groups = cup.channel_groups(model, tokens)
     before = cup.complexity(model, tokens)
     plan = plan_of(groups, {group.name: (1,)})
@@ -131,8 +161,9 @@ def test_the_numbers_of_the_module_follow_and_a_heads_own_width_stays():
     assert attention.proj.weight.shape == (WIDTH, 10)
 
 
-def test_a_carried_step_is_that_of_the_masked_twin():
-    model, tokens = built(Attention())
+@pytest.mark.parametrize("attention", [Attention, lambda: Torch(batch_first=True)])
+def test_a_carried_step_is_that_of_the_masked_twin(attention):
+    model, tokens = built(attention())
     model, tokens = model.double(), tokens.double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
@@ -144,15 +175,24 @@ def test_a_carried_step_is_that_of_the_masked_twin():
     step(model, optimizer)
     groups = cup.channel_groups(model, tokens)
     twin, twins = copy.deepcopy((model, optimizer))
+    name, projections = heads_of(groups).name, projections_of(twin.attention)
+    size = len(projections[0]) // 9
     with torch.no_grad():
-        twin.attention.proj.weight[:, 5:10] = 0  # nobody hears the second head
-    resized = cup.apply_plan(model, plan_of(groups, {"attention.qkv": (0, 2)}), groups)
+        projections[2][:, size : 2 * size] = 0  # nobody hears the second head
+    resized = cup.apply_plan(model, plan_of(groups, {name: (0, 2)}), groups)
     cup.carry_optimizer(optimizer, resized)
     step(model, optimizer)
     step(twin, twins)
-    stays = [index for index in range(45) if index // 5 % 3 != 1]
-    assert torch.allclose(model.attention.qkv.weight, twin.attention.qkv.weight[stays], rtol=1e-9, atol=1e-12)
-    assert torch.allclose(model.attention.qkv.bias, twin.attention.qkv.bias[stays], rtol=1e-9, atol=1e-12)
+    stays = [index for index in range(9 * size) if index // size % 3 != 1]
+    for found, wanted in zip(projections_of(model.attention)[:2], projections, strict=False):
+        assert torch.allclose(found, wanted[stays], rtol=1e-9, atol=1e-12)
+
+
+def projections_of(attention):
+    """Weight and bias in front of the heads, weight behind them."""
+    if isinstance(attention, Torch):
+        return attention.inner.in_proj_weight, attention.inner.in_proj_bias, attention.inner.out_proj.weight
+    return attention.qkv.weight, attention.qkv.bias, attention.proj.weight
 
 
 def test_the_ranking_of_a_head_is_that_of_all_its_rows():
@@ -162,6 +202,125 @@ def test_the_ranking_of_a_head_is_that_of_all_its_rows():
         model.attention.qkv.weight.view(3, HEADS, 5, WIDTH)[:, 1] *= 0.01
     plan = cup.plan_by_counts(model, groups, {"attention.qkv": 2}, cup.PlanOptions(criterion="l1"))
     assert plan.kept["attention.qkv"] == (0, 2)
+
+
+class Streamed(nn.Module):
+    """A residual stream that may go, too."""
+
+    def __init__(self, first):
+        super().__init__()
+        self.embed, self.attention = nn.Linear(4, WIDTH), Torch(batch_first=first)
+        self.norm, self.fc = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 5)
+
+    def forward(self, x):
+        x = self.embed(x)
+        return self.fc(self.norm(x + self.attention(x)).mean(1))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_torchs_attention_is_cut_with_the_stream_around_it_and_comes_back(first):
+    torch.manual_seed(0)
+    model, tokens = randomise(Streamed(first)), torch.randn(4, 7, 4)
+    fresh = copy.deepcopy(model)
+    groups = check_against_twin(copy.deepcopy(model), tokens)
+    assert {group.name: group.frozen for group in groups[:2]} == {"embed": "", "attention.inner": ""}
+    before = cup.complexity(model, tokens)
+    plan = plan_of(groups, {"embed": (0, 1, 5, 7), "attention.inner": (1,)})
+    expected = cup.complexity_after(model, groups, plan, before)
+    cup.apply_plan(model, plan, groups)
+    assert cup.complexity(model, tokens) == expected
+    assert model.attention.inner.in_proj_weight.shape == (12, 4)
+    assert isinstance(model.attention.inner, nn.MultiheadAttention)
+    cup.shrink_to(fresh, plan.new_widths, tokens)
+    fresh.load_state_dict(model.state_dict())
+    again = pickle.loads(pickle.dumps(fresh))
+    assert torch.equal(again.eval()(tokens), model.eval()(tokens))
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_torchs_encoder_is_looked_into(norm_first):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 10, dropout=0.0, batch_first=True, norm_first=norm_first)
+    model = randomise(
+        nn.Sequential(
+            nn.Linear(4, WIDTH), nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(WIDTH, 5)
+        )
+    )
+    groups = check_against_twin(model, torch.randn(4, 7, 4))
+    found = [(group.name, group.width, group.frozen) for group in groups[:-1]]
+    parts = [("self_attn", HEADS, ""), ("linear1", 10, "")]
+    layers = [(f"1.layers.{number}.{name}", *rest) for number in (0, 1) for name, *rest in parts]
+    assert found == [("0", WIDTH, ""), *layers]
+
+
+def test_torchs_encoder_takes_no_shortcut_through_what_was_cut():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 4, 10, dropout=0.0, batch_first=True)
+    model, tokens = randomise(nn.Sequential(nn.TransformerEncoder(layer, 2), nn.Linear(16, 5))), torch.randn(2, 7, 16)
+    groups = cup.channel_groups(model, tokens)
+    cup.apply_plan(model, plan_of(groups, {"0.layers.0.self_attn": (0, 2)}), groups)
+    expected = model(tokens)
+    with torch.no_grad():
+        assert torch.allclose(model.eval()(tokens), expected, atol=1e-5)
+        padded = model[0](tokens, src_key_padding_mask=PADDING)
+        assert torch.allclose(padded, model[0].train()(tokens, src_key_padding_mask=PADDING), atol=1e-5)
+
+
+PADDING = torch.arange(7).expand(2, 7) > torch.tensor([[4], [6]])
+
+CALLS = {
+    "self": lambda x, y: ((x, x, x), {}),
+    "no weights": lambda x, y: ((x, x, x), {"need_weights": False}),
+    "weights of each head": lambda x, y: ((x, x, x), {"average_attn_weights": False}),
+    "cross": lambda x, y: ((x, y, y), {}),
+    "three": lambda x, y: ((x, y, y * 2), {"need_weights": False}),
+    "one sample": lambda x, y: ([x.flatten(0, 1)[:7]] * 3, {"key_padding_mask": PADDING[0]}),
+    "padding": lambda x, y: ((x, x, x), {"key_padding_mask": PADDING}),
+    "causal": lambda x, y: ((x, x, x), {"attn_mask": torch.ones(7, 7).triu(1).bool(), "is_causal": True}),
+    "a mask for each head": lambda x, y: ((x, x, x), {"attn_mask": torch.rand(6, 7, 7).double()}),
+    "two masks": lambda x, y: ((x, x, x), {"attn_mask": torch.rand(7, 7) > 0.9, "key_padding_mask": PADDING}),
+}
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("call", list(CALLS))
+def test_the_spelt_out_attention_gives_what_torchs_gives(call, first):
+    torch.manual_seed(0)
+    module = randomise(nn.MultiheadAttention(WIDTH, HEADS, batch_first=first)).double()
+    own = copy.deepcopy(module)
+    spell_out(own)
+    shape = (2, 7, WIDTH) if first else (7, 2, WIDTH)
+    inputs, named = CALLS[call](torch.rand(shape).double(), torch.rand(shape).double())
+    (found, weights), (wanted, theirs) = own(*inputs, **named), module(*inputs, **named)
+    assert torch.allclose(found, wanted, rtol=1e-12, atol=1e-12)
+    assert weights is theirs is None or torch.allclose(weights, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_the_spelt_out_attention_wants_the_mask_that_is_hinted_at():
+    module, x = nn.MultiheadAttention(WIDTH, HEADS), torch.zeros(7, 2, WIDTH)
+    spell_out(module)
+    with pytest.raises(RuntimeError, match="give attn_mask"):
+        module(x, x, x, is_causal=True)
+
+
+class WeightsRead(Torch):
+    def forward(self, x):
+        y, weights = self.inner(x, x, x)
+        return y * weights.mean((1, 2))[:, None, None]
+
+
+class Cross(Torch):
+    def forward(self, x):
+        return self.inner(x, x.flip(1), x, need_weights=False)[0]
+
+
+@pytest.mark.parametrize(
+    "attention", [WeightsRead, Cross, lambda batch_first: Torch(batch_first=batch_first, add_zero_attn=True)]
+)
+def test_torchs_attention_that_cannot_be_cut_stays(attention):
+    model, tokens = built(attention(batch_first=True))
+    groups = check_against_twin(model, tokens)
+    assert all(group.frozen for group in groups if group.name.startswith("attention"))
 
 
 class FixedNumber(Attention):

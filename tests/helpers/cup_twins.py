@@ -17,7 +17,7 @@ from torch import nn
 
 from cup import ChannelGroup, PrunePlan, apply_plan, channel_groups
 from cup.tracing.meta import arguments, map_tensors, tensors_in
-from launch.benches.twins import silenced_copy
+from launch.benches.foreign.twins import silenced_copy
 from train.network.models import build_model
 
 # --- networks made by hand ---

@@ -68,7 +68,7 @@ class RandomNetwork(nn.Module):
                     result = made(*values)
                 if result.dim() == 4 and 1 < result.shape[-1] <= 16 and 1 < result.shape[-2] <= 16:
                     return made if 0 < result.shape[1] <= 64 else Nothing()
-            except (RuntimeError, ValueError, IndexError):
+            except (RuntimeError, ValueError, IndexError, AssertionError):
                 pass  # operands that do not go together
         return Nothing()
 
@@ -139,6 +139,53 @@ class ChannelNorm(nn.LayerNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
         return x.permute(0, 3, 1, 2)
+
+
+class Heads(nn.Module):
+    """Attention among pixels whose numbers are the module's, as timm's or Hugging Face's."""
+
+    def __init__(self, width: int, rng: random.Random, packed: bool) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = rng.choice((2, 3, 4)), rng.choice((2, 3))
+        self.attn_dim, self.by_hand = self.num_heads * self.head_dim, rng.random() < 0.5
+        names = ("qkv",) if packed else ("q", "k", "v")
+        self.names = names
+        for name in names:
+            setattr(self, name, nn.Linear(width, self.attn_dim * 3 // len(names), bias=rng.random() < 0.5))
+        self.out = nn.Linear(self.attn_dim, width)
+
+    def forward(self, x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        batch, _, height, _ = x.shape
+        tokens = x.flatten(2).transpose(1, 2)
+        if len(self.names) == 1:
+            qkv = self.qkv(tokens).reshape(batch, tokens.shape[1], 3, self.num_heads, self.head_dim)
+            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        else:
+            parts = (getattr(self, name)(tokens) for name in self.names)
+            q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts)
+        if self.by_hand:
+            y = ((q @ k.transpose(-2, -1)) * self.head_dim**-0.5).softmax(-1) @ v
+        else:
+            y = F.scaled_dot_product_attention(q, k, v)
+        y = y.transpose(1, 2).reshape(batch, tokens.shape[1], self.attn_dim)
+        return self.out(y).transpose(1, 2).unflatten(2, (height, -1))
+
+
+class TorchHeads(nn.Module):
+    """torch's own attention among pixels."""
+
+    def __init__(self, width: int, rng: random.Random) -> None:
+        super().__init__()
+        heads = rng.choice([n for n in (1, 2, 3, 4) if width % n == 0])
+        self.attention = nn.MultiheadAttention(width, heads, bias=rng.random() < 0.5, batch_first=rng.random() < 0.5)
+        self.asks, self.reads = rng.random() < 0.5, rng.random() < 0.1
+
+    def forward(self, x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        order, back = ((0, 2, 1), (0, 2, 1)) if self.attention.batch_first else ((2, 0, 1), (1, 2, 0))
+        tokens = x.flatten(2).permute(order)
+        y, weights = self.attention(tokens, tokens, tokens, need_weights=self.asks or self.reads)
+        y = y.permute(back).unflatten(2, (x.shape[2], -1))
+        return y + weights.square().mean() if self.reads else y
 
 
 class NormAct(nn.BatchNorm2d):
@@ -309,6 +356,9 @@ OPERATIONS: dict[str, Make] = {
     "channel norm": _one(lambda rng, width: ChannelNorm(width)),
     "prelu": _one(lambda rng, width: nn.PReLU(width)),
     "tokens": _tokens,
+    "packed heads": _one(lambda rng, width: Heads(width, rng, packed=True)),
+    "separate heads": _one(lambda rng, width: Heads(width, rng, packed=False)),
+    "torch's heads": _one(lambda rng, width: TorchHeads(width, rng)),
     "squeeze-excite": _squeeze_excite,
     "expanded gate": _expanded_gate,
     "map gate": _map_gate,

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from launching import ALONE, ROOT
+from torch import nn
 
 import cup
 from launch.bench import main
@@ -68,6 +69,36 @@ def test_a_table_of_networks_goes_on_where_it_was_left(tmp_path, capsys, monkeyp
     assert [row["name"] for row in json.loads(out.read_text())["rows"]] == ["lenet", "mlp"]
     assert main(["models", "--models", "mlp", *asked, "--scope", "all"]) == 1
     assert "asked for" in capsys.readouterr().err
+
+
+def test_torch_pruning_stands_beside_us(tmp_path, capsys):
+    pytest.importorskip("torch_pruning")
+    out = tmp_path / "models.json"
+    asked = ["models", "--models", "lenet", "--reduction", "1.3", "--out", str(out)]
+    assert main(asked) == 0
+    assert main([*asked, "--resume", str(out), "--rival", "torch-pruning"]) == 0
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["rival"]["outcome"] == "passes" and row["rival"]["reached"] >= 1.3
+    assert f"{row['rival']['reached']:.2f} in " in capsys.readouterr().out
+
+
+def test_what_torch_pruning_breaks_or_does_otherwise_is_said(monkeypatch):
+    pytest.importorskip("torch_pruning")
+    network = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    monkeypatch.setattr(models.networks, "build", lambda name: (copy.deepcopy(network), torch.randn(2, 8)))
+    assert models.run_rival("lenet", 1.5)["outcome"] == "passes"
+    prune = models.rival.prune
+
+    def wrongly(model, *arguments):
+        seconds = prune(model, *arguments)
+        model[3].weight.data = network[3].weight.data.double()[: len(model[3].weight), -len(model[0].weight) :]
+        return seconds
+
+    monkeypatch.setattr(models.rival, "prune", wrongly)
+    assert models.run_rival("lenet", 1.5)["outcome"] == "differs"
+    monkeypatch.setattr(models.rival, "LONGEST_S", 0.001)
+    monkeypatch.setattr(models.rival, "prune", prune)
+    assert "TimeoutError" in models.run_rival("lenet", 1.5)["why"]
 
 
 def test_a_network_that_differs_from_its_twin_does_not_pass(monkeypatch):

@@ -165,6 +165,13 @@ _TEXTS = (
     *("gpt_neo", "gpt_neox", "gptj", "llama", "megatron-bert", "mistral", "mobilebert", "mpnet", "opt", "phi"),
     *("qwen2", "rembert", "roberta", "roformer", "squeezebert", "stablelm", "starcoder2", "xlm-roberta"),
 )
+_CAUSAL = (
+    *("biogpt", "bloom", "gpt2", "gpt_neo", "gpt_neox", "gptj", "llama", "mistral", "opt", "phi", "qwen2", "stablelm"),
+    "starcoder2",
+)
+"""Without a mask these ask whether the numbers of the positions start anew somewhere; with one the others ask if it
+leaves anything out. Shapes alone do not answer that.
+"""
 _SMALL = {
     **{"num_hidden_layers": 2, "n_layer": 2, "n_layers": 2, "num_layers": 2, "hidden_size": 96, "n_embd": 96},
     **{"dim": 96, "intermediate_size": 160, "ffn_dim": 160, "n_inner": 160, "hidden_dim": 160, "n_head": 4},
@@ -186,11 +193,12 @@ def _transformers(name: str) -> tuple[nn.Module, Any]:
         now = getattr(size, key, None)
         if now is not None and isinstance(value, list) == isinstance(now, list):
             setattr(size, key, value)
-    config.num_labels, config.architectures = 5, []
+    config.num_labels, config.architectures, config.use_cache = 5, [], False  # keys and values are kept to write texts
     if name in _TEXTS:
         config.pad_token_id, config.bos_token_id, config.eos_token_id = 0, 1, 2
         model = transformers.AutoModelForSequenceClassification.from_config(config, attn_implementation="eager")
-        return model, {"input_ids": torch.randint(3, 200, (2, 12))}
+        mask = {"attention_mask": torch.ones(2, 12, dtype=torch.long)} if name in _CAUSAL else {}
+        return model, {"input_ids": torch.randint(3, 200, (2, 12)), **mask}
     if name not in _OF_STAGES:
         size.image_size = 4 * size.patch_size
     model = transformers.AutoModelForImageClassification.from_config(config, attn_implementation="eager")

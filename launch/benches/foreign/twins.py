@@ -25,15 +25,19 @@ def silence(model: nn.Module, groups: Sequence[ChannelGroup], kept: Mapping[str,
             silent = torch.tensor([channel not in stay for channel in place.channel_of_index.tolist()])
             layer = operator.attrgetter(place.module)(model)
             if place.axis == "in":
-                weight = layer.weight.data
+                weight = (layer.in_proj_weight if isinstance(layer, nn.MultiheadAttention) else layer.weight).data
                 transposed = isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
                 (weight if transposed else weight.transpose(0, 1))[silent] = 0
             elif isinstance(layer, nn.LayerNorm) or (isinstance(layer, nn.GroupNorm) and layer.num_groups == 1):
                 silent_in_norm[place.module] = silent_in_norm.get(place.module, False) | silent
     for name, silent in silent_in_norm.items():
-        layer = model.get_submodule(name)
-        layer.forward = _under(NormOfSome(~silent), layer.forward)
+        hear_only(model.get_submodule(name), ~silent)
     return model
+
+
+def hear_only(norm: nn.Module, heard_C: torch.Tensor) -> None:
+    """Let a layer norm, or a group norm of one group, take its statistics from these channels only, in place."""
+    norm.forward = _under(NormOfSome(heard_C), norm.forward)
 
 
 def silenced_copy(model: nn.Module, groups: Sequence[ChannelGroup], kept: Mapping[str, Sequence[int]]) -> nn.Module:
