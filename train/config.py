@@ -214,7 +214,7 @@ class RunConfig:
         if self.model.width < 1:
             of_a_method.remove("prune.scope")
         rules = [
-            (not prune.shrinks, [*of_a_method, "optim.rewarm_steps"], "prune.method: none"),
+            (not prune.shrinks, of_a_method, "prune.method: none"),
             (prune.shrinks, _of_other_methods(prune.method), f"prune.method: {prune.method}"),
             (prune.method == "prune_train", OF_CRITERIA, "prune.method: prune_train, which has its own criterion"),
             (prune.trains_pruning_net, OF_CUTS, "prune.method: meta_pruning, which cuts nothing"),

@@ -23,7 +23,10 @@ NEW_NAMES = {
     **{f"cup.{name}": f"prune.{name}" for name in UNCHANGED},
     "model.from": "model.checkpoint",
 }
-GONE = {"prune.recalibrate": "no training step ever read the statistics that it measured"}
+GONE = {
+    "prune.recalibrate": "no training step ever read the statistics that it measured",
+    "optim.rewarm_steps": "a second warm-up after each cut kept no accuracy, docs/results.md",
+}
 """Settings that are read past, and why they are gone."""
 
 

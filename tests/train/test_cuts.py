@@ -5,11 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from launching import ALONE, events, interrupted, numbers, train, write_image_folder
+from launching import ALONE, events, train, write_image_folder
 from torch import nn
 
 from data import Batch, DataConfig, build_loaders
-from train.checkpoint.file import load_checkpoint
 from train.loop import engine
 from train.loop.probe import batches_ahead, mean_loss
 from train.network.precision import Precision
@@ -68,43 +67,6 @@ def test_a_resize_event_and_the_console_tell_the_loss_around_it(tmp_path: Path, 
     first, last = events(log, "resize")
     assert first["loss_before"] < 2.4 and first["loss_after"] != first["loss_before"]
     assert f"loss {last['loss_before']:.3f} -> {last['loss_after']:.3f}, all ranks" in capsys.readouterr().out
-
-
-def same_end(root: Path, log: list[dict], other_log: list[dict]) -> bool:
-    """Whether the runs in a and b have the same numbers, weights, statistics, moving average and momentum."""
-    losses = [[(e["loss_before"], e["loss_after"], e["digest"]) for e in events(x, "resize")] for x in (log, other_log)]
-    one, other = (load_checkpoint(root / side / "tiny/last.pt") for side in "ab")
-    momenta = [[state["momentum_buffer"] for state in x["optimizer"]["state"].values()] for x in (one, other)]
-    return (
-        numbers(log) == numbers(other_log)
-        and losses[0] == losses[1] != []
-        and all(torch.equal(one["model"][key], other["model"][key]) for key in one["model"])
-        and all(torch.equal(one["ema"][key], other["ema"][key]) for key in one["ema"] or ())
-        and all(map(torch.equal, *momenta))
-    )
-
-
-def test_the_learning_rate_warms_up_anew_after_each_cut_across_a_resume(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """Epochs of 4 steps, cuts before steps 4 and 8 (from 0), a warm-up of 5 steps, of which the second cut ends one."""
-    rates: list[float] = []
-    honest = engine.training_step
-    monkeypatch.setattr("train.loop.watch.MAX_STEPS", 1)
-
-    def step(state, *arguments):
-        rates.append(state.optimizer.param_groups[0]["lr"])
-        return honest(state, *arguments)
-
-    monkeypatch.setattr(engine, "training_step", step)
-    settings = {"run__save_every_minutes": 1e-9, "optim__rewarm_steps": 5, "optim__schedule": "step"}
-    undisturbed = train(tmp_path / "a", **settings)
-    sixths = [6, 6, 6, 6, 1, 2, 3, 4, 1, 2, 3, 4]
-    assert rates == pytest.approx([0.05 * share / 6 for share in sixths])
-    del rates[:]
-    again = interrupted(tmp_path / "b", monkeypatch, 7, **settings)
-    assert rates == pytest.approx([0.05 * share / 6 for share in sixths])
-    assert same_end(tmp_path, undisturbed, again)
 
 
 @pytest.mark.parametrize("kind", ["dali", "folder"])

@@ -36,7 +36,7 @@ from train.loop.step import training_step, warm_up_buckets
 from train.loop.trainer import Trainer, TrainLoop
 from train.methods import Action
 from train.network.compiling import compile_errors
-from train.network.optim import learning_rate, rewarmed, set_learning_rate
+from train.network.optim import learning_rate, set_learning_rate
 from train.resizer import Decide, Outcome
 from train.world import all_reduce_wait_s
 
@@ -82,14 +82,12 @@ def train_epoch(
     epoch: int,
     so_far: EpochSoFar,
     first_kind: Kind = "step",
-    since_cut: Callable[[], int | None] = lambda: None,
     before_first_step: Callable[[Any], None] = lambda batch: None,
     after_step: Callable[[], None] = lambda: None,
 ) -> None:
     """The rest of a pass over the training set.
 
-    so_far: updated in place after every step. first_kind: what the first of these steps is charged to. since_cut: how
-    many steps before the next one the last cut was.
+    so_far: updated in place after every step. first_kind: what the first of these steps is charged to.
     before_first_step: is given the first batch. after_step: called between two steps.
     """
     state, steps = loop.state, len(loop.loader)
@@ -108,7 +106,7 @@ def train_epoch(
         kind: Kind = first_kind if step == first_step else "step"
         with loop.ledger.charge(kind), compile_errors() if kind == "compile" else nullcontext():
             lr = learning_rate(loop.optim, epoch - 1 + step / steps, loop.config.epochs)
-            set_learning_rate(state.optimizer, rewarmed(loop.optim, lr, since_cut()))
+            set_learning_rate(state.optimizer, lr)
             loop.method.before_step(state.model, epoch, step)
             if step == first_step:
                 before_first_step(batch)
@@ -161,7 +159,7 @@ def _train(trainer: Trainer, epoch: int) -> tuple[float, float, float | None]:
         trainer.sinks.progress(live, so_far.step, steps)
 
     trainer.watch.restart()
-    train_epoch(trainer.loop, epoch, so_far, first_kind, lambda: progress.since_cut, before_first_step, after_step)
+    train_epoch(trainer.loop, epoch, so_far, first_kind, before_first_step, after_step)
     with trainer.ledger.charge("step"):
         loss = _mean_loss(trainer, epoch)
     spent = trainer.ledger.seconds

@@ -33,14 +33,9 @@ class Progress:
     """The epoch event of the last finished epoch."""
 
     @property
-    def since_cut(self) -> int | None:
-        """Optimizer steps made since the last cut; None before the first."""
-        return self.step - self.wrapped_at if self.resizes else None
-
-    @property
     def just_resized(self) -> bool:
         """Whether the network was resized after the last step."""
-        return self.since_cut == 0
+        return self.resizes > 0 and self.step == self.wrapped_at
 
 
 @dataclass

@@ -38,8 +38,6 @@ class OptimConfig:
     """Factor of the step schedule at each milestone."""
     warmup_epochs: float = 0.0
     """Epochs of linear warm-up from zero, either schedule."""
-    rewarm_steps: int = 0
-    """Steps of linear warm-up after each cut, up to the schedule's rate; 0 = none."""
 
     def __post_init__(self) -> None:
         """Raises ValueError naming the field, the value found and what is allowed."""
@@ -52,7 +50,6 @@ class OptimConfig:
             ("milestones", ascending and min(self.milestones, default=1) > 0, "ascending epochs above 0"),
             ("gamma", 0 < self.gamma <= 1, "above 0, up to 1"),
             ("warmup_epochs", self.warmup_epochs >= 0, "a number from 0"),
-            ("rewarm_steps", self.rewarm_steps >= 0, "a whole number from 0"),
         ]
         for name, ok, allowed in checks:
             if not ok:
@@ -114,13 +111,6 @@ def learning_rate(config: OptimConfig, progress: float, epochs: int) -> float:
         return config.lr * config.gamma ** sum(progress >= milestone for milestone in config.milestones)
     share = (progress - config.warmup_epochs) / max(epochs - config.warmup_epochs, 1e-12)
     return config.lr * 0.5 * (1 + math.cos(math.pi * min(share, 1)))
-
-
-def rewarmed(config: OptimConfig, lr: float, since_cut: int | None) -> float:
-    """The learning rate in place of the schedule's `lr`, so many steps after a cut; None where there was none yet."""
-    if since_cut is None or since_cut >= config.rewarm_steps:
-        return lr
-    return lr * (since_cut + 1) / (config.rewarm_steps + 1)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
