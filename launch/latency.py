@@ -14,6 +14,7 @@ import cup
 from cup import ChannelGroup, PlanOptions, PrunePlan
 from train.checkpoint.network import StoredNetwork
 from train.errors import ConfigError, TrainError
+from train.export.about import about
 from train.network.calibration import measured_device
 from train.network.precision import Precision
 from train.network.state import MEMORY_FORMAT
@@ -67,7 +68,7 @@ class Latency:
         before_s = _timed(network, precision, here, batch)
         _check_target(options.latency, before_s)
         print("timing layers on this device, about half a minute", flush=True)
-        device = measured_device(precision, batch, network.architecture.input_shape[-1], here)
+        device = measured_device(precision, batch, _input_shape(network)[-1], here)
         cost = cup.device_cost(device, batch_size=batch, training=False)
         return Latency(options.latency, cost, precision, here, before_s)
 
@@ -86,6 +87,7 @@ def latency_plan(
 
     Raises ConfigError where the modelled time is below the target already, TrainError where no cut saves any time.
     """
+    groups = _at_evaluation(network, groups)
     now_s = latency.cost.of(network.model, groups).now if latency.before_s is None else latency.before_s
     _check_target(latency.target_s, now_s)
     settings = {"cost": latency.cost, "drop_blocks": drop_blocks}
@@ -109,8 +111,11 @@ def _check_target(target_s: float, now_s: float) -> None:
 def report_latency(latency: Latency, cut: Cut) -> str:
     """One line: what it takes now, modelled, and timed where the device is here."""
     cost, model = latency.cost, cut.network.model
-    modelled = _in_ms(cost.of(model, cut.network.groups).now)
-    what = f"a forward pass of {cost.batch_size} on {cost.device.name}, {cost.device.precision}"
+    modelled = _in_ms(cost.of(model, _at_evaluation(cut.network, cut.network.groups)).now)
+    what = (
+        f"a forward pass of {cost.batch_size} at {_input_shape(cut.network)[-1]} pixels on {cost.device.name}, "
+        f"{cost.device.precision}"
+    )
     if latency.here is None:
         return f"{what}: {modelled} as modelled, {_in_ms(latency.target_s)} asked for"
     after_s = _timed(cut.network, latency.precision, latency.here, cost.batch_size)
@@ -124,7 +129,7 @@ def report_latency(latency: Latency, cut: Cut) -> str:
 def _timed(network: StoredNetwork, precision: Precision, here: torch.device, batch: int) -> float:
     """Seconds of one forward pass in evaluation, the fastest of several."""
     model: nn.Module = copy.deepcopy(network.model).to(here, memory_format=MEMORY_FORMAT).eval()
-    images = torch.randn(batch, *network.architecture.input_shape, device=here).contiguous(memory_format=MEMORY_FORMAT)
+    images = torch.randn(batch, *_input_shape(network), device=here).contiguous(memory_format=MEMORY_FORMAT)
     elapsed: list[float] = []
     while len(elapsed) < MIN_CALLS or sum(elapsed) < MIN_SECONDS:
         _wait(here)
@@ -134,6 +139,19 @@ def _timed(network: StoredNetwork, precision: Precision, here: torch.device, bat
         _wait(here)
         elapsed.append(time.perf_counter() - start)
     return min(elapsed)
+
+
+def _input_shape(network: StoredNetwork) -> tuple[int, ...]:
+    """Of an image, as evaluation and exported files take it: training may have had smaller ones."""
+    return about(network).input_size
+
+
+def _at_evaluation(network: StoredNetwork, groups: Sequence[ChannelGroup]) -> Sequence[ChannelGroup]:
+    """The groups, traced with images of that size: a cost is that of the size of the trace."""
+    shape = _input_shape(network)
+    if shape == tuple(network.architecture.input_shape):
+        return groups
+    return cup.channel_groups(network.model, torch.zeros(1, *shape))
 
 
 def _wait(device: torch.device) -> None:

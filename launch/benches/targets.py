@@ -2,15 +2,16 @@
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 
 import cup
-from launch.benches.cost import turn_timer
+from launch.benches.cost import CLOCKS, turn_timer
 from launch.benches.measure import machine, rounds_in_turn, with_spread, write_result
 from launch.benches.step import StepBench
 from train.cli import positive_int
@@ -45,6 +46,8 @@ class Plan:
 def measure(options: argparse.Namespace) -> None:
     """Measure, print the table, write the result after each network."""
     device, settings = _calibration(options.calibration)
+    if settings["clock"] == "processor":
+        torch.set_num_threads(1)
     world = open_world("cpu" if device.name.endswith("(cpu)") else "cuda")
     torch.backends.cudnn.benchmark = world.device.type == "cuda"  # as the trainer
     cost = cup.device_cost(device, batch_size=settings["batch_size"])
@@ -59,7 +62,7 @@ def measure(options: argparse.Namespace) -> None:
     for name in options.models:
         config = TrainConfig(precision=device.precision)
         bench = StepBench(name, 1000, settings["image_size"], settings["batch_size"], config, world)
-        rows[name] = _plans(bench, cost, options)
+        rows[name] = _plans(bench, cost, options, CLOCKS[settings["clock"]])
         _print(name, rows[name], options.speed_up)
         if options.out:
             content = {
@@ -72,7 +75,9 @@ def measure(options: argparse.Namespace) -> None:
             write_result(options.out, content)
 
 
-def _plans(bench: StepBench, cost: cup.DeviceCost, options: argparse.Namespace) -> dict[str, Plan]:
+def _plans(
+    bench: StepBench, cost: cup.DeviceCost, options: argparse.Namespace, clock: Callable[[], float]
+) -> dict[str, Plan]:
     """By time over all groups; at its FR by FLOPs, over the paper's inner groups and over all."""
     by_time = cup.plan_by_time(
         bench.model,
@@ -88,7 +93,9 @@ def _plans(bench: StepBench, cost: cup.DeviceCost, options: argparse.Namespace) 
     everywhere = cup.PlanOptions(scope="all", criterion=options.criterion)
     view = cup.View(bench.model, bench.groups, bench.dense, bench.dense)
     widths["FLOPs, all groups, one factor"] = cup.uniform_widths_at(view, reduction, everywhere)
-    timers = {plan: turn_timer(bench, bench.state(bench.dense_widths | dict(one))) for plan, one in widths.items()}
+    timers = {
+        plan: turn_timer(bench, bench.state(bench.dense_widths | dict(one)), clock) for plan, one in widths.items()
+    }
     seconds = rounds_in_turn(timers, options.rounds)
     modelled = cost.of(bench.model, bench.groups)
     return {
@@ -102,12 +109,13 @@ def _plans(bench: StepBench, cost: cup.DeviceCost, options: argparse.Namespace) 
     }
 
 
-def _calibration(path: Path) -> tuple[cup.Device, dict[str, int]]:
-    """The device, and for which batch and images it was measured. Raises TrainError for any other file."""
+def _calibration(path: Path) -> tuple[cup.Device, dict[str, Any]]:
+    """The device, and for which batch and images it was measured, by which clock. TrainError for any other file."""
     try:
         stored = json.loads(path.read_text())
         device = cup.Device.from_dict(stored["device"])
-        return device, {name: int(stored[name]) for name in ("batch_size", "image_size")}
+        settings = {name: int(stored[name]) for name in ("batch_size", "image_size")}
+        return device, settings | {"clock": {name: name for name in CLOCKS}[stored["clock"]]}
     except (OSError, ValueError, TypeError, KeyError, cup.CupError) as error:
         raise TrainError(f"--calibration {path}: found {error}, allowed: a result of bench.py cost") from error
 

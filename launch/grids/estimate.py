@@ -70,7 +70,7 @@ def plan_in_words(
         ]
     )
     left = {name: _epochs_left(jobs[name], jobs, disk) for name, one in statuses.items() if one.state is State.WAITING}
-    if not any(left.values()):
+    if not left:
         return f"{table}\n\nnothing is left to run"
     dense = next(job for job in jobs.values() if job.entry.name == DENSE)
     pace = _measure(dense.config, at_a_time, ranks)
@@ -81,24 +81,28 @@ def _line(job: Job, jobs: Mapping[str, Job], status: Status, disk: Disk) -> tupl
     options = job.options
     values = {"target": options.target_reduction, "criterion": options.criterion}
     before = BEFORE.get(job.entry.kind, "").format(*job.needs, **values)
-    epochs = _epochs(job, jobs)
+    epochs = _epochs(job, jobs, disk)
     done = epochs - _epochs_left(job, jobs, disk)
     state = f"begun, {done} epochs" if status.state is State.WAITING and done else status.state.value
     return job.name, state if not status.why else f"{state}: {status.why}", str(epochs), before
 
 
-def _epochs(job: Job, jobs: Mapping[str, Job]) -> int:
-    """Of its training; where they follow from a method's cost, what that is in epochs of a dense network at most."""
+def _epochs(job: Job, jobs: Mapping[str, Job], disk: Disk) -> int:
+    """Of its training; where they follow from a method's cost and it has not begun, what that is in epochs of a dense
+    network at most.
+    """
     if job.entry.kind != "equal_hours":
         return job.config.train.epochs
+    if begun := disk.events(job.name):
+        return begun[0]["config"]["train"]["epochs"]
     method = jobs[job.needs[1]]
     counted = [method.name, *(method.needs if method.entry.kind in MADE_OF_ITS_COST else ())]
-    return sum(_epochs(jobs[name], jobs) for name in counted)
+    return sum(_epochs(jobs[name], jobs, disk) for name in counted)
 
 
 def _epochs_left(job: Job, jobs: Mapping[str, Job], disk: Disk) -> int:
     done = [event["epoch"] for event in disk.events(job.name) if event["event"] == "epoch"]
-    return max(0, _epochs(job, jobs) - max(done, default=0))
+    return max(0, _epochs(job, jobs, disk) - max(done, default=0))
 
 
 def _cost(pace: Pace, epochs: int, runs: int, at_a_time: int, ranks: int, dense: Job) -> str:

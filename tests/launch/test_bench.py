@@ -475,7 +475,7 @@ def test_plans_to_a_speed_up_stand_beside_plans_by_flops_at_the_same_reduction(t
     rates = dict.fromkeys(cup.KERNELS, cup.Rate(1e10, 1e9))
     device = cup.Device("measured (cpu)", "fp32", rates, 0.0, 1, "", overlap=0.0)
     calibration, out = tmp_path / "cost.json", tmp_path / "targets.json"
-    calibration.write_text(json.dumps({"device": device.to_dict(), "batch_size": 2, "image_size": 32}))
+    calibration.write_text(json.dumps({"device": device.to_dict(), "batch_size": 2, "image_size": 32, "clock": "wall"}))
     arguments = ["targets", "--models", "resnet20_cifar", "--criterion", "l2", "--rounds", "2", "--speed-up", "1.5"]
     assert main([*arguments, "--calibration", str(calibration), "--out", str(out)]) == 0
     by_time, inner, everywhere = json.loads(out.read_text())["rows"]["resnet20_cifar"].values()

@@ -292,8 +292,9 @@ def test_a_plan_says_every_run_what_it_needs_and_what_it_costs(tmp_path, capsys)
 
 def test_a_plan_counts_ranks_and_the_epochs_that_equal_hours_may_take(tmp_path: Path):
     controls = {"dense": {}, "equal": {"kind": "equal_hours", "of": ["ramp", "cut"]}}
-    jobs = plan_jobs(read_grid(write_grid(tmp_path, controls=controls)))
-    epochs = {name: estimate._epochs(job, jobs) for name, job in jobs.items()}
+    grid = read_grid(write_grid(tmp_path, controls=controls))
+    jobs = plan_jobs(grid)
+    epochs = {name: estimate._epochs(job, jobs, Disk(grid.out)) for name, job in jobs.items()}
     assert (epochs["equal_of_ramp_fr2_s0"], epochs["equal_of_cut_fr2_s0"], epochs["cut_fr2_s0"]) == (2, 4, 2)
     dense = jobs["dense_s0"]
     one, two = (estimate._measure(dense.config, 1, ranks) for ranks in (1, 2))
