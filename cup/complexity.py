@@ -242,10 +242,9 @@ def _count(twin: nn.Module, sample: Sample) -> Complexity:
         counted = isinstance(module, _COUNTED)
         read = next(tensors_in((inputs, named_inputs)), None)
         written = next(tensors_in(output), None)  # of a pooling's values and indices the values
-        written_shape = tuple(written.shape)
-        if isinstance(module, CutAttention):  # its own weights' work; its output layer is a module, too
-            written_shape = (*read.shape[:-1], len(module.in_proj_weight))
-        flops, macs = _cost(module, tuple(read.shape), written_shape) if counted else (0, 0)
+        flops, macs = _cost(module, tuple(read.shape), tuple(written.shape)) if counted else (0, 0)
+        if isinstance(module, CutAttention):
+            flops, macs = _projections(module, tuple(tensors_in((inputs, named_inputs)))[:3])
         before = costs.get(name, LayerCost(name, type(module).__name__, 0, 0, _own_parameters(module)))
         costs[name] = LayerCost(name, before.kind, before.flops + flops, before.macs + macs, before.params)
 
@@ -277,6 +276,13 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
 _RELUS, _POOLS = (nn.ReLU, nn.ReLU6), (nn.MaxPool2d, nn.AvgPool2d)
 _LINEAR = (nn.Linear, nn.MultiheadAttention)
 _COUNTED = (*CONVS, nn.Linear, CutAttention, *_BATCH_NORMS, *_RELUS, *_POOLS)
+
+
+def _projections(module: CutAttention, sequences: Sequence[torch.Tensor]) -> tuple[int, int]:
+    """(flops, macs) of its own weights, from query, key and value; its output layer is a module, too."""
+    made = sum(sequence.numel() // sequence.shape[-1] for sequence in sequences) * len(module.in_proj_weight) // 3
+    macs = made * module.in_proj_weight.shape[1]
+    return 2 * macs + (made if bias_of(module) is not None else 0), macs
 
 
 def _cost(module: nn.Module, value: tuple[int, ...], output: tuple[int, ...]) -> tuple[int, int]:

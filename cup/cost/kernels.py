@@ -184,13 +184,13 @@ class _Counting:
         window = math.prod(layer.kernel_size)
         # A transposed convolution does for each pixel of its input what another does for each of its output.
         pixels = _size(value if isinstance(layer, TRANSPOSED_CONVS) else result) / _width(layer, value, result)
+        kind = "pointwise" if window == 1 else "conv"
         if layer.groups > 1:
-            per_channel, kind = layer.weight.shape[1], "grouped" if window <= 9 else "wide_grouped"
-            if per_channel >= MANY_PER_GROUP:
-                kind = "conv"
+            per_channel = layer.weight.shape[1]
+            if per_channel < MANY_PER_GROUP:
+                kind = "grouped" if window <= 9 else "wide_grouped"
             yield from self._product(op, layer, kind, 2 * window * pixels * per_channel, window * per_channel)
         else:
-            kind = "pointwise" if window == 1 else "conv"
             yield from self._product(op, layer, kind, 2 * window * pixels, window)
 
     def _linear(self, op: TracedOp, layer: nn.Module) -> Iterator[Kernel]:

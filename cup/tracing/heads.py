@@ -64,7 +64,7 @@ class CutAttention(nn.MultiheadAttention):
             raise RuntimeError("is_causal is a hint about attn_mask, as in nn.MultiheadAttention: give attn_mask, too")
         single = query.dim() == 2
         q, k, v = self._heads(query, key, value)
-        mask = self._mask(attn_mask, key_padding_mask, q.dtype)
+        mask = self._mask(attn_mask, key_padding_mask, q)
         dropout, weights = self.dropout if self.training else 0.0, None
         if need_weights:
             scores = (q * self.head_dim**-0.5) @ k.transpose(-2, -1)
@@ -100,14 +100,16 @@ class CutAttention(nn.MultiheadAttention):
         return x if self.batch_first else x.transpose(0, 1)
 
     def _mask(
-        self, attn_mask: torch.Tensor | None, key_padding_mask: torch.Tensor | None, dtype: torch.dtype
+        self, attn_mask: torch.Tensor | None, key_padding_mask: torch.Tensor | None, q: torch.Tensor
     ) -> torch.Tensor | None:
         """Both masks as one that is added to the scores, (N, H, T, S) or of length one where it is for all."""
         if attn_mask is not None and attn_mask.dim() == 3:
+            if len(attn_mask) != (needed := q.shape[0] * self.num_heads):  # as torch's own does
+                raise RuntimeError(f"attn_mask: found {len(attn_mask)} masks, needed {needed}: samples x heads now")
             attn_mask = attn_mask.view(-1, self.num_heads, *attn_mask.shape[1:])
         if key_padding_mask is not None:
             key_padding_mask = key_padding_mask.view(-1, 1, 1, key_padding_mask.shape[-1])
-        masks = [_added(mask, dtype) for mask in (attn_mask, key_padding_mask) if mask is not None]
+        masks = [_added(mask, q.dtype) for mask in (attn_mask, key_padding_mask) if mask is not None]
         return masks[0] + masks[1] if len(masks) == 2 else masks[0] if masks else None
 
 

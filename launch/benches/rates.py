@@ -35,9 +35,10 @@ def measure(options: argparse.Namespace) -> None:
         )
     summary = {device: _summary([row for row in rows if row[0].device == device]) for device in options.devices}
     for device, found in summary.items():
+        ranks = found["rank_correlation"]
         print(
-            f"{device}: {found['rates']} rates, median absolute error {found['median_abs_error']:.1%}, "
-            f"rank correlation {found['rank_correlation']:.2f}"
+            f"{device}: {found['rates']} rates, median absolute error {found['median_abs_error']:.1%}"
+            + ("" if ranks is None else f", rank correlation {ranks:.2f}")
         )
     if options.out:
         write_result(
@@ -69,8 +70,8 @@ def _rows(rates: Sequence[PublishedRate]) -> list[tuple[PublishedRate, float]]:
     return [(rate, modelled[rate]) for rate in rates]
 
 
-def _summary(rows: Sequence[tuple[PublishedRate, float]]) -> dict[str, float]:
+def _summary(rows: Sequence[tuple[PublishedRate, float]]) -> dict[str, float | None]:
     published, modelled = [rate.images_per_s for rate, _ in rows], [found for _, found in rows]
     errors = [abs(ours / theirs - 1) for ours, theirs in zip(modelled, published, strict=True)]
-    correlation = float(spearmanr(published, modelled).statistic) if len(rows) > 2 else 1.0
+    correlation = float(spearmanr(published, modelled).statistic) if len(rows) > 2 else None
     return {"rates": len(rows), "median_abs_error": median(errors), "rank_correlation": correlation}

@@ -95,6 +95,25 @@ class Attention(nn.Module):
         return F.linear(torch.softmax(q @ k.transpose(1, 2), -1) @ v, self.project)
 
 
+class Across(nn.Module):
+    """Attention of one sequence to another, 8 channels in two heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, query, key):
+        return self.attention(query, key, key, need_weights=False)[0]
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(10, 2), (2, 10), (5, 5)])
+def test_attention_between_two_sequences_counts_each_at_its_length(queries, keys):
+    cost = cup.complexity(Across(), (torch.empty(1, queries, 8), torch.empty(1, keys, 8)))
+    projections, output, products = (queries + 2 * keys) * 8 * 8, queries * 8 * 8, 2 * queries * keys * 8
+    assert cost.macs == projections + output + products
+    assert next(layer for layer in cost.layers if layer.name == "attention").macs == projections
+
+
 def test_products_outside_of_layers_count():
     cost = cup.complexity(Attention(), torch.empty(1, 5, 6))
     outside = 5 * 5 * 6 * 2 + 5 * 6 * 6

@@ -232,6 +232,9 @@ def test_groups_of_many_channels_fill_tensor_cores_and_depthwise_gradients_miss_
         }
 
     assert "grouped" not in kinds(2) and {"grouped", "conv"} <= kinds(4)
+    wide = nn.Sequential(nn.Conv2d(3, 128, 1), nn.Conv2d(128, 128, 1, groups=2))
+    groups = cup.channel_groups(wide, torch.empty(1, 3, 9, 9))
+    assert not any(kind.startswith("conv.") for kind in cup.device_cost("a100", batch_size=1).of(wide, groups).kinds)
     rates = cup.named_device("a100", "bf16").rates
     assert rates["grouped.weight"].bytes_per_s < rates["grouped.forward"].bytes_per_s / 3
 

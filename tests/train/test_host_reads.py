@@ -70,6 +70,13 @@ def test_the_steps_of_a_resnet50_read_nothing_from_the_device(precision: str, cl
     assert len(of_ema.names) <= 10
 
 
+def test_norms_that_may_need_their_counter_keep_it():
+    model = nn.Sequential(nn.BatchNorm2d(2), nn.SyncBatchNorm(2), nn.BatchNorm2d(2, momentum=None))
+    with counted_together(model, 1):
+        assert [norm.num_batches_tracked is None for norm in model] == [True, False, False]
+    assert [int(norm.num_batches_tracked) for norm in model] == [1, 0, 0]
+
+
 def test_batch_norms_count_as_ever_in_one_operation():
     """All but one whose statistics depend on the count, and one that is frozen."""
     layers = [nn.BatchNorm2d(3), nn.BatchNorm2d(3, momentum=None), nn.BatchNorm2d(3), nn.BatchNorm2d(3)]
