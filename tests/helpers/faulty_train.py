@@ -14,6 +14,7 @@ sys.path[0] = str(ROOT)
 import torch  # noqa: E402
 
 from cup import PrunePlan  # noqa: E402
+from data import build as listing  # noqa: E402
 from train import build as building  # noqa: E402
 from train.loop import engine  # noqa: E402
 from train.resizer import Resizer  # noqa: E402
@@ -65,12 +66,15 @@ def install(fault: str) -> None:
             return honest_step(state, images, *arguments)
 
         engine.training_step = step
-    elif fault == "a bug":
+    elif fault in ("a bug", "cannot list"):
 
-        def fail(self, state, plan):
+        def fail(*arguments):
             raise AssertionError("a bug on this rank")
 
-        Resizer._cut = fail
+        if fault == "a bug":
+            Resizer._cut = fail
+        else:
+            listing.list_splits = listing.list_validation = fail
 
 
 if os.environ["RANK"] == "1":

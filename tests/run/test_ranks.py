@@ -26,10 +26,10 @@ SHORT = {"train__epochs": 1, "prune__method": "none", "run__save_every_minutes":
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of two ranks with batch norm and EMA, from JPEGs; its working folder."""
+    """A finished run of two ranks with batch norm and EMA, from JPEGs that rank 0 lists; its working folder."""
     cwd = tmp_path_factory.mktemp("two_ranks")
     write_image_folder(cwd / "images", train=32)
-    result = launch("launch/train.py", options(**JPEGS), cwd, ranks=2)
+    result = launch("tests/helpers/faulty_train.py", options(**JPEGS), cwd, ranks=2, FAULT="cannot list")
     assert result.returncode == 0, result.stderr
     return cwd
 

@@ -72,14 +72,17 @@ def test_a_network_that_starts_at_the_target_is_cut_no_more(tmp_path: Path, made
 
 
 def test_two_ranks_decide_alike(tmp_path: Path):
-    """A named device: its rates are the same everywhere, and rank 0's plan, which drops blocks, is what both do."""
+    """A named device: its rates are the same everywhere, and rank 0's plan, which drops blocks, is what both do.
+
+    Launches bound this network there, so only whole blocks save time, each some 8% of it.
+    """
     named = {"prune__device": "t4", "prune__target_speedup": 1.2, "prune__drop_blocks": True, "train__epochs": 2}
     images = {"model__name": "resnet20_cifar", "data__channels": 3, "data__image_size": 16, "data__resize_size": 16}
     settings = SPEEDUP | RAMPS["a straight line"] | named | images | {"prune__last_epoch": 2}
     result = launch("launch/train.py", options(**settings), tmp_path, ranks=2)
     assert result.returncode == 0, result.stderr
     log = read_log(tmp_path / "runs/tiny/log.jsonl")
-    assert events(log, "epoch")[-1]["step_speedup"] >= 1.2
+    assert 1.2 <= events(log, "epoch")[-1]["step_speedup"] <= 1.3
     assert any("blocks dropped: layer" in event["message"] for event in events(log, "note"))
     for resize in events(log, "resize"):
         assert len(set(resize["digests"])) == 1 and len(resize["digests"]) == 2
