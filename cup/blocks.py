@@ -230,30 +230,31 @@ class _Graph:
         read, written = self.ends(name)
         if read is None or written is None or not _are_alike(read, written):
             return 0
-        behind = [node for node in self._changing(written) if not is_within(self.owners[node], name)]
-        changed = behind or any(self._changed_later(value) for value in (read, self._source(read)))
-        return 0 if changed else self._additions(written, read) or 0
+        path = self._path(written, read)
+        if path is None or any(self._changed_later(value) for value in (read, self._source(read))):
+            return 0
+        if any(self._changed_later(value, but=path) for value in path):
+            return 0
+        return sum(_operands(node) is not None for node in path)
 
-    def _additions(self, node: fx.Node, read: fx.Node) -> int | None:
-        """On how many additions the node's value is that of `read` once their branches are silent; None where it is
-        another.
+    def _path(self, node: fx.Node, read: fx.Node) -> list[fx.Node] | None:
+        """The steps from `read` to the node, last one first, on which the value is that of `read` once the branches of
+        the additions among them are silent; None where it is another.
         """
         if node is read:
-            return 0
-        if self._is_kind(node, (nn.Identity,), ()):
-            return self._additions(node.all_input_nodes[0], read)
-        if (rectifier := self._rectifier(node)) is not None:
-            return (
-                self._additions(node.all_input_nodes[0], read)
-                if self._rectifier(self._source(read)) == rectifier
-                else None
-            )
+            return []
+        rectifier = self._rectifier(node)
+        if self._is_kind(node, (nn.Identity,), ()) or rectifier is not None:
+            if rectifier is not None and self._rectifier(self._source(read)) != rectifier:
+                return None
+            before = self._path(node.all_input_nodes[0], read)
+            return None if before is None else [node, *before]
         operands = _operands(node)
         if operands is None or any(is_constant(one) for one in operands):
             return None
-        found = [self._additions(one, read) for one in operands if _are_alike(one, node)]
-        bare = [additions for additions in found if additions is not None]
-        return bare[0] + 1 if len(bare) == 1 else None
+        found = [self._path(one, read) for one in operands if _are_alike(one, node)]
+        bare = [path for path in found if path is not None]
+        return [node, *bare[0]] if len(bare) == 1 else None
 
     def _source(self, node: fx.Node) -> fx.Node:
         """What a value was taken from, largest values of regions and identities left aside: its sign is no other."""
@@ -274,9 +275,9 @@ class _Graph:
             return type(self.root.get_submodule(node.target)) in modules
         return node.op in ("call_function", "call_method") and node.target in functions
 
-    def _changed_later(self, value: fx.Node) -> bool:
-        """Whether anything writes into the value's memory after it is there."""
-        return any(self.places[node] > self.places[value] for node in self._changing(value))
+    def _changed_later(self, value: fx.Node, but: Collection[fx.Node] = ()) -> bool:
+        """Whether anything but these writes into the value's memory after it is there."""
+        return any(self.places[node] > self.places[value] and node not in but for node in self._changing(value))
 
     def _changing(self, value: fx.Node) -> list[fx.Node]:
         """The operations that write into memory in which the value may lie."""
