@@ -14,9 +14,12 @@ from torchvision.models.efficientnet import EfficientNet, MBConvConfig
 from torchvision.models.mobilenetv2 import MobileNetV2
 from torchvision.models.mobilenetv3 import InvertedResidualConfig, MobileNetV3
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.models.vision_transformer import VisionTransformer
 
 import cup
+from cup.criteria import View
 from cup.networks import build_network
+from cup.planning.by_time import _Search
 
 FLAT = cup.Device("flat", "fp32", dict.fromkeys(cup.KERNELS, cup.Rate(1e9, 1e9)), 0.0, 1, "made up")
 COST = cup.device_cost(FLAT, batch_size=8)
@@ -437,6 +440,26 @@ def test_a_block_of_two_branches_goes_with_both_and_one_inside_another_with_that
     assert str(at_once) == str(model)
 
 
+def test_a_block_that_can_be_dropped_only_once_another_has_gone_is_found_again_in_all_ways():
+    """ReLU behind the second sum leaves x as it is only where x came out of a ReLU: not out of the first block."""
+    pair = nn.Sequential(add(lambda x, b: x + b)().block, add(lambda x, b: F.relu(x + b))().block)
+    model, images = Net(pair).eval(), torch.randn(2, 3, 8, 8)
+    full, joined, groups = copy.deepcopy(model), copy.deepcopy(model), cup.channel_groups(model, images)
+    start, plans = groups, []
+    for name in ("block.0", "block.1"):
+        (block,) = cup.residual_blocks(model, groups)
+        assert block.name == name
+        plans.append(cup.plan_first_channels(groups, {"first": 6 - len(plans)}, [block]))
+        groups = cup.apply_plan(model, plans[-1], groups).groups
+    cup.apply_plan(joined, plans[0].then(plans[1]), start)
+    with pytest.raises(cup.CupError, match=r"no residual block 'block\.1' that can be dropped; there are: block\.0"):
+        cup.shrink_to(full, {"first": 5}, images, dropped=["block.1", "block.0"])
+    cup.shrink_to(full, {"first": 5}, images, dropped=["block.0", "block.1"])
+    full.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(full(images), model(images)) and torch.equal(joined(images), model(images))
+
+
 # --- plans ---
 
 
@@ -501,6 +524,45 @@ def test_a_saved_network_knows_its_dropped_blocks(tmp_path):
 
 
 # --- the planner ---
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = Block(), Block()
+
+    def forward(self, x):
+        x = x + self.one.branch(x)
+        return x + self.two.branch(x)
+
+
+@pytest.mark.parametrize(
+    ("build", "side", "pairs"),
+    [
+        (lambda: Net(nn.Sequential(Two(), Block(), Block())), 8, [(5, 5), (5, 3), (5, 2)]),
+        (lambda: VisionTransformer(16, 8, 3, 2, 8, 8), 16, [(4, 4), (4, 3), (4, 2)]),
+    ],
+)
+def test_a_stream_s_writers_are_counted_alike_in_this_plan_and_after_an_earlier_cut(build, side, pairs):
+    """Layers, two in a block of two branches; of a stream whose layers are not known, as a transformer's, blocks."""
+    model = build()
+    groups = cup.channel_groups(model, torch.empty(1, 3, side, side))
+    blocks = cup.residual_blocks(model, groups)
+
+    def search(blocks):
+        return _Search(View(model, groups), COST, cup.PlanOptions(criterion="l2", scope="all"), blocks)
+
+    within, found = search(blocks), []
+    for block in (None, *blocks[:2]):
+        if block is not None:
+            within._drop(block)
+        found.append(within._writers(blocks[2]))
+    assert found == pairs and (blocks[0].branches, len(blocks)) == (2, 3)
+    groups = cup.apply_plan(model, cup.plan_first_channels(groups, {}, blocks[:1]), groups).groups
+    after = search(cup.residual_blocks(model, groups))
+    assert after._writers(blocks[2]) == pairs[1]
+    after._drop(blocks[1])
+    assert after._writers(blocks[2]) == pairs[2]
 
 
 def test_the_planner_drops_blocks_where_that_saves_more_and_only_if_it_may():
