@@ -271,7 +271,8 @@ def _without(network: Network, dropped: Mapping[str, nn.Module]) -> Network:
         rest = [op for op in operations if not is_within(op.module, block)]
         written = {op.writes for op in inside}
         own = (position for op in inside for position in op.reads if position not in written)
-        (read,) = {position for position in own if network.values[position].samples} or {None}
+        # The first one: what the block reads is there before all that it makes, parts of tuples included.
+        read = min((position for position in own if network.values[position].samples), default=None)
         operations = tuple(
             replace(op, reads=tuple(read if position in written else position for position in op.reads)) for op in rest
         )

@@ -559,6 +559,10 @@ def test_a_stream_s_writers_are_counted_alike_in_this_plan_and_after_an_earlier_
         found.append(within._writers(blocks[2]))
     assert found == pairs and (blocks[0].branches, len(blocks)) == (2, 3)
     groups = cup.apply_plan(model, cup.plan_first_channels(groups, {}, blocks[:1]), groups).groups
+    again = cup.channel_groups(model, torch.empty(1, 3, side, side))
+    assert [cost.of(model, groups).now for cost in COSTS] == pytest.approx(
+        [cost.of(model, again).now for cost in COSTS], rel=1e-9
+    )
     after = search(cup.residual_blocks(model, groups))
     assert after._writers(blocks[2]) == pairs[1]
     after._drop(blocks[1])
