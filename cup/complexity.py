@@ -84,8 +84,11 @@ def flops_after(model: nn.Module, groups: Sequence[ChannelGroup], plan: PrunePla
     """FLOPs (the paper's counting) that the model would have after `plan`, by arithmetic on the traced calls.
 
     now: `complexity` of the model as it is, at the input shape of the groups' trace. Nothing is run or changed.
+    Where the plan drops blocks, by `complexity_after`: the trace does not see the products of every block.
     """
-    return FlopsByWidths(model, groups, now).after(plan.kept, plan.dropped)
+    if plan.dropped:
+        return complexity_after(model, groups, plan, now).flops
+    return FlopsByWidths(model, groups, now).after(plan.kept)
 
 
 def complexity_after(model: nn.Module, groups: Sequence[ChannelGroup], plan: PrunePlan, now: Complexity) -> Complexity:
@@ -131,7 +134,11 @@ class FlopsByWidths:
         self._flops, self._macs = self._costs(network.alive)
 
     def after(self, kept: Mapping[str, Sequence[int]], dropped: Collection[str] = ()) -> int:
-        """FLOPs when of each named group only these channels are left, and these residual blocks are gone."""
+        """FLOPs when of each named group only these channels are left, and these residual blocks are gone.
+
+        Products in functions that the trace does not look into (the attention of torchvision's Swin) are of no block:
+        they stay counted.
+        """
         flops, _ = self._costs(alive_after(self._groups, kept))
         if dropped:
             flops[[any(is_within(name, block) for block in dropped) for name in self._within]] = 0

@@ -14,6 +14,7 @@ from torchvision.models.efficientnet import EfficientNet, MBConvConfig
 from torchvision.models.mobilenetv2 import MobileNetV2
 from torchvision.models.mobilenetv3 import InvertedResidualConfig, MobileNetV3
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.models.vision_transformer import VisionTransformer
 
 import cup
@@ -541,6 +542,7 @@ class Two(nn.Module):
     [
         (lambda: Net(nn.Sequential(Two(), Block(), Block())), 8, [(5, 5), (5, 3), (5, 2)]),
         (lambda: VisionTransformer(16, 8, 3, 2, 8, 8), 16, [(4, 4), (4, 3), (4, 2)]),
+        (lambda: SwinTransformer([4, 4], 8, [3], [2], [2, 2], num_classes=5), 16, [(4, 4), (4, 3), (4, 2)]),
     ],
 )
 def test_a_stream_s_writers_are_counted_alike_in_this_plan_and_after_an_earlier_cut(build, side, pairs):
@@ -558,8 +560,11 @@ def test_a_stream_s_writers_are_counted_alike_in_this_plan_and_after_an_earlier_
             within._drop(block)
         found.append(within._writers(blocks[2]))
     assert found == pairs and (blocks[0].branches, len(blocks)) == (2, 3)
-    groups = cup.apply_plan(model, cup.plan_first_channels(groups, {}, blocks[:1]), groups).groups
-    again = cup.channel_groups(model, torch.empty(1, 3, side, side))
+    images, plan = torch.empty(1, 3, side, side), cup.plan_first_channels(groups, {}, blocks[:1])
+    foretold = cup.flops_after(model, groups, plan, cup.complexity(model, images))
+    groups = cup.apply_plan(model, plan, groups).groups
+    assert foretold == cup.complexity(model, images).flops
+    again = cup.channel_groups(model, images)
     assert [cost.of(model, groups).now for cost in COSTS] == pytest.approx(
         [cost.of(model, again).now for cost in COSTS], rel=1e-9
     )
