@@ -10,14 +10,15 @@ and in evaluation, and its other parameters get the same gradients. What has to 
 
 * The shortcut is bare: x itself, through `nn.Identity` at most. A ReLU behind the addition (ResNets) leaves x as it is
   where x came out of a ReLU; any other activation, norm or downsampling there, or on the shortcut, refuses the block.
-* Nothing changes x in place, and nothing changes the block's result in place behind it, for both are then the same
-  tensor.
+* Nothing changes x in place once it is there, and nothing changes the block's result in place behind it, for both are
+  then the same tensor. Every operation that is not known to write new memory may give its own operands back.
 * None of its parameters or buffers is used elsewhere, it runs no hooks, nothing looks inside it from outside.
 * The network's code does otherwise the same without it, which is tried out: a copy without it is traced again.
 """
 
 import copy
 import inspect
+import itertools
 import operator
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from cup.errors import CupError
-from cup.tracing.groups import ChannelGroup, is_within
+from cup.tracing.groups import ChannelGroup, is_within, without_blocks
 from cup.tracing.meta import Sample, check_model, meta_copy
 from cup.tracing.rules import is_constant, owner_of, shape_of
 from cup.tracing.tracer import Trace, trace_forward
@@ -58,9 +59,14 @@ def residual_blocks(model: nn.Module, groups: Sequence[ChannelGroup]) -> list[Re
     Raises CupError where torch.fx cannot trace the network, or the model is a wrapper around one.
     """
     check_model(model)
+    return _found(model, meta_copy(model), groups)
+
+
+def _found(model: nn.Module, twin: nn.Module, groups: Sequence[ChannelGroup]) -> list[ResidualBlock]:
+    """`residual_blocks` of the twin. model: the network with its hooks; the twin, on meta, may lack blocks of it."""
     if not groups:
         return []
-    sample, twin = groups[0].network.input_shape, meta_copy(model)
+    sample = groups[0].network.input_shape
     hooked = {name for name, module in model.named_modules() if _has_hooks(module)}
     traces = [(mode, trace_forward(copy.deepcopy(twin.train(mode)), sample)) for mode in (True, False)]
     training, evaluation = (_Graph(trace).blocks() for _, trace in traces)
@@ -87,13 +93,34 @@ def outermost(names: Iterable[str]) -> list[str]:
     return [name for name in names if not any(is_within(name, other) for other in names if other != name)]
 
 
-def blocks_named(blocks: Sequence[ResidualBlock], names: Iterable[str]) -> list[ResidualBlock]:
-    """The blocks of these names. CupError for a name that is none of theirs."""
-    known = {block.name: block for block in blocks}
-    for name in (names := list(names)):
-        if name not in known:
-            raise CupError(f"no residual block {name!r} that can be dropped; there are: {', '.join(known) or 'none'}")
-    return [known[name] for name in names]
+def groups_without(model: nn.Module, groups: Sequence[ChannelGroup], names: Iterable[str]) -> list[ChannelGroup]:
+    """The groups that are left once these blocks are dropped (`without_blocks`). The model still has them."""
+    skeletons = {name: meta_copy(model.get_submodule(name)) for name in outermost(names)}
+    return without_blocks(groups, skeletons) if skeletons else list(groups)
+
+
+def blocks_named(model: nn.Module, groups: Sequence[ChannelGroup], names: Iterable[str]) -> list[ResidualBlock]:
+    """The blocks of these names, in their order; the model is only read.
+
+    Names of several cuts after each other may stand in their order: a block may be one that can be dropped only once
+    another has gone, so the network is looked at again without those that were found.
+    Raises CupError for a name of no block that can be dropped.
+    """
+    check_model(model)
+    left, found = list(names), []
+    twin = meta_copy(model) if left else model
+    while left:
+        known = {block.name: block for block in _found(model, twin, groups)}
+        now = list(itertools.takewhile(known.__contains__, left))
+        if not now:
+            there = ", ".join(known) or "none"
+            raise CupError(f"no residual block {left[0]!r} that can be dropped; there are: {there}")
+        found += [known[name] for name in now]
+        left = left[len(now) :]
+        if left:
+            groups = groups_without(twin, groups, now)
+            drop(twin, now)
+    return found
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -165,7 +192,7 @@ def _same_without(mode: bool, full: Trace, twin: nn.Module, sample: Sample, name
         return node if gives[node] is node else of_full(gives[node])
 
     def of_cut(node: fx.Node) -> fx.Node:
-        return of_cut(node.args[0]) if node.op == "call_module" and node.target in names else node
+        return of_cut(node.all_input_nodes[0]) if node.op == "call_module" and node.target in names else node
 
     return all(
         before.op == now.op
@@ -181,6 +208,7 @@ class _Graph:
     def __init__(self, trace: Trace) -> None:
         self.root, self.nodes = trace.root, list(trace.graph.nodes)
         self.owners = {node: owner_of(node) for node in self.nodes}
+        self.places = {node: number for number, node in enumerate(self.nodes)}
 
     def blocks(self) -> dict[str, int]:
         """The modules whose own code adds two tensors, and that give back what they read if the branches are silent;
@@ -202,34 +230,37 @@ class _Graph:
         read, written = self.ends(name)
         if read is None or written is None or not _are_alike(read, written):
             return 0
-        base = read
-        while self._is_view(base):
-            base = base.args[0]
-        changed = self._changing(base) or any(not is_within(self.owners[one], name) for one in self._changing(written))
-        return 0 if changed else self._additions(written, read) or 0
+        path = self._path(written, read)
+        if path is None or any(self._changed_later(value) for value in (read, self._source(read))):
+            return 0
+        if any(self._changed_later(value, but=path) for value in path):
+            return 0
+        return sum(_operands(node) is not None for node in path)
 
-    def _additions(self, node: fx.Node, read: fx.Node) -> int | None:
-        """On how many additions the node's value is that of `read` once their branches are silent; None where it is
-        another.
+    def _path(self, node: fx.Node, read: fx.Node) -> list[fx.Node] | None:
+        """The steps from `read` to the node, last one first, on which the value is that of `read` once the branches of
+        the additions among them are silent; None where it is another.
         """
         if node is read:
-            return 0
-        if self._is_kind(node, (nn.Identity,), ()):
-            return self._additions(node.args[0], read)
-        if (rectifier := self._rectifier(node)) is not None:
-            return self._additions(node.args[0], read) if self._rectifier(self._source(read)) == rectifier else None
+            return []
+        rectifier = self._rectifier(node)
+        if self._is_kind(node, (nn.Identity,), ()) or rectifier is not None:
+            if rectifier is not None and self._rectifier(self._source(read)) != rectifier:
+                return None
+            before = self._path(node.all_input_nodes[0], read)
+            return None if before is None else [node, *before]
         operands = _operands(node)
         if operands is None or any(is_constant(one) for one in operands):
             return None
-        found = [self._additions(one, read) for one in operands if _are_alike(one, node)]
-        bare = [additions for additions in found if additions is not None]
-        return bare[0] + 1 if len(bare) == 1 else None
+        found = [self._path(one, read) for one in operands if _are_alike(one, node)]
+        bare = [path for path in found if path is not None]
+        return [node, *bare[0]] if len(bare) == 1 else None
 
     def _source(self, node: fx.Node) -> fx.Node:
         """What a value was taken from, largest values of regions and identities left aside: its sign is no other."""
         passing = (nn.Identity, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
         while self._is_kind(node, passing, (F.max_pool1d, F.max_pool2d, F.max_pool3d)):
-            node = node.args[0]
+            node = node.all_input_nodes[0]
         return node
 
     def _rectifier(self, node: fx.Node) -> str | None:
@@ -244,33 +275,61 @@ class _Graph:
             return type(self.root.get_submodule(node.target)) in modules
         return node.op in ("call_function", "call_method") and node.target in functions
 
-    def _changing(self, node: fx.Node) -> list[fx.Node]:
-        """The readers that write into the value, or into what may be a view of it."""
-        found: list[fx.Node] = []
-        for user in node.users:
-            if self._is_view(user):
-                found += self._changing(user)
-            if user.args and user.args[0] is node and self._writes_into_first(user):
-                found.append(user)
-        return found
+    def _changed_later(self, value: fx.Node, but: Collection[fx.Node] = ()) -> bool:
+        """Whether anything but these writes into the value's memory after it is there."""
+        return any(self.places[node] > self.places[value] and node not in but for node in self._changing(value))
 
-    def _is_view(self, node: fx.Node) -> bool:
-        """Whether the node's value may lie in the memory of its first operand."""
-        name = str(getattr(node.target, "__name__", node.target)).strip("_")
-        return self._is_kind(node, (nn.Identity, nn.Flatten), ()) or (node.op.startswith("call_") and name in _VIEWS)
+    def _changing(self, value: fx.Node) -> list[fx.Node]:
+        """The operations that write into memory in which the value may lie."""
+        same, new = {value}, [value]
+        while new:
+            node = new.pop()
+            around = {*self._given_back(node), *(user for user in node.users if node in self._given_back(user))}
+            new += around - same
+            same |= around
+        return [user for node in same for user in node.users if node in self._written(user)]
+
+    def _given_back(self, node: fx.Node) -> list[fx.Node]:
+        """The operands in whose memory the node's value may lie; none where it is known to be new."""
+        if not (node.op.startswith("call_") and _holds_tensors(node)):
+            return []
+        if written := self._written(node):
+            return written
+        if node.op == "call_module":
+            is_new = type(self.root.get_submodule(node.target)).forward in _NEW_OF_MODULES
+        else:
+            is_new = node.target in _NEW
+        return [] if is_new else [one for one in node.all_input_nodes if _holds_tensors(one)]
+
+    def _written(self, node: fx.Node) -> list[fx.Node]:
+        """The operands that the operation changes in place."""
+        into = [node.kwargs.get("out")]
+        if self._writes_into_first(node):
+            into.append(node.args[0] if node.args else node.kwargs)  # one of those that are named
+        found: list[fx.Node] = []
+        fx.map_arg(into, found.append)
+        return [one for one in found if _holds_tensors(one)]
 
     def _writes_into_first(self, node: fx.Node) -> bool:
         """Whether the operation changes its first operand in place."""
         if node.op == "call_module":
             return bool(getattr(self.root.get_submodule(node.target), "inplace", False))
+        if not node.op.startswith("call_"):
+            return False
         name = str(getattr(node.target, "__name__", node.target))
         if node.target in _IN_PLACE or (name.endswith("_") and not name.endswith("__")):
             return True
+        if node.op == "call_method":
+            return bool(node.kwargs.get("inplace", False))
         try:
             given = inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments
-        except (TypeError, ValueError):  # a method's name, or a function of torch's own that tells nothing
+        except (TypeError, ValueError):  # a function of torch's own that tells nothing
             given = node.kwargs
         return bool(given.get("inplace", False))
+
+
+def _holds_tensors(node: fx.Node) -> bool:
+    return shape_of(node) is not None or bool(node.meta.get("unknown"))
 
 
 def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
@@ -292,9 +351,68 @@ _RECTIFIERS = (
     ("relu", nn.ReLU, (F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_")),
     ("relu6", nn.ReLU6, (F.relu6,)),
 )
-_IN_PLACE = tuple(getattr(operator, name) for name in ("iadd", "isub", "imul", "itruediv", "ipow", "setitem"))
-_VIEWS = (
-    *("view", "reshape", "flatten", "unflatten", "permute", "transpose", "swapaxes", "t", "squeeze", "unsqueeze"),
-    *("getitem", "chunk", "split", "unbind", "expand", "expand_as", "detach", "select", "narrow", "contiguous", "to"),
-    *("type_as", "float", "view_as", "movedim"),
+_IN_PLACE = tuple(
+    getattr(operator, name)
+    for name in (
+        *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "ilshift", "irshift"),
+        *("imatmul", "setitem"),
+    )
 )
+
+_NEW_NAMES = (
+    *("add", "sub", "subtract", "mul", "multiply", "truediv", "div", "divide", "true_divide", "floordiv", "pow", "neg"),
+    *("matmul", "mm", "bmm", "addmm", "baddbmm", "addcmul", "addcdiv", "rsub", "lerp", "where", "maximum", "minimum"),
+    *("exp", "log", "sqrt", "rsqrt", "square", "reciprocal", "sin", "cos", "erf", "tanh", "sigmoid", "clamp", "clip"),
+    *(
+        "relu",
+        "relu6",
+        "leaky_relu",
+        "prelu",
+        "elu",
+        "celu",
+        "selu",
+        "gelu",
+        "silu",
+        "mish",
+        "hardswish",
+        "hardsigmoid",
+    ),
+    *("hardtanh", "softplus", "softsign", "logsigmoid", "softmax", "log_softmax", "glu"),
+    *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear", "embedding"),
+    *("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm", "scaled_dot_product_attention"),
+    *("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d"),
+    *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"),
+    *("adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d"),
+    *(
+        "mean",
+        "sum",
+        "amax",
+        "amin",
+        "var",
+        "std",
+        "norm",
+        "cat",
+        "concat",
+        "stack",
+        "clone",
+        "zeros_like",
+        "ones_like",
+    ),
+)
+_NEW = {getattr(home, name) for home in (torch, F, operator) for name in _NEW_NAMES if hasattr(home, name)}
+_NEW |= set(_NEW_NAMES)  # methods
+"""Functions and methods whose result lies in memory of its own, unless they are told to work in place."""
+
+_NEW_OF_MODULES = {
+    kind.forward
+    for kind in (
+        *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear),
+        *(nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm2d, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.Embedding),
+        *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid),
+        *(nn.Tanh, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Softplus, nn.Softmax, nn.LogSoftmax, nn.GLU),
+        *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
+        *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool2d),
+        nn.MultiheadAttention,
+    )
+}
+"""The same of modules, also of those of other classes that only take their code over."""

@@ -18,7 +18,7 @@ from scipy.sparse import csr_array
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from cup.blocks import drop, outermost
+from cup.blocks import drop, groups_without
 from cup.errors import CupError
 from cup.plan import PrunePlan
 from cup.tracing.groups import (
@@ -29,7 +29,6 @@ from cup.tracing.groups import (
     alive_after,
     is_within,
     keep_masks,
-    without_blocks,
 )
 from cup.tracing.heads import CutAttention
 from cup.tracing.layers import CONVS, TRANSPOSED_CONVS, bias_of, find_layer, only_counts_heads, weight_of
@@ -85,6 +84,7 @@ def flops_after(model: nn.Module, groups: Sequence[ChannelGroup], plan: PrunePla
     """FLOPs (the paper's counting) that the model would have after `plan`, by arithmetic on the traced calls.
 
     now: `complexity` of the model as it is, at the input shape of the groups' trace. Nothing is run or changed.
+    Where the plan drops blocks, by `complexity_after`: the trace does not see the products of every block.
     """
     if plan.dropped:
         return complexity_after(model, groups, plan, now).flops
@@ -134,7 +134,11 @@ class FlopsByWidths:
         self._flops, self._macs = self._costs(network.alive)
 
     def after(self, kept: Mapping[str, Sequence[int]], dropped: Collection[str] = ()) -> int:
-        """FLOPs when of each named group only these channels are left, and these residual blocks are gone."""
+        """FLOPs when of each named group only these channels are left, and these residual blocks are gone.
+
+        Products in functions that the trace does not look into (the attention of torchvision's Swin) are of no block:
+        they stay counted.
+        """
         flops, _ = self._costs(alive_after(self._groups, kept))
         if dropped:
             flops[[any(is_within(name, block) for block in dropped) for name in self._within]] = 0
@@ -197,9 +201,8 @@ def _flops_in_gone(model: nn.Module, network: Network) -> Iterator[int]:
 
 def _smaller_twin(model: nn.Module, groups: Sequence[ChannelGroup], plan: PrunePlan) -> nn.Module:
     """On the meta device, without the blocks and channels that the plan takes."""
-    twin, names = meta_copy(model), outermost(plan.dropped)
-    staying = without_blocks(groups, {name: twin.get_submodule(name) for name in names})
-    drop(twin, names)
+    twin, staying = meta_copy(model), groups_without(model, groups, plan.dropped)
+    drop(twin, plan.dropped)
     narrow_layers(twin, keep_masks((group, plan.kept[group.name]) for group in staying if group.name in plan.removed))
     return twin
 

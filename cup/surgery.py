@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from cup.blocks import ResidualBlock, blocks_named, drop, outermost, residual_blocks
+from cup.blocks import ResidualBlock, blocks_named, drop, groups_without, outermost
 from cup.errors import CupError
 from cup.folding import fold_merges
 from cup.plan import PrunePlan
-from cup.tracing.groups import ChannelGroup, check_groups, keep_masks, narrow_groups, without_blocks
+from cup.tracing.groups import ChannelGroup, check_groups, keep_masks, narrow_groups
 from cup.tracing.layers import find_layer, weight_dim, weight_of
-from cup.tracing.meta import check_model, meta_copy
+from cup.tracing.meta import check_model
 from cup.tracing.narrowing import ParameterChange, narrow_layers
 from cup.tracing.trace import channel_groups
 
@@ -54,8 +54,7 @@ def apply_plan(model: nn.Module, plan: PrunePlan, groups: Sequence[ChannelGroup]
     _check_not_in_ddp(model)
     groups_before = list(channel_groups(model) if groups is None else groups)
     check_groups(model, groups_before)
-    blocks = blocks_named(residual_blocks(model, groups_before), plan.dropped) if plan.dropped else []
-    return apply_to(model, plan, groups_before, blocks)
+    return apply_to(model, plan, groups_before, blocks_named(model, groups_before, plan.dropped))
 
 
 def apply_to(
@@ -64,9 +63,8 @@ def apply_to(
     """`apply_plan` for groups that fit the model, and blocks that the plan drops and that can be dropped from it."""
     _check_plan(plan, groups, blocks)
     names = outermost(block.name for block in blocks)
-    skeletons = {name: meta_copy(model.get_submodule(name)) for name in names}
     gone = tuple(parameter for name in names for parameter in model.get_submodule(name).parameters())
-    staying = without_blocks(groups, skeletons) if names else list(groups)
+    staying = groups_without(model, groups, names)
     shrinking = [(group, plan.kept[group.name]) for group in staying if group.name in plan.removed]
     masks = keep_masks(shrinking)
     merges = fold_merges(model, plan, [group for group, _ in shrinking], masks)
@@ -82,13 +80,13 @@ def shrink_to(
     """Bring groups to the given widths in place, keeping their first channels: the shape to load stored weights into.
 
     widths: group name -> channels; groups that it does not name keep theirs. dropped: names of the residual blocks that
-        become their shortcut.
+        become their shortcut; those of several cuts in their order.
     Raises CupError for an unknown group, a width outside 1..the width now, or a block that cannot be dropped; the model
     is left as it was.
     """
-    groups, dropped = channel_groups(model, example_input), list(dropped)
+    groups = channel_groups(model, example_input)
     _check_not_in_ddp(model)
-    blocks = blocks_named(residual_blocks(model, groups), dropped) if dropped else []
+    blocks = blocks_named(model, groups, dropped)
     return apply_to(model, plan_first_channels(groups, widths, blocks), groups, blocks)
 
 

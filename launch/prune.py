@@ -150,8 +150,7 @@ def _trees(
 ) -> list[GroupCut]:
     """The dendrograms that the plan was cut from. Raises ConfigError where the criterion makes none."""
     counts = plan.new_widths
-    cuts = cup.cut_groups(network.model, groups, lambda group, ranking: counts[group.name], settings)
-    cuts = [cut for cut in cuts if plan.kept[cut.group.name]]  # not of dropped blocks
+    cuts = cup.cut_groups(network.model, groups, lambda group, ranking: counts[group.name], settings, plan.dropped)
     if any(cut.ranking.tree is None for cut in cuts):
         raise ConfigError(f"--dendrogram: found --criterion {settings.criterion}, which makes no tree; allowed: cup")
     return cuts

@@ -35,8 +35,7 @@ def plan_narrowing(
         return cup.plan_first_channels(groups, cup.uniform_widths(groups, 1 - config.width, PlanOptions(scope=scope)))
     try:
         widths, dropped = read_widths(Path(config.widths), config.name)
-        blocks = blocks_named(cup.residual_blocks(model, groups), dropped) if dropped else []
-        return cup.plan_first_channels(groups, widths, blocks)
+        return cup.plan_first_channels(groups, widths, blocks_named(model, groups, dropped))
     except CupError as error:
         raise ConfigError(f"model.widths: {config.widths}: {error}") from error
 

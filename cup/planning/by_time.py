@@ -13,10 +13,10 @@ from cup.cost.model import Cost, Walk
 from cup.criteria import View
 from cup.errors import CupError
 from cup.plan import PrunePlan
-from cup.planning.cuts import cut_view, plan_from
+from cup.planning.cuts import cut_view, cut_without, plan_from
 from cup.planning.losses import loss_as_it_is, loss_of_block, losses_by_width
 from cup.planning.options import PlanOptions
-from cup.tracing.groups import ChannelGroup, Network, check_groups, is_within, prunable_groups, without_blocks
+from cup.tracing.groups import ChannelGroup, check_groups, is_within
 
 TIME_TOLERANCE = 0.01
 """Relative tolerance around a target speed-up."""
@@ -46,7 +46,8 @@ def plan_by_time(
     cost: what is to be saved, e.g. `device_cost("h100-sxm", batch_size=256)`. Without `options.round_to` widths are
     multiples of its granularity. full_cost: what the target is measured against; the cost now, if not given.
     drop_blocks: one more kind of step: a residual block that can be dropped (`residual_blocks`) goes with all its
-    kernels. Where that would pass the target by more than 1%, the block stays.
+    kernels. Where that would pass the target by more than 1%, the block stays, unless the target cannot be reached
+        without it; the note then says where it landed.
     If even the narrowest widths take longer than that, or none are found near, the plan's `note` says so.
     Raises CupError for a target <= 1, weights that are not finite, or groups of another network.
     """
@@ -86,17 +87,12 @@ class _Search:
     def plan(self) -> PrunePlan:
         """The plan that leads to the widths now: the criterion ranks what is left when the blocks have gone."""
         blocks = [self._blocks[name] for name in outermost(self.dropped)]
-        model, groups, gone = self._view.model, self._view.groups, {}
-        if blocks:
-            groups = without_blocks(groups, {block.name: model.get_submodule(block.name) for block in blocks})
-            gone = {name: () for block in blocks for name in block.groups}
-        view = View(model, groups) if blocks else self._view
-        some = prunable_groups(groups, self._options.scope)
-        cuts = cut_view(view, lambda group, ranking: self.walk.widths[group.name], self._options) if some else []
-        widths = {group.name: group.width for group in self._view.groups if group.name in gone}
-        plan = plan_from(cuts)
         dropped = tuple(block.name for block in blocks)
-        return replace(plan, kept={**plan.kept, **gone}, widths={**plan.widths, **widths}, dropped=dropped)
+        cuts = cut_without(self._view, dropped, lambda group, ranking: self.walk.widths[group.name], self._options)
+        plan, gone = plan_from(cuts), {name for block in blocks for name in block.groups}
+        widths = {group.name: group.width for group in self._view.groups if group.name in gone}
+        kept = {**plan.kept, **dict.fromkeys(widths, ())}
+        return replace(plan, kept=kept, widths={**plan.widths, **widths}, dropped=dropped)
 
     def reach(self, full: float, target: float) -> str:
         """Move the widths to the target; returns what is to be noted, "" where they are near."""
@@ -174,16 +170,20 @@ class _Search:
         return loss_of_block(block.branches, [self._loss(name) for name in block.groups], writers, now) / saved
 
     def _writers(self, block: ResidualBlock) -> tuple[int, int]:
-        """How many blocks and layers write the block's stream: in the full network, and now. Of streams that are not
-        followed, all blocks and what began them.
+        """How many layers write the block's stream: in the full network, and now. Of streams that are not followed, all
+        blocks that write one, and what began it.
         """
         stream, network = self._streams[block.name], self._view.groups[0].network
-        known = {group.name: group for group in self._view.groups}
-        gone = {} if network.dense is None else network.dense.gone
-        before = sum(_writes(network, name, known.get(stream)) for name in gone)
-        others = [name for name, other in self._streams.items() if other == stream]
-        at_start = len(known[stream].producers) if stream in known else len(others) + 1
-        return at_start + before, at_start - len(set(others) & set(self.dropped))
+        wrote = {} if network.dense is None else network.dense.wrote
+        if stream is None:
+            gone = [name for name, layers in wrote.items() if not layers]
+            others = [name for name, other in self._streams.items() if other is None]
+            ever = outermost([*others, *gone])
+            return len(ever) + 1, len(set(ever) - {*gone, *self.dropped}) + 1
+        (producers,) = [group.producers for group in self._view.groups if group.name == stream]
+        before = sum(layers.get(stream, 0) for layers in wrote.values())
+        left = [place for place in producers if not any(is_within(place.module, one) for one in self.dropped)]
+        return len(producers) + before, len(left)
 
     def _loss(self, name: str) -> float:
         """Of the group at its width now."""
@@ -256,14 +256,6 @@ def _stream_of(block: ResidualBlock, groups: Sequence[ChannelGroup]) -> str | No
         if group.name not in block.groups and any(is_within(place.module, block.name) for place in group.producers):
             return group.name
     return None
-
-
-def _writes(network: Network, block: str, stream: ChannelGroup | None) -> bool:
-    """Whether a block that has been dropped wrote this stream."""
-    if stream is None:
-        return True
-    calls = [call for call in network.before_drops.calls if is_within(call.within, block) and call.writes is not None]
-    return any(np.isin(call.writes, stream.numbers).any() for call in calls)
 
 
 def allowed_widths(group: ChannelGroup, options: PlanOptions, granularity: int) -> tuple[int, ...]:

@@ -1,10 +1,11 @@
 """What all planners share: rank every group in network order, and keep the channels that a width leaves."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
+from cup.blocks import groups_without
 from cup.criteria import Ranking, View
 from cup.errors import CupError
 from cup.plan import PrunePlan
@@ -26,15 +27,27 @@ class GroupCut:
 
 
 def cut_groups(
-    model: nn.Module, groups: Sequence[ChannelGroup], width: ChooseWidth, options: PlanOptions = DEFAULT_OPTIONS
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    width: ChooseWidth,
+    options: PlanOptions = DEFAULT_OPTIONS,
+    dropped: Iterable[str] = (),
 ) -> list[GroupCut]:
     """Rank every group in scope, in network order; `width(group, ranking)` says how many of its channels stay.
 
-    The model is only read.
+    The model is only read. dropped: names of the residual blocks that the plan drops, without which it is ranked.
     Raises CupError for weights that are not finite, groups that do not fit the model, and none that may be pruned.
     """
     check_groups(model, groups)
-    return cut_view(View(model, groups), width, options)
+    return cut_without(View(model, groups), dropped, width, options)
+
+
+def cut_without(view: View, dropped: Iterable[str], width: ChooseWidth, options: PlanOptions) -> list[GroupCut]:
+    """`cut_view` as if these blocks had gone; nothing where no group that may be pruned is left then."""
+    if not (dropped := list(dropped)):
+        return cut_view(view, width, options)
+    groups = groups_without(view.model, view.groups, dropped)
+    return cut_view(View(view.model, groups), width, options) if prunable_groups(groups, options.scope) else []
 
 
 def cut_view(view: View, width: ChooseWidth, options: PlanOptions) -> list[GroupCut]:

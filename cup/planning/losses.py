@@ -68,8 +68,8 @@ def loss_as_it_is(view: View, group: ChannelGroup) -> float:
 def loss_of_block(branches: int, losses: Sequence[float], writers: int, now: int) -> float:
     """What is lost when a residual block goes.
 
-    losses: of its groups, one or more, at their widths now. writers: blocks and layers that write its stream in the
-    full network; now: those of them that are left, the block included.
+    losses: of its groups, one or more, at their widths now. writers: layers that write its stream in the full
+    network; now: those of them that are left, the block's included.
     """
     return branches * max(losses) * writers**2 / (now * (now - 1)) if now > 1 else np.inf
 

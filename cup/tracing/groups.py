@@ -77,11 +77,16 @@ class TracedOp:
 
 @dataclass(frozen=True, eq=False)
 class Dense:
-    """What the trace saw before any block was dropped. gone: name of each dropped block -> its modules, on meta."""
+    """What the trace saw before any block was dropped.
+
+    gone: name of each dropped block -> its modules, on meta. wrote: its name -> the groups that stayed -> how many of
+    its layers wrote them.
+    """
 
     calls: tuple[Call, ...]
     operations: tuple[TracedOp, ...]
     gone: Mapping[str, nn.Module]
+    wrote: Mapping[str, Mapping[str, int]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,11 +239,20 @@ def without_blocks(groups: Sequence[ChannelGroup], dropped: Mapping[str, nn.Modu
     """
     gone = {group.name: () for group in groups if all(_is_in_one(place, dropped) for place in group.producers)}
     network = replace(_without(groups[0].network, dropped), alive=alive_after(groups, gone))
-    return [_outside(group, dropped, network) for group in groups if group.name not in gone]
+    staying = [group for group in groups if group.name not in gone]
+    wrote = {block: _written_by(block, staying) for block in dropped}
+    network = replace(network, dense=replace(network.dense, wrote={**network.dense.wrote, **wrote}))
+    return [_outside(group, dropped, network) for group in staying]
 
 
 def _is_in_one(place: Place, blocks: Iterable[str]) -> bool:
     return any(is_within(place.module, block) for block in blocks)
+
+
+def _written_by(block: str, groups: Iterable[ChannelGroup]) -> dict[str, int]:
+    """Group -> how many of the block's layers write it, of those that any does."""
+    counts = {group.name: sum(is_within(place.module, block) for place in group.producers) for group in groups}
+    return {name: count for name, count in counts.items() if count}
 
 
 def _outside(group: ChannelGroup, blocks: Iterable[str], network: Network) -> ChannelGroup:
@@ -257,11 +271,12 @@ def _without(network: Network, dropped: Mapping[str, nn.Module]) -> Network:
         rest = [op for op in operations if not is_within(op.module, block)]
         written = {op.writes for op in inside}
         own = (position for op in inside for position in op.reads if position not in written)
-        (read,) = {position for position in own if network.values[position].samples} or {None}
+        # The first one: what the block reads is there before all that it makes, parts of tuples included.
+        read = min((position for position in own if network.values[position].samples), default=None)
         operations = tuple(
             replace(op, reads=tuple(read if position in written else position for position in op.reads)) for op in rest
         )
-    before = network.dense or Dense(network.calls, network.operations, {})
+    before = network.dense or Dense(network.calls, network.operations, {}, {})
     dense = replace(before, gone={**before.gone, **dropped})
     return replace(network, calls=calls, operations=operations, dense=dense)
 

@@ -14,9 +14,13 @@ from torchvision.models.efficientnet import EfficientNet, MBConvConfig
 from torchvision.models.mobilenetv2 import MobileNetV2
 from torchvision.models.mobilenetv3 import InvertedResidualConfig, MobileNetV3
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.models.swin_transformer import SwinTransformer
+from torchvision.models.vision_transformer import VisionTransformer
 
 import cup
+from cup.criteria import View
 from cup.networks import build_network
+from cup.planning.by_time import _Search
 
 FLAT = cup.Device("flat", "fp32", dict.fromkeys(cup.KERNELS, cup.Rate(1e9, 1e9)), 0.0, 1, "made up")
 COST = cup.device_cost(FLAT, batch_size=8)
@@ -185,6 +189,7 @@ class Net(nn.Module):
         super().__init__()
         self.first, self.activation = nn.Conv2d(3, 6, 3, padding=1), activation or nn.ReLU()
         self.block, self.last = block, nn.Linear(6, 5)
+        self.drop = nn.Dropout()
 
     def forward(self, images):
         return self.last(self.block(self.activation(self.first(images))).mean((2, 3)))
@@ -204,23 +209,28 @@ def added_from_outside():
     return Outside(Block())
 
 
-def result_changed_in_place():
+def behind(change, activation=None):
+    """A network that does this with the block's result and then reads what the block has read once more."""
+
     class Changing(Net):
         def forward(self, images):
             x = self.activation(self.first(images))
-            return self.last(self.block(x).mul_(2).mean((2, 3)) + x.mean((2, 3)))
+            return self.last(change(self, self.block(x)).mean((2, 3)) + x.mean((2, 3)))
 
-    return Changing(Block())
+    return lambda: Changing(Block(), activation)
 
 
-def input_changed_later():
+def input_changed(before=lambda x: x, after=lambda x: x, activation=F.relu):
+    """A network that changes what the block reads, before or after that."""
+
     class Changing(Net):
         def forward(self, images):
             x = self.activation(self.first(images))
+            before(x)
             y = self.block(x.permute(0, 1, 3, 2))
-            return self.last((x.mul_(2) + y).mean((2, 3)))
+            return self.last((after(x) + y).mean((2, 3)))
 
-    return Changing(Block())
+    return variant(lambda self, x: activation(x + self.branch(x)), Changing)
 
 
 def branch_read():
@@ -232,73 +242,143 @@ def branch_read():
     return variant(lambda self, x: (lambda branch: (x + branch, branch))(self.branch(x)), Reading)
 
 
-def inside_read():
+def read_outside(read):
     class Reading(Net):
         def forward(self, images):
-            return super().forward(images) * self.block.conv1.weight.mean()
+            return super().forward(images) * read(self).weight.mean()
 
-    return Reading(Block())
+    return lambda: Reading(Block())
 
 
-def asked_for():
+def asked_for(part):
     class Asking(Net):
         def forward(self, images):
             x = super().forward(images)
-            return x if isinstance(self.block, Block) else x + 1
+            return x if isinstance(getattr(self, part), Block) else x + 1
 
-    return Asking(Block())
+    return lambda: Asking(Block())
 
 
-def shared():
+def shared(part):
+    """Also not run, but its parameters have two owners."""
     net = Net(Block())
-    net.other = net.block.conv1  # also not run, but its parameters have two owners
+    net.other = net.get_submodule(part)
     return net
 
 
-def hooked():
+def hooked(part):
     net = Net(Block())
-    net.block.conv2.register_forward_hook(lambda module, args, output: output * 2)
+    net.get_submodule(part).register_forward_hook(lambda module, args, output: output * 2)
     return net
+
+
+def changed_sum(self, x, change):
+    y = x + self.branch(x)
+    getattr(y, change)(2)
+    return y
+
+
+def two_branches(self, x, change):
+    x = x + self.branch(x)
+    return x + self.branch(getattr(x, change)(2))
 
 
 class Downsampled(Block):
-    def __init__(self):
+    def __init__(self, shortcut):
         super().__init__()
-        self.shortcut = nn.Conv2d(6, 6, 1)
+        self.shortcut = shortcut
 
     def forward(self, x):
         return self.shortcut(x) + self.branch(x)
 
 
+def add(change):
+    """A network whose block does this with x and its branch's value."""
+    return lambda: variant(lambda self, x: change(x, self.branch(x)))
+
+
+def relu_behind(make):
+    """An activation in place behind an operation that may give its operand back, and the same in memory of its own."""
+    ways = [lambda net, y, way=way: F.relu(make(net, y), inplace=way) for way in (True, False)]
+    return tuple(map(behind, ways))
+
+
+# Why not -> (a network whose block is not found, one with as little changed as can be whose block is; None for none).
 NOT_DROPPABLE = {
-    "a convolution on the shortcut": lambda: Net(Downsampled()),
-    "a scaled shortcut": lambda: variant(lambda self, x: 0.5 * x + self.branch(x)),
-    "x twice": lambda: variant(lambda self, x: x + x + self.branch(x)),
-    "a difference": lambda: variant(lambda self, x: x - self.branch(x)),
-    "an activation that changes its own results": lambda: variant(lambda self, x: F.silu(x + self.branch(x))),
-    "ReLU6 behind ReLU": lambda: variant(lambda self, x: F.relu6(x + self.branch(x))),
-    "ReLU of what had none": lambda: Net(variant(lambda self, x: F.relu(x + self.branch(x))).block, nn.Identity()),
-    "x changed in place by the branch": lambda: variant(lambda self, x: x + self.branch(x.mul_(2))),
-    "x changed in place by the sum": lambda: variant(lambda self, x: x.add_(self.branch(x))),
-    "a value of its branch is read outside": branch_read,
-    "a sum with a parameter": lambda: variant(lambda self, x: x + self.conv1.weight.mean()),
-    "another branch's value": added_from_outside,
-    "its result is changed in place": result_changed_in_place,
-    "what it reads is changed in place later": input_changed_later,
-    "its parameter is read outside": inside_read,
-    "the code asks what it is": asked_for,
-    "it shares a layer": shared,
-    "it has a hook": hooked,
+    "a convolution on the shortcut": (
+        lambda: Net(Downsampled(nn.Conv2d(6, 6, 1))),
+        lambda: Net(Downsampled(nn.Identity())),
+    ),
+    "a scaled shortcut": (add(lambda x, b: 0.5 * x + b), add(lambda x, b: x + 0.5 * b)),
+    "x twice": (add(lambda x, b: x + x + b), add(lambda x, b: x + (b + b))),
+    "a difference": (add(lambda x, b: x - b), add(lambda x, b: x + -b)),
+    "an activation that changes its own results": (add(lambda x, b: F.silu(x + b)), add(lambda x, b: F.relu(x + b))),
+    "ReLU6 behind ReLU": (
+        add(lambda x, b: F.relu6(x + b)),
+        lambda: Net(add(lambda x, b: F.relu6(x + b))().block, nn.ReLU6()),
+    ),
+    "ReLU of what had none": (
+        lambda: Net(add(lambda x, b: F.relu(input=x + b))().block, nn.Identity()),
+        lambda: Net(add(lambda x, b: F.relu(input=x + b))().block, nn.ReLU()),
+    ),
+    "ReLU of what was changed since": (
+        lambda: input_changed(before=lambda x: x.sub_(1)),
+        lambda: input_changed(before=lambda x: x.sub_(1), activation=nn.Identity()),
+    ),
+    "x changed in place by the branch": (
+        lambda: variant(lambda self, x: x + self.branch(x.mul_(2))),
+        lambda: variant(lambda self, x: x + self.branch(x.mul(2))),
+    ),
+    "x changed in place by the sum": (add(lambda x, b: x.add_(b)), add(lambda x, b: b.add_(x))),
+    "x changed in place between two branches": (
+        lambda: variant(lambda self, x: two_branches(self, x, "mul_")),
+        lambda: variant(lambda self, x: two_branches(self, x, "mul")),
+    ),
+    "its sum changed in place by itself": (
+        lambda: variant(lambda self, x: changed_sum(self, x, "mul_")),
+        lambda: variant(lambda self, x: changed_sum(self, x, "mul")),
+    ),
+    "a value of its branch is read outside": (branch_read, None),
+    "a sum with a parameter": (
+        lambda: variant(lambda self, x: x + self.conv1.weight.mean()),
+        lambda: variant(lambda self, x: x + self.branch(x) * self.conv1.weight.mean()),
+    ),
+    "another branch's value": (added_from_outside, None),
+    "its result is changed in place": (behind(lambda net, y: y.mul_(2)), behind(lambda net, y: y.mul(2))),
+    "in place by an operand with a name": (
+        behind(lambda net, y: net.activation(input=y), nn.ReLU(inplace=True)),
+        behind(lambda net, y: net.activation(input=y)),
+    ),
+    "as the place of another result": (
+        behind(lambda net, y: torch.mul(y, 2, out=y)),
+        behind(lambda net, y: torch.mul(y, 2, out=y.clone())),
+    ),
+    "behind dropout": relu_behind(lambda net, y: F.dropout(y, 0.5, net.training)),
+    "behind a dropout module": relu_behind(lambda net, y: net.drop(y)),
+    "in its data": relu_behind(lambda net, y: y.data),
+    "transposed": relu_behind(lambda net, y: y.mT),
+    "as another type": relu_behind(lambda net, y: y.type(torch.float32)),
+    "its diagonal": relu_behind(lambda net, y: y.diagonal(0, 2, 3)[..., None]),
+    "what it reads is changed in place later": (
+        lambda: input_changed(after=lambda x: x.mul_(2)),
+        lambda: input_changed(after=lambda x: x.mul(2), activation=nn.Identity()),
+    ),
+    "its parameter is read outside": (read_outside(lambda net: net.block.conv1), read_outside(lambda net: net.first)),
+    "the code asks what it is": (asked_for("block"), asked_for("first")),
+    "it shares a layer": (lambda: shared("block.conv1"), lambda: shared("first")),
+    "it has a hook": (lambda: hooked("block.conv2"), lambda: hooked("first")),
 }
 
 
 @pytest.mark.parametrize("why", NOT_DROPPABLE)
 def test_a_block_is_not_found_where_an_identity_would_compute_something_else(why):
-    model = NOT_DROPPABLE[why]()
-    before = Untouched(model)
-    groups = cup.channel_groups(model, torch.empty(1, 3, 8, 8), allow_hooks=True)
-    assert cup.residual_blocks(model, groups) == []
-    before.check()
+    for build, found in zip(NOT_DROPPABLE[why], ([], ["block"]), strict=True):
+        if build is not None:
+            model = build()
+            before = Untouched(model)
+            groups = cup.channel_groups(model, torch.empty(1, 3, 8, 8), allow_hooks=True)
+            assert [block.name for block in cup.residual_blocks(model, groups)] == found
+            before.check()
 
 
 @pytest.mark.parametrize(
@@ -359,6 +439,26 @@ def test_a_block_of_two_branches_goes_with_both_and_one_inside_another_with_that
     at_once = Net(Two()).eval()
     cup.shrink_to(at_once, {}, images, dropped=["block.inner", "block"])
     assert str(at_once) == str(model)
+
+
+def test_a_block_that_can_be_dropped_only_once_another_has_gone_is_found_again_in_all_ways():
+    """ReLU behind the second sum leaves x as it is only where x came out of a ReLU: not out of the first block."""
+    pair = nn.Sequential(add(lambda x, b: x + b)().block, add(lambda x, b: F.relu(x + b))().block)
+    model, images = Net(pair).eval(), torch.randn(2, 3, 8, 8)
+    full, joined, groups = copy.deepcopy(model), copy.deepcopy(model), cup.channel_groups(model, images)
+    start, plans = groups, []
+    for name in ("block.0", "block.1"):
+        (block,) = cup.residual_blocks(model, groups)
+        assert block.name == name
+        plans.append(cup.plan_first_channels(groups, {"first": 6 - len(plans)}, [block]))
+        groups = cup.apply_plan(model, plans[-1], groups).groups
+    cup.apply_plan(joined, plans[0].then(plans[1]), start)
+    with pytest.raises(cup.CupError, match=r"no residual block 'block\.1' that can be dropped; there are: block\.0"):
+        cup.shrink_to(full, {"first": 5}, images, dropped=["block.1", "block.0"])
+    cup.shrink_to(full, {"first": 5}, images, dropped=["block.0", "block.1"])
+    full.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(full(images), model(images)) and torch.equal(joined(images), model(images))
 
 
 # --- plans ---
@@ -425,6 +525,53 @@ def test_a_saved_network_knows_its_dropped_blocks(tmp_path):
 
 
 # --- the planner ---
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = Block(), Block()
+
+    def forward(self, x):
+        x = x + self.one.branch(x)
+        return x + self.two.branch(x)
+
+
+@pytest.mark.parametrize(
+    ("build", "side", "pairs"),
+    [
+        (lambda: Net(nn.Sequential(Two(), Block(), Block())), 8, [(5, 5), (5, 3), (5, 2)]),
+        (lambda: VisionTransformer(16, 8, 3, 2, 8, 8), 16, [(4, 4), (4, 3), (4, 2)]),
+        (lambda: SwinTransformer([4, 4], 8, [3], [2], [2, 2], num_classes=5), 16, [(4, 4), (4, 3), (4, 2)]),
+    ],
+)
+def test_a_stream_s_writers_are_counted_alike_in_this_plan_and_after_an_earlier_cut(build, side, pairs):
+    """Layers, two in a block of two branches; of a stream whose layers are not known, as a transformer's, blocks."""
+    model = build()
+    groups = cup.channel_groups(model, torch.empty(1, 3, side, side))
+    blocks = cup.residual_blocks(model, groups)
+
+    def search(blocks):
+        return _Search(View(model, groups), COST, cup.PlanOptions(criterion="l2", scope="all"), blocks)
+
+    within, found = search(blocks), []
+    for block in (None, *blocks[:2]):
+        if block is not None:
+            within._drop(block)
+        found.append(within._writers(blocks[2]))
+    assert found == pairs and (blocks[0].branches, len(blocks)) == (2, 3)
+    images, plan = torch.empty(1, 3, side, side), cup.plan_first_channels(groups, {}, blocks[:1])
+    foretold = cup.flops_after(model, groups, plan, cup.complexity(model, images))
+    groups = cup.apply_plan(model, plan, groups).groups
+    assert foretold == cup.complexity(model, images).flops
+    again = cup.channel_groups(model, images)
+    assert [cost.of(model, groups).now for cost in COSTS] == pytest.approx(
+        [cost.of(model, again).now for cost in COSTS], rel=1e-9
+    )
+    after = search(cup.residual_blocks(model, groups))
+    assert after._writers(blocks[2]) == pairs[1]
+    after._drop(blocks[1])
+    assert after._writers(blocks[2]) == pairs[2]
 
 
 def test_the_planner_drops_blocks_where_that_saves_more_and_only_if_it_may():

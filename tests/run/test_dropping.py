@@ -8,13 +8,15 @@ from launching import EVERY_STEP, events, interrupted, numbers, train, write_net
 from torch import nn
 
 import cup
+from cup.networks import OWN_MODELS
 from launch import evaluate, export, prune
 from train.checkpoint.file import load_checkpoint
-from train.checkpoint.network import load_network, stored_plans
+from train.checkpoint.network import Architecture, StoredNetwork, load_network, save_network, stored_plans
 from train.config import ModelConfig
 from train.log.rundir import read_log
 from train.narrowing import plan_narrowing
 from train.network.models import build_model
+from train.prune import cut_network
 
 # On a T4 many kernels of so small a network take no longer than their launch, whatever the width.
 DROPS = EVERY_STEP | {
@@ -81,8 +83,8 @@ def events_of(root: Path) -> list[dict]:
     return read_log(root / "tiny/log.jsonl")
 
 
-def test_blocks_can_be_dropped_for_a_latency_alone(tmp_path: Path, capfd):
-    """On the command line, from dense weights."""
+def test_blocks_can_be_dropped_for_a_latency_alone(tmp_path: Path, capfd, monkeypatch):
+    """On the command line, from dense weights. The trees that are drawn are those of what is left."""
     source, out = str(tmp_path / "full.pt"), tmp_path / "fast.pt"
     write_network(Path(source), "resnet20_cifar")
     assert prune.main([source, "--reduction", "2", "--drop-blocks"]) == 2
@@ -93,3 +95,55 @@ def test_blocks_can_be_dropped_for_a_latency_alone(tmp_path: Path, capfd):
     assert prune.main([*request, "--drop-blocks"]) == 0
     assert "blocks dropped: layer" in capfd.readouterr().out
     assert load_network(out).plans[0].dropped
+    trees = []
+    monkeypatch.setattr(prune, "draw_dendrograms", lambda cuts, *_: trees.extend(cuts))
+    drawn = ["--criterion", "cup", "--drop-blocks", "--dendrogram", str(tmp_path / "trees"), "--force"]
+    assert prune.main([*request, *drawn]) == 0
+    (plan,) = load_network(out).plans
+    kept = {name: channels for name, channels in plan.kept.items() if channels}
+    assert plan.dropped and {cut.group.name: cut.kept for cut in trees} == kept
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(6, 4, 3, padding=1), nn.Conv2d(4, 6, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.conv2(torch.relu(self.conv1(x)))
+
+
+class Rectified(Plain):
+    """Can be dropped where x came out of a ReLU: behind a `Plain`, once that has gone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(super().forward(x))
+
+
+def pair_of_blocks(num_classes: int) -> nn.Module:
+    blocks = nn.Sequential(Plain(), Rectified())
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, num_classes))
+    return nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), blocks, *head)
+
+
+def test_what_two_cuts_dropped_one_after_the_other_is_rebuilt(tmp_path: Path, monkeypatch):
+    monkeypatch.setitem(OWN_MODELS, "pair", pair_of_blocks)
+    architecture = Architecture(name="pair", num_classes=5, input_shape=(3, 16, 16))
+    model, images = pair_of_blocks(5).eval(), torch.randn(2, 3, 16, 16)
+    groups = cup.channel_groups(model, images)
+    network = StoredNetwork(architecture, cup.complexity(model, images), model, (), groups, None, None)
+    for name in ("2.0", "2.1"):
+        (block,) = cup.residual_blocks(network.model, network.groups)
+        assert block.name == name
+        cut = cut_network(network, cup.plan_first_channels(network.groups, {}, [block]), network.groups)
+        network = cut.network
+    save_network(tmp_path / "cut.pt", network, cut.widths)
+    assert str(load_network(tmp_path / "cut.pt").model) == str(network.model)
+    assert export.main([str(tmp_path / "cut.pt"), "--format", "timm", "--out", str(tmp_path / "folder")]) == 0
+    with torch.no_grad():
+        assert torch.equal(cup.load(tmp_path / "folder")(images), network.model(images))
+    full = pair_of_blocks(5)
+    groups = cup.channel_groups(full, images)
+    config = ModelConfig(name="pair", widths=str(tmp_path / "cut.pt"))
+    cup.apply_plan(full, plan_narrowing(config, full, groups, "all"), groups)
+    assert str(full) == str(network.model)
