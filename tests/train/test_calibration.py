@@ -22,6 +22,7 @@ def few_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "LINEARS", ((16, 8, 4), (8, 10, 0)))
     monkeypatch.setattr(calibration, "MAPS", ((8, 4),))
     monkeypatch.setattr(calibration, "FLUSH_BYTES", 1024)
+    monkeypatch.setattr(calibration, "OPTIMIZED", 1)
     monkeypatch.setattr(calibration, "MIN_SECONDS", 0.0)
 
 
