@@ -9,6 +9,7 @@ from torch import nn
 
 import cup
 from cup.networks import OWN_MODELS
+from cup.tracing.groups import is_within
 from launch import evaluate, export, prune
 from train.checkpoint.file import load_checkpoint
 from train.checkpoint.network import Architecture, StoredNetwork, load_network, save_network, stored_plans
@@ -127,6 +128,7 @@ def pair_of_blocks(num_classes: int) -> nn.Module:
 
 
 def test_what_two_cuts_dropped_one_after_the_other_is_rebuilt(tmp_path: Path, monkeypatch):
+    """And the trees of each cut are those of what it leaves."""
     monkeypatch.setitem(OWN_MODELS, "pair", pair_of_blocks)
     architecture = Architecture(name="pair", num_classes=5, input_shape=(3, 16, 16))
     model, images = pair_of_blocks(5).eval(), torch.randn(2, 3, 16, 16)
@@ -135,7 +137,12 @@ def test_what_two_cuts_dropped_one_after_the_other_is_rebuilt(tmp_path: Path, mo
     for name in ("2.0", "2.1"):
         (block,) = cup.residual_blocks(network.model, network.groups)
         assert block.name == name
-        cut = cut_network(network, cup.plan_first_channels(network.groups, {}, [block]), network.groups)
+        widths = {group.name: group.width for group in network.groups if not group.frozen}
+        plan = cup.plan_first_channels(network.groups, widths, [block])
+        trees = prune._trees(network, network.groups, plan, cup.PlanOptions(scope="all"))
+        layers = [place.module for tree in trees for place in tree.group.places]
+        assert "0" in layers and not any(is_within(layer, name) for layer in layers)
+        cut = cut_network(network, plan, network.groups)
         network = cut.network
     save_network(tmp_path / "cut.pt", network, cut.widths)
     assert str(load_network(tmp_path / "cut.pt").model) == str(network.model)
