@@ -47,7 +47,7 @@ def plan_by_time(
     multiples of its granularity. full_cost: what the target is measured against; the cost now, if not given.
     drop_blocks: one more kind of step: a residual block that can be dropped (`residual_blocks`) goes with all its
     kernels. Where that would pass the target by more than 1%, the block stays, unless the target cannot be reached
-        without it; the note then says where it landed.
+    without it; the note then says where it landed.
     If even the narrowest widths take longer than that, or none are found near, the plan's `note` says so.
     Raises CupError for a target <= 1, weights that are not finite, or groups of another network.
     """

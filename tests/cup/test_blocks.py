@@ -598,6 +598,8 @@ def test_plans_with_dropped_blocks_land_on_the_target_cut_after_cut(cost, target
     options = cup.PlanOptions(scope="all", criterion="l2", round_to={"layer1.0.conv1": (4, 8, 12)})
     for target in targets:
         plan = cup.plan_by_time(model, groups, target, options, cost=cost, full_cost=full, drop_blocks=True)
+        cuts = cup.cut_groups(model, groups, lambda group, _, p=plan: p.new_widths[group.name], options, plan.dropped)
+        assert {cut.group.name: cut.kept for cut in cuts} == {name: c for name, c in plan.kept.items() if c}
         groups = cup.apply_plan(model, plan, groups).groups
         dropped += plan.dropped
         assert plan.note == "" and full / cost.of(model, groups).now == pytest.approx(target, rel=0.011)
