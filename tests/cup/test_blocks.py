@@ -70,6 +70,8 @@ NETWORKS = {
 
 
 def traced(name, side=32):
+    if name == "timm":
+        pytest.importorskip("timm")
     torch.manual_seed(0)
     model, images = randomise(NETWORKS[name][0]()), torch.randn(4, 3, side, side)
     groups = cup.channel_groups(model, images)
