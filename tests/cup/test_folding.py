@@ -14,7 +14,8 @@ from cup.criteria.ward import clusters_of
 from cup.tracing.layers import find_layer, weight_dim
 
 CUTS = [
-    *(("resnet18", "inner"), ("resnet18", "all"), ("resnet20_cifar", "inner"), ("vgg16_cifar", "inner")),
+    *(("resnet18", "inner"), ("resnet18", "all"), ("resnet20_cifar", "inner"), ("resnet20_cifar", "all")),
+    ("vgg16_cifar", "inner"),
     *(("lenet", "inner"), ("mlp", "inner"), ("mobile_like", "all"), ("dense_like", "all"), ("squeeze_excite", "all")),
     ("many_layers", "all"),
 ]
