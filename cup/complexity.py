@@ -31,7 +31,7 @@ from cup.tracing.groups import (
     keep_masks,
 )
 from cup.tracing.heads import CutAttention
-from cup.tracing.layers import CONVS, TRANSPOSED_CONVS, bias_of, find_layer, only_counts_heads, weight_of
+from cup.tracing.layers import CONVS, TRANSPOSED_CONVS, bias_of, find_layer, has_no_tensors, weight_of
 from cup.tracing.meta import (
     Sample,
     arguments,
@@ -220,7 +220,7 @@ def _removed_parameters(
     for name in dict.fromkeys(name for name, _ in masks):
         layer = find_layer(model, name)
         is_buffer = isinstance(layer, torch.Tensor) and not isinstance(layer, nn.Parameter)
-        if is_buffer or only_counts_heads(layer):
+        if is_buffer or has_no_tensors(layer):
             continue
         stays = {axis: masks[name, axis] for axis in ("in", "out") if (name, axis) in masks}
         weight = weight_of(layer)

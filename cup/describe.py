@@ -12,7 +12,7 @@ def describe(model: nn.Module, example_input: Any = None, *, allow_hooks: bool =
     """One line a channel group: name, width, its layers, and whether and why it may shrink.
 
     The arguments are those of `channel_groups`.
-    A width of 32 x 4 means 32 channels of four filters each, bound together by a grouped convolution or group norm.
+    A width of 32 x 4 means 32 channels of four filters each, bound together, by a grouped convolution for example.
     """
     rows = [("group", "width", "written by", "read by", "may shrink")]
     rows += [_row(group) for group in channel_groups(model, example_input, allow_hooks=allow_hooks)]
@@ -24,7 +24,7 @@ def describe(model: nn.Module, example_input: Any = None, *, allow_hooks: bool =
 
 def _row(group: ChannelGroup) -> tuple[str, str, str, str, str]:
     verdict = f"no: {group.frozen}" if group.frozen else "yes" if group.inner else 'with scope "all" (residual)'
-    filters = len(group.producers[0].channel_of_index) // group.width
+    filters = int((group.producers[0].channel_of_index >= 0).sum()) // group.width
     width = str(group.width) if filters == 1 else f"{group.width} x {filters}"
     return group.name, width, _names(group.producers), _names(group.consumers), verdict
 

@@ -85,17 +85,17 @@ class CifarBlock(nn.Module):
 
     def __init__(self, channels_in: int, channels: int) -> None:
         super().__init__()
-        self.stride = 1 if channels_in == channels else 2
-        self.padding = (channels - channels_in) // 2
-        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride=self.stride, padding=1, bias=False)
+        more = (channels - channels_in) // 2
+        self.shortcut = nn.ZeroPad3d((0, 0, 0, 0, more, more)) if more else None
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride=2 if more else 1, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        if self.stride == 2:
-            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.padding, self.padding))
+        if self.shortcut is not None:
+            x = self.shortcut(x[:, :, ::2, ::2])
         return F.relu(out + x)
 
 

@@ -109,7 +109,20 @@ _MEANS = (
     "amin",
 )
 _COPIES = (
-    *("cat", "concat", "stack", "pad", "zeropad2d", "roll", "repeat", "interpolate", "upsample", "channelshuffle"),
+    *(
+        "cat",
+        "concat",
+        "stack",
+        "pad",
+        "zeropad2d",
+        "zeropad3d",
+        "constantpad3d",
+        "roll",
+        "repeat",
+        "interpolate",
+        "upsample",
+        "channelshuffle",
+    ),
     *("upsamplingnearest2d", "upsamplingbilinear2d", "constantpad2d", "reflectionpad2d", "replicationpad2d"),
 )
 _MATRIX_PRODUCTS = ("matmul", "bmm", "einsum", "baddbmm", "rmatmul")

@@ -149,6 +149,7 @@ class ChannelGroup:
     inner: no residual addition touches the group; the paper prunes inner groups only.
     frozen: why the group must keep its width, or "" where it may shrink.
     numbers: int64 (width,), the trace's number of each channel.
+    full_width: channels that the group had in the trace, before any cut.
     network: what the trace saw of the whole network.
     """
 
@@ -160,13 +161,8 @@ class ChannelGroup:
     inner: bool
     frozen: str
     numbers: np.ndarray
+    full_width: int
     network: Network
-
-    @property
-    def full_width(self) -> int:
-        """Channels that the group had in the trace, before any cut."""
-        written = next((c.writes for c in self.network.calls if c.module == self.name and c.writes is not None), None)
-        return self.width if written is None else len(np.unique(written))
 
     @property
     def places(self) -> tuple[Place, ...]:

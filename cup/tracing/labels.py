@@ -69,9 +69,29 @@ class Labels:
         return self._connected(self.ties)
 
     def groups(self) -> np.ndarray:
-        """int (count,): the group of each label: channels of one producer belong together, and tied ones do."""
+        """int (count,): the group of each label: channels of one producer belong together, and tied ones do.
+
+        But where a producer writes only some of the channels that it shares with others, as in front of a shortcut that
+        pads with zero channels, those that have the same producers are a group. Each is named after another producer.
+        """
         blocks = [(np.broadcast_to(labels_C[:1], labels_C.shape), labels_C) for _, labels_C in self.producers]
-        return self._connected(self.ties + blocks)
+        together, channel_of = self._connected(self.ties + blocks), self.channels()
+        written_by: dict[int, dict[int, list[str]]] = {}  # group -> channel -> the layers that write it, in order
+        for layer, labels_C in self.producers:
+            written = written_by.setdefault(int(together[labels_C[0]]), {})
+            for channel in np.unique(channel_of[labels_C]).tolist():
+                if layer not in (layers := written.setdefault(channel, [])):
+                    layers.append(layer)
+        groups, count = together.copy(), together.max(initial=-1) + 1
+        for written in written_by.values():
+            kinds = list(dict.fromkeys(map(tuple, written.values())))
+            if len({layers[0] for layers in kinds}) < len(kinds):
+                continue  # two would have one name
+            for number, kind in enumerate(kinds[1:], start=count):
+                apart = [channel for channel, layers in written.items() if tuple(layers) == kind]
+                groups[np.isin(channel_of, apart)] = number
+            count += len(kinds) - 1
+        return groups
 
     def _connected(self, ties: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
         rows = np.concatenate([np.empty(0, dtype=np.int64), *(first for first, _ in ties)])

@@ -43,6 +43,20 @@ def only_counts_heads(layer: nn.Module | torch.Tensor) -> bool:
     return is_module and head_count(layer) is not None
 
 
+def pads_channels(layer: nn.Module | torch.Tensor) -> bool:
+    """Whether it is a module that can pad images with as many zero channels in front as behind: nn.ZeroPad3d((0, 0, 0,
+    0, n, n)). Its "out" axis are the zero channels, those in front first."""
+    if type(layer) not in (nn.ZeroPad3d, nn.ConstantPad3d) or layer.value != 0:
+        return False
+    *around, before, after = layer.padding
+    return not any(around) and before == after > 0
+
+
+def has_no_tensors(layer: nn.Module | torch.Tensor) -> bool:
+    """Whether the widths of the module are its attributes alone."""
+    return only_counts_heads(layer) or pads_channels(layer)
+
+
 def weight_dim(layer: nn.Module | torch.Tensor, axis: AxisName) -> int:
     """The dimension of the weight that carries the channels written ("out") or read ("in")."""
     if isinstance(layer, torch.Tensor):
@@ -67,6 +81,8 @@ def axis_length(layer: nn.Module | torch.Tensor, axis: AxisName) -> int | None:
         return None if layer.in_proj_weight is None else layer.in_proj_weight.shape[weight_dim(layer, axis)]
     if only_counts_heads(layer):
         return head_count(layer) if axis == "out" else None
+    if pads_channels(layer):
+        return sum(layer.padding) if axis == "out" else None
     names = ("num_features", "num_channels", "num_parameters")
     return next((getattr(layer, name) for name in names if hasattr(layer, name)), None) if axis == "out" else None
 
@@ -74,7 +90,8 @@ def axis_length(layer: nn.Module | torch.Tensor, axis: AxisName) -> int | None:
 def set_widths(layer: nn.Module, entries: int) -> None:
     """Bring a layer's attributes in line with its tensors after surgery.
 
-    entries: of the "out" axis of a norm, grouped convolution or PReLU, or heads; other layers' weights say it all.
+    entries: of the "out" axis of a norm, grouped convolution or PReLU, heads, or zero channels; other layers' weights
+        say it all.
     """
     if isinstance(layer, nn.Linear):
         layer.out_features, layer.in_features = layer.weight.shape
@@ -96,5 +113,7 @@ def set_widths(layer: nn.Module, entries: int) -> None:
         spell_out(layer)
     elif only_counts_heads(layer):
         set_head_count(layer, entries)
+    elif pads_channels(layer):
+        layer.padding = (0, 0, 0, 0, entries // 2, entries // 2)
     else:
         layer.num_features = entries

@@ -12,7 +12,7 @@ from torch import nn
 from cup.errors import CupError
 from cup.tracing.groups import Masks
 from cup.tracing.heads import stop_shortcuts
-from cup.tracing.layers import AxisName, find_layer, only_counts_heads, set_widths, tensor_names, weight_dim
+from cup.tracing.layers import AxisName, find_layer, has_no_tensors, set_widths, tensor_names, weight_dim
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +134,7 @@ def _narrowed(
         return _NarrowedLayer(name, (_change(model, name, weight_axes, weight_merges, renewed),), {})
     if isinstance(layer, torch.Tensor):
         return _NarrowedLayer(name, (), {name: select(layer, weight_axes, weight_merges)})
-    if only_counts_heads(layer):
+    if has_no_tensors(layer):
         return _NarrowedLayer(name, (), {}, len(axes["out"]))
     changes = []
     weight, bias = tensor_names(layer)

@@ -18,7 +18,7 @@ from torch import fx, nn
 
 from cup.tracing.heads import CutAttention, head_count
 from cup.tracing.labels import Channels, Labels
-from cup.tracing.layers import only_counts_heads, tensor_names
+from cup.tracing.layers import only_counts_heads, pads_channels, tensor_names
 
 
 def shape_of(node: Any) -> tuple[int, ...] | None:
@@ -831,7 +831,7 @@ def _is_constant(entry: Any) -> bool:
 
 
 def _pad(op: Operation, labels: Labels) -> Channels | None:
-    """F.pad: zero channels (CIFAR ResNets' shortcuts) are channels nobody produces, so they cannot go."""
+    """F.pad: how many zero channels there are (CIFAR ResNets' shortcuts) stands in the code, so they cannot go."""
     value, pad = op.value, op.argument(1, "pad")
     if value is None:
         return None
@@ -848,6 +848,16 @@ def _pad(op: Operation, labels: Labels) -> Channels | None:
         return None
     zeros_C = labels.frozen_fresh(before + after, "a shortcut pads it with zero channels")
     return Channels(value.dim, np.concatenate([zeros_C[:before], value.labels_C, zeros_C[before:]]))
+
+
+def _pad_channels(op: Operation, labels: Labels) -> Channels | None:
+    """nn.ZeroPad3d of images: the module's numbers follow, so zero channels can go, two by two from both sides."""
+    value = op.value
+    if value is None or value.dim != 1 or len(op.output_shape) != 4 or not pads_channels(op.layer):
+        return _spatial(op, labels)
+    zeros_C = labels.fresh(op.layer.padding[-1])
+    labels.followers.append((op.name, np.concatenate([zeros_C, zeros_C])))
+    return Channels(value.dim, np.concatenate([zeros_C, value.labels_C, zeros_C]))
 
 
 # --- which rule for what ---
@@ -901,6 +911,7 @@ _MODULES: dict[type[nn.Module], Rule] = {
     **dict.fromkeys(_SAME_MODULES, _same),
     **dict.fromkeys(_SPATIAL_MODULES, _spatial),
     nn.Flatten: _reshape,
+    **dict.fromkeys((nn.ZeroPad3d, nn.ConstantPad3d), _pad_channels),
     nn.GLU: _glu,
     nn.ChannelShuffle: _channel_shuffle,
     nn.PixelShuffle: _pixel_shuffle,

@@ -42,7 +42,7 @@ def groups_of(trace: Trace, sample: Sample) -> list[ChannelGroup]:
 
 
 Entries = list[tuple[str, np.ndarray]]
-"""(layer or free parameter, int64: the channel at each of its indices)."""
+"""(layer or free parameter, int64: the channel at each of its indices, -1 for another group's)."""
 
 IS_OUTPUT = "it is an output of the network"
 
@@ -202,7 +202,8 @@ class _Walk:
             found[role] = {}
             for layer, labels_C in getattr(self.labels, role):
                 for group in np.unique(group_of[labels_C]).tolist():
-                    found[role].setdefault(group, []).append((layer, channel_of[labels_C]))
+                    own_C = np.where(group_of[labels_C] == group, channel_of[labels_C], -1)
+                    found[role].setdefault(group, []).append((layer, own_C))
         network = self._network(sample, channel_of)
         return [
             self._group(
@@ -252,16 +253,16 @@ class _Walk:
 
     def _group(self, entries: dict[str, Entries], reason: str, inner: bool, network: Network) -> ChannelGroup:
         name, first_C = entries["producers"][0]
-        channels = np.array(list(dict.fromkeys(first_C.tolist())), dtype=np.int64)
-        if not reason and len(channels) == 1 < len(first_C):
+        channels = np.array([one for one in dict.fromkeys(first_C.tolist()) if one >= 0], dtype=np.int64)
+        if not reason and len(channels) == 1 < (first_C >= 0).sum():
             reason = "its channels are tied to each other"
         for layer, channels_C in entries["producers"]:
-            if not reason and len(set(np.unique(channels_C, return_counts=True)[1])) > 1:
+            if not reason and len(set(np.unique(channels_C[channels_C >= 0], return_counts=True)[1])) > 1:
                 reason = f"{layer} has more filters for some of its channels than for others"
         for layer, channels_C in entries["producers"][1:]:
-            if not reason and set(channels_C.tolist()) != set(channels.tolist()):
+            if not reason and set(channels_C[channels_C >= 0].tolist()) != set(channels.tolist()):
                 reason = f"it shares only some of its channels with {layer}"
-        number = np.full(len(network.alive), -1, dtype=np.int64)
+        number = np.full(len(network.alive) + 1, -1, dtype=np.int64)  # the last entry maps -1 to -1
         number[channels] = np.arange(len(channels))
 
         def places(axis: AxisName, role: str) -> tuple[Place, ...]:
@@ -278,6 +279,7 @@ class _Walk:
             inner=inner,
             frozen=reason,
             numbers=channels,
+            full_width=len(channels),
             network=network,
         )
 

@@ -11,10 +11,11 @@ from torch import nn
 
 import cup
 from cup.criteria.ward import clusters_of
-from cup.tracing.layers import find_layer, weight_dim
+from cup.tracing.layers import find_layer, has_no_tensors, weight_dim
 
 CUTS = [
-    *(("resnet18", "inner"), ("resnet18", "all"), ("resnet20_cifar", "inner"), ("vgg16_cifar", "inner")),
+    *(("resnet18", "inner"), ("resnet18", "all"), ("resnet20_cifar", "inner"), ("resnet20_cifar", "all")),
+    ("vgg16_cifar", "inner"),
     *(("lenet", "inner"), ("mlp", "inner"), ("mobile_like", "all"), ("dense_like", "all"), ("squeeze_excite", "all")),
     ("many_layers", "all"),
 ]
@@ -40,6 +41,8 @@ def tensors_of(model, place):
     layer = find_layer(model, place.module)
     if isinstance(layer, torch.Tensor):
         return [(layer, weight_dim(layer, "out"))]
+    if has_no_tensors(layer):
+        return []
     found = [(layer.weight, weight_dim(layer, "out"))]
     found += [(getattr(layer, key, None), 0) for key in ("bias", "running_mean", "running_var")]
     return [(tensor, dim) for tensor, dim in found if tensor is not None]

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from cup_twins import Untouched, assert_close, make_network, plan_of, randomise, silenced_copy
+from cup_twins import Untouched, assert_close, check_against_twin, make_network, plan_of, randomise, silenced_copy
 from torch import nn
 from torch.nn.utils import prune
 
@@ -82,12 +82,69 @@ def test_prunable_groups_stand_in_network_order(name, inner):
     assert [group.name for group in cup.prunable_groups(cup.channel_groups(model, images))] == inner
 
 
-def test_zero_padded_shortcuts_freeze_the_residual_groups_with_the_reason():
+def test_a_stream_that_widens_by_zero_channels_is_a_group_for_what_each_stage_adds():
     groups = cup.channel_groups(*make_network("resnet20_cifar"))
-    residual = [group for group in groups if not group.inner]
-    assert residual
-    for group in residual:
-        assert group.frozen == "a shortcut pads it with zero channels"
+    residual = {group.name: group for group in groups if not group.inner}
+    assert {name: (group.width, group.full_width, group.frozen) for name, group in residual.items()} == {
+        "conv1": (16, 16, ""),
+        "layer2.0.conv2": (8, 8, ""),
+        "layer3.0.conv2": (16, 16, ""),
+    }
+    last = {name: group.producers[-1] for name, group in residual.items()}  # layer3.2.conv2 writes all of them
+    assert last["conv1"].channel_of_index.tolist() == [-1] * 24 + [*range(16)] + [-1] * 24
+    assert (
+        last["layer2.0.conv2"].channel_of_index.tolist()
+        == [-1] * 16 + [*range(8)] + [-1] * 16 + [*range(8)] + [-1] * 16
+    )
+    assert last["layer3.0.conv2"].channel_of_index.tolist() == [*range(16)] + [-1] * 32 + [*range(16)]
+
+
+class PaddedByCode(nn.Module):
+    """A shortcut as most CIFAR ResNets write it: how many zero channels there are stands in the code."""
+
+    def __init__(self, before=2, after=2):
+        super().__init__()
+        self.before, self.after = before, after
+        self.narrow, self.wide = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4 + before + after, 3, padding=1)
+        self.fc = nn.Linear(4 + before + after, 5)
+
+    def forward(self, x):
+        x = self.narrow(x).relu()
+        return self.fc((self.wide(x) + F.pad(x, (0, 0, 0, 0, self.before, self.after))).relu().mean((2, 3)))
+
+
+def test_zero_channels_that_the_code_counts_stay_and_those_around_them_may_go():
+    model, images = PaddedByCode(), torch.randn(2, 3, 8, 8)
+    groups = by_name(check_against_twin(model, images))
+    assert (groups["narrow"].width, groups["narrow"].frozen) == (4, "")
+    assert groups["wide"].frozen == "a shortcut pads it with zero channels"
+
+
+class PaddedByModule(PaddedByCode):
+    """The same as a module, whose numbers can follow."""
+
+    def __init__(self, before=2, after=2, value=0.0):
+        super().__init__(before, after)
+        self.pad = nn.ConstantPad3d((0, 0, 0, 0, before, after), value)
+
+    def forward(self, x):
+        x = self.narrow(x).relu()
+        return self.fc((self.wide(x) + self.pad(x)).relu().mean((2, 3)))
+
+
+def test_zero_channels_of_a_module_go_on_both_sides():
+    model, images = PaddedByModule(), torch.randn(2, 3, 8, 8)
+    groups = by_name(check_against_twin(model, images))
+    assert (groups["wide"].width, groups["wide"].frozen) == (2, "")
+    cup.apply_plan(model, cup.plan_by_counts(model, [*groups.values()], {"wide": 1}, cup.PlanOptions(scope="all")))
+    assert model.pad.padding == (0, 0, 0, 0, 1, 1)
+    assert cup.channel_groups(model, images)[1].width == 1
+
+
+@pytest.mark.parametrize(("before", "after", "value"), [(1, 3, 0.0), (2, 2, 0.5)])
+def test_channels_behind_padding_of_another_kind_stay(before, after, value):
+    groups = cup.channel_groups(PaddedByModule(before, after, value), torch.randn(2, 3, 8, 8))
+    assert not cup.prunable_groups(groups, "all")
 
 
 def test_flatten_gives_each_channel_a_block_of_columns_and_concat_an_offset():

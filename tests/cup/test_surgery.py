@@ -23,7 +23,13 @@ import cup
 # (network, scope of the random cut)
 CUTS = [
     *(("resnet18", "inner"), ("resnet18", "all"), ("resnet50", "inner"), ("resnet50", "all"), ("vgg16_bn", "inner")),
-    *(("vgg16_cifar", "inner"), ("resnet20_cifar", "inner"), ("lenet", "inner"), ("mlp", "inner")),
+    *(
+        ("vgg16_cifar", "inner"),
+        ("resnet20_cifar", "inner"),
+        ("resnet20_cifar", "all"),
+        ("lenet", "inner"),
+        ("mlp", "inner"),
+    ),
     *(("mobile_like", "all"), ("dense_like", "all"), ("squeeze_excite", "all"), ("many_layers", "all")),
 ]
 QUICK = [cut for cut in CUTS if cut[0] not in ("vgg16_bn", "vgg16_cifar", "resnet50")]
