@@ -21,6 +21,9 @@ from cup.tracing.groups import ChannelGroup, check_groups, is_within
 TIME_TOLERANCE = 0.01
 """Relative tolerance around a target speed-up."""
 
+APPROACHES = 16
+"""How often at most a target is approached, each time without the step that passed it by too much."""
+
 TIME_OPTIONS = PlanOptions(scope="all")
 """Residual streams hold most of the memory traffic, so the paper's inner groups alone save little of a GPU's time."""
 
@@ -34,6 +37,7 @@ def plan_by_time(
     cost: Cost,
     full_cost: float | None = None,
     drop_blocks: bool = False,
+    at_most: float | None = None,
 ) -> PrunePlan:
     """The plan after which a step takes 1/target of the time, or less by up to 1% where widths allow that.
 
@@ -46,18 +50,23 @@ def plan_by_time(
     cost: what is to be saved, e.g. `device_cost("h100-sxm", batch_size=256)`. Without `options.round_to` widths are
     multiples of its granularity. full_cost: what the target is measured against; the cost now, if not given.
     drop_blocks: one more kind of step: a residual block that can be dropped (`residual_blocks`) goes with all its
-    kernels. Where that would pass the target by more than 1%, the block stays, unless the target cannot be reached
-    without it; the note then says where it landed.
-    If even the narrowest widths take longer than that, or none are found near, the plan's `note` says so.
-    Raises CupError for a target <= 1, weights that are not finite, or groups of another network.
+    kernels.
+    at_most: how far the target may be passed, the target itself if not given: on the way to a higher one, a block or a
+    coarse width need not wait for it.
+    Where a block or a width would pass that by more than 1%, it stays, unless the target cannot be reached without it;
+    the note then says where it landed.
+    If even the narrowest widths take longer than the target, the plan's `note` says so.
+    Raises CupError for a target <= 1, at_most below it, weights that are not finite, or groups of another network.
     """
     if not isinstance(target, int | float) or not target > 1:
         raise CupError(f"target speed-up: found {target}, allowed: a number above 1")
+    if at_most is not None and at_most < target:
+        raise CupError(f"at_most: found {at_most}, allowed: from the target, {target}")
     check_groups(model, groups)
     view = View(model, groups)
     search = _Search(view, cost, options, residual_blocks(model, groups) if drop_blocks else [])
     full = search.walk.cost if full_cost is None else full_cost
-    note = search.reach(full, target)
+    note = search.reach(full, target, at_most or target)
     return replace(search.plan(), note=note)
 
 
@@ -79,9 +88,12 @@ class _Search:
         self._begin()
 
     def _begin(self) -> None:
-        """Back to the widths that the network has. allowed: of the groups that no dropped block has taken along."""
+        """Back to the widths that the network has. allowed: of the groups that no dropped block has taken along. last:
+        the group or block of the last step.
+        """
         self.allowed = dict(self._all_allowed)
         self.dropped: list[str] = []
+        self.last = ""
         self.walk: Walk = self._costs.walk({name: widths[-1] for name, widths in self.allowed.items()})
 
     def plan(self) -> PrunePlan:
@@ -94,26 +106,36 @@ class _Search:
         kept = {**plan.kept, **dict.fromkeys(widths, ())}
         return replace(plan, kept=kept, widths={**plan.widths, **widths}, dropped=dropped)
 
-    def reach(self, full: float, target: float) -> str:
+    def reach(self, full: float, target: float, at_most: float) -> str:
         """Move the widths to the target; returns what is to be noted, "" where they are near."""
         goal = full / target
         if self.walk.cost < goal / (1 + TIME_TOLERANCE):
             return f"the step is {full / self.walk.cost:.3f} times faster already, above {target:g}"
         blocks, too_far = dict(self._blocks), None
-        while True:
-            note = self._approach(full, target, blocks)
+        for _ in range(APPROACHES):
+            note = self._approach(full, target, at_most, blocks)
             if too_far is not None and self.walk.cost > goal * (1 + TIME_TOLERANCE):
                 self.walk, self.allowed, self.dropped, note = too_far
                 return note
-            if not note or not self.dropped or self.walk.cost > goal:
+            if not note or self.walk.cost > goal:
                 return note
-            too_far = self.walk, self.allowed, self.dropped, note
-            del blocks[self.dropped[-1]]  # once more without the step that went too far
+            if too_far is None or self.walk.cost > too_far[0].cost:  # the nearest so far
+                too_far = self.walk, self.allowed, self.dropped, note
+            # Once more without the step that went too far.
+            if self.last in blocks:
+                del blocks[self.last]
+            else:
+                stays = self._all_allowed[self.last]
+                self._all_allowed[self.last] = (
+                    stays[bisect_left(stays, self.walk.widths[self.last]) + 1 :] or stays[-1:]
+                )
             self._begin()
+        self.walk, self.allowed, self.dropped, note = too_far
+        return note
 
-    def _approach(self, full: float, target: float, blocks: Mapping[str, ResidualBlock]) -> str:
+    def _approach(self, full: float, target: float, at_most: float, blocks: Mapping[str, ResidualBlock]) -> str:
         """Once from the start to the target. blocks: those that may be dropped."""
-        goal, before = full / target, self.walk.cost
+        goal, least, before = full / target, full / at_most / (1 + TIME_TOLERANCE), self.walk.cost
         self._narrow(goal, dict(blocks))
         if self.walk.cost > goal:
             if self.walk.cost <= goal * (1 + TIME_TOLERANCE):
@@ -123,9 +145,9 @@ class _Search:
                 found = "no narrower width costs less"
             return f"a speed-up of {target:g} is out of reach: {found}"
         self._widen(goal)
-        if not self._is_near(self.walk.cost, goal):
+        if self.walk.cost < least:
             self._exchange(goal)
-        if self._is_near(self.walk.cost, goal):
+        if self.walk.cost >= least:
             return ""
         return f"a speed-up of {full / self.walk.cost:.3f} is the nearest to {target:g} that was found"
 
@@ -145,6 +167,7 @@ class _Search:
             block = min(drops, key=lambda name: drops[name], default=None)
             if block is not None and drops[block] < price:
                 self._drop(blocks[block])
+                self.last = block
                 blocks = {name: one for name, one in blocks.items() if not is_within(name, block)}
                 prices = {name: self._price(name) for name in self.allowed}
                 drops = {name: self._price_of(one) for name, one in blocks.items()}
@@ -152,6 +175,7 @@ class _Search:
             if price == np.inf:
                 return
             self.walk.move(name, width)
+            self.last = name
             around = set(self.walk.neighbours(name))
             prices |= {other: self._price(other) for other in around & prices.keys()}
             drops |= {one: self._price_of(found) for one, found in blocks.items() if around & set(found.groups)}

@@ -606,3 +606,14 @@ def test_plans_with_dropped_blocks_land_on_the_target_cut_after_cut(cost, target
         dropped += plan.dropped
         assert plan.note == "" and full / cost.of(model, groups).now == pytest.approx(target, rel=0.011)
     assert 0 < len(dropped) < 7
+
+
+def test_on_the_way_to_a_higher_target_a_block_need_not_wait_for_it():
+    model, images = make_network("resnet20_cifar")
+    groups = cup.channel_groups(model, images)
+    launches = cup.Device("slow", "fp32", dict.fromkeys(cup.KERNELS, cup.Rate(1e15, 1e15)), 1e-5, 1, "made up")
+    cost = cup.device_cost(launches, batch_size=8)
+    plan = cup.plan_by_time(model, groups, 1.05, cost=cost, drop_blocks=True, at_most=1.3)
+    assert len(plan.dropped) == 1 and plan.note == ""
+    with pytest.raises(cup.CupError, match=r"at_most: found 1\.04, allowed: from the target"):
+        cup.plan_by_time(model, groups, 1.05, cost=cost, at_most=1.04)

@@ -76,6 +76,17 @@ def test_a_later_cut_lands_on_the_full_network_s_time_and_is_near_a_single_one()
     assert again.removed == {} and "faster already" in again.note
 
 
+@pytest.mark.parametrize("target", [1.1, 1.2, 1.3])
+def test_a_width_that_passes_the_target_by_much_is_left_out_where_others_land_on_it(target):
+    model, images = make_network("resnet18")
+    groups = cup.channel_groups(model, images)
+    halves = {group.name: (group.width // 2,) for group in groups}
+    options = cup.PlanOptions(scope="all", criterion="random", round_to=halves)
+    plan = cup.plan_by_time(model, groups, target, options, cost=COST)
+    found = COST.of(model, groups)
+    assert plan.note == "" and found.full / found.at(plan.new_widths) == pytest.approx(target, rel=0.011)
+
+
 def test_where_launches_take_all_the_time_no_width_costs_less():
     model, images = make_network("lenet")
     device = cup.Device("slow to launch", "fp32", dict.fromkeys(cup.KERNELS, cup.Rate(1e15, 1e15)), 1.0, 1, "made up")

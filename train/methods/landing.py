@@ -57,7 +57,8 @@ class ReductionTarget:
 class SpeedupTarget:
     """Modelled seconds of the full network's step over seconds now, on the device of `view.cost`.
 
-    drop_blocks: whether plans may drop residual blocks.
+    drop_blocks: whether plans may drop residual blocks. Those on the way to `value` may pass their goal up to there:
+        a block saves more at once than a ramp asks for in an epoch.
     """
 
     value: float
@@ -73,8 +74,8 @@ class SpeedupTarget:
         return view.seconds.full / view.seconds.at(plan.new_widths, plan.dropped)
 
     def plan(self, view: View, goal: float, options: PlanOptions) -> PrunePlan:
-        settings = {"cost": view.cost, "full_cost": view.seconds.full, "drop_blocks": self.drop_blocks}
-        return cup.plan_by_time(view.model, view.groups, goal, options, **settings)
+        settings = {"full_cost": view.seconds.full, "drop_blocks": self.drop_blocks, "at_most": self.value}
+        return cup.plan_by_time(view.model, view.groups, goal, options, cost=view.cost, **settings)
 
 
 def plan_to_target(view: View, target: Target, options: PlanOptions) -> PrunePlan:
