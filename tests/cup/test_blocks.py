@@ -604,3 +604,19 @@ def test_plans_with_dropped_blocks_land_on_the_target_cut_after_cut(cost, target
         dropped += plan.dropped
         assert plan.note == "" and full / cost.of(model, groups).now == pytest.approx(target, rel=0.011)
     assert 0 < len(dropped) < 7
+
+
+def test_where_dropped_blocks_have_taken_all_groups_along_later_plans_change_nothing_and_say_so():
+    """A run whose target is out of reach goes on at each of its cut epochs."""
+    model = VisionTransformer(16, 8, 3, 2, 8, 8)
+    groups = cup.channel_groups(model, torch.empty(1, 3, 16, 16))
+    options, full = cup.PlanOptions(criterion="l2"), COST.of(model, groups).full
+    reach = {"cost": COST, "full_cost": full, "drop_blocks": True}
+    while cup.prunable_groups(groups):
+        target = 1.2 * full / COST.of(model, groups).now
+        groups = cup.apply_plan(model, cup.plan_by_time(model, groups, target, options, **reach), groups).groups
+    plan = cup.plan_by_time(model, groups, 1e6, options, **reach)
+    assert plan.changes_nothing and plan.note == "a speed-up of 1e+06 is out of reach: no narrower width costs less"
+    assert cup.plan_by_threshold(model, groups, 1.0, options).changes_nothing
+    with pytest.raises(cup.CupError, match="no group may be pruned"):
+        cup.plan_by_reduction(model, groups, 2.0, options)

@@ -80,6 +80,16 @@ def test_evaluation_export_another_cut_and_a_run_from_its_widths_know_the_blocks
     assert cup.complexity(full, images) == cup.complexity(network.model, images)
 
 
+def test_frozen_layers_may_go_with_their_block(root: Path, tmp_path: Path):
+    (dropped, *_) = [plan.dropped for plan in stored_plans(load_checkpoint(root / "a/tiny/last.pt")) if plan.dropped]
+    changes = DROPS | {"prune__target_speedup": 1.3, "prune__every": 1, "run__save_every_minutes": 10}
+    log = train(tmp_path, **changes, train__freeze=f"{dropped[0]}.bn1, layer2.0.bn1")
+    assert any("blocks dropped" in event["message"] for event in events(log, "note"))
+    network = load_network(tmp_path / "tiny/last.pt").model
+    assert network.layer2[0].bn1.num_batches_tracked == 0 < network.layer2[0].bn2.num_batches_tracked
+    assert isinstance(network.get_submodule(dropped[0]), nn.Identity)
+
+
 def events_of(root: Path) -> list[dict]:
     return read_log(root / "tiny/log.jsonl")
 
