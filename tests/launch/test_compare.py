@@ -27,7 +27,7 @@ from launch.grids.disk import Cost, Disk, write_json
 from launch.grids.grid import overridden, read_grid
 from launch.grids.jobs import plan_jobs
 from launch.grids.processes import Child, last_words
-from launch.grids.runner import State, Status
+from launch.grids.runner import Runner, State, Status
 from launch.grids.stages import Command, epochs_for, final_config, prepare, with_epochs
 from train.checkpoint.file import load_checkpoint
 from train.config import parse_config
@@ -302,6 +302,24 @@ def test_a_plan_counts_ranks_and_the_epochs_that_equal_hours_may_take(tmp_path: 
     pace = replace(one, step_s=1800.0, step_cpu_s=3600.0, evaluation_s=0.0, evaluation_cpu_s=0.0, steps=1)
     assert "at most 20.00 CPU hours, which take 5 h 00 min" in estimate._cost(pace, 10, 5, 1, 2, dense)
     assert "at most 10.00 GPU hours" in estimate._cost(replace(pace, device="cuda"), 10, 5, 1, 2, dense)
+
+
+@pytest.mark.parametrize(("environment", "threads"), [({}, 3), ({"OMP_NUM_THREADS": "1"}, 1)])
+def test_a_plan_is_measured_with_the_threads_that_a_run_will_have(tmp_path, monkeypatch, environment, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("launch.grids.runner.available_cores", lambda: 6)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # as OMP_NUM_THREADS says, where it does
+    try:
+        grid = read_grid(write_grid(tmp_path))
+        jobs = plan_jobs(grid)
+        assert estimate._measure(jobs["dense_s0"].config, 2, 1).threads == threads
+        given = Runner(jobs, Disk(grid.out), at_a_time=2, ranks=1)._environment(0)
+        assert (environment | given)["OMP_NUM_THREADS"] == str(threads)
+    finally:
+        torch.set_num_threads(before)
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:

@@ -90,6 +90,21 @@ def test_frozen_layers_may_go_with_their_block(root: Path, tmp_path: Path):
     assert isinstance(network.get_submodule(dropped[0]), nn.Identity)
 
 
+def two_alike(num_classes: int) -> nn.Module:
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, num_classes))
+    return nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), Plain(), Plain(), *head)
+
+
+def test_a_run_whose_cut_has_left_one_repeated_block_goes_on_compiled(tmp_path: Path, monkeypatch):
+    monkeypatch.setitem(OWN_MODELS, "alike", two_alike)
+    compiled: list[object] = []
+    monkeypatch.setattr(Plain, "compile", lambda self, **options: compiled.append(self))
+    changes = DROPS | {"model__name": "alike", "train__compile": "blocks", "train__compile_steps": 1}
+    again = interrupted(tmp_path, monkeypatch, 6, **changes)
+    (dropped,) = [plan.dropped for plan in stored_plans(load_checkpoint(tmp_path / "tiny/last.pt")) if plan.dropped]
+    assert dropped in (("2",), ("3",)) and len(events(again, "done")) == 1 and len(compiled) == 4
+
+
 def events_of(root: Path) -> list[dict]:
     return read_log(root / "tiny/log.jsonl")
 
