@@ -8,6 +8,7 @@ from itertools import islice
 import torch
 
 from data import Loader
+from data.batch import preprocessing_of
 from launch.grids.board import in_words
 from launch.grids.disk import Disk
 from launch.grids.grid import DENSE
@@ -141,7 +142,8 @@ def _measure(config: RunConfig, at_a_time: int, ranks: int) -> Pace:
 
 def _timed(config: RunConfig, world: World, train: Loader, val: Loader) -> Pace:
     torch.backends.cudnn.benchmark = world.device.type == "cuda"
-    model = build_model(config.model.name, train.num_classes).to(world.device, memory_format=MEMORY_FORMAT)
+    model = build_model(config.model.name, train.num_classes, preprocessing_of(config.data).image_size)
+    model.to(world.device, memory_format=MEMORY_FORMAT)
     state = TrainState(
         model, model, build_optimizer(model, config.optim), Precision(config.train.precision, world.device)
     )

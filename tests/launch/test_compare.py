@@ -174,6 +174,15 @@ def test_a_thin_network_gets_as_many_epochs_as_the_hours_of_a_method_pay_for(fin
     assert config.train.epochs == 2, "what the thin run took, paid with what it cost"
 
 
+def test_a_thin_network_needs_no_image_size_in_the_recipe(tmp_path):
+    """As ImageNet's recipes, which leave it to what is usual."""
+    open_ones = {"data.image_size": None, "data.resize_size": None, "data.channels": 3}
+    changes = {"prune.method": "none", "model.name": "resnet20_cifar", **open_ones}
+    jobs = plan_jobs(read_grid(write_grid(tmp_path, set=changes)))
+    widths = stages.thin_widths(jobs["thin_fr2_s0"])
+    assert len(widths) == 9 and 8 <= widths["layer1.0.conv1"] < 16
+
+
 def test_what_is_finished_is_not_run_again(finished, quick: list, capsys):
     folder, _ = finished
     assert compare.main([str(folder / "tiny.yaml")]) == 0
@@ -392,6 +401,8 @@ def test_a_schedule_is_scaled_with_its_epochs():
     scaled = with_epochs(config, 45)
     assert scaled.train.epochs == 45 and scaled.optim.milestones == (15, 30) and scaled.optim.warmup_epochs == 2.5
     assert with_epochs(config, 90) == config
+    growing = replace(config, data=replace(config.data, start_size=8, grow_epochs=1))
+    assert with_epochs(growing, 30).data.grow_epochs == 1, "as few as there may be"
 
 
 def test_how_long_still_is_told_from_the_pace_so_far(tmp_path: Path):
