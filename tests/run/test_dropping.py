@@ -1,5 +1,6 @@
 """Runs whose cuts drop residual blocks: they go on to the bit, and all that reads a checkpoint knows the blocks."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 import cup
 from cup.networks import OWN_MODELS
 from cup.tracing.groups import is_within
+from data import Preprocessing
 from launch import evaluate, export, prune
 from train.checkpoint.file import load_checkpoint
 from train.checkpoint.network import Architecture, StoredNetwork, load_network, save_network, stored_plans
@@ -172,3 +174,33 @@ def test_what_two_cuts_dropped_one_after_the_other_is_rebuilt(tmp_path: Path, mo
     config = ModelConfig(name="pair", widths=str(tmp_path / "cut.pt"))
     cup.apply_plan(full, plan_narrowing(config, full, groups, "all"), groups)
     assert str(full) == str(network.model)
+
+
+class Mixing(nn.Module):
+    """Freezes the channels of its stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(32, 32, 3, padding=1), nn.Conv2d(32, 32, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.conv2(torch.relu(self.conv1(x.softmax(1))))
+
+
+def mixing(num_classes: int) -> nn.Module:
+    head = (nn.Conv2d(32, 64, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, num_classes))
+    return nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), Mixing(), *head)
+
+
+def test_a_latency_at_the_size_of_validation_keeps_what_a_dropped_block_had_frozen(tmp_path: Path, monkeypatch):
+    monkeypatch.setitem(OWN_MODELS, "mixing", mixing)
+    images, model = torch.empty(1, 3, 16, 16), mixing(5)
+    groups, sizes = cup.channel_groups(model, images), {"image_size": 16, "resize_size": 16, "val_size": 24}
+    architecture = Architecture(name="mixing", num_classes=5, input_shape=(3, 16, 16))
+    full = StoredNetwork(architecture, cup.complexity(model, images), model, (), groups, None, None)
+    plan = cup.plan_first_channels(groups, {}, cup.residual_blocks(model, groups))
+    cut = cut_network(replace(full, preprocessing=Preprocessing(**sizes)), plan, groups)
+    save_network(tmp_path / "cut.pt", cut.network, cut.widths)
+    again = [str(tmp_path / "cut.pt"), "--latency", "1us", "--device", "t4", "--batch", "4096", "--criterion", "l2"]
+    assert prune.main([*again, "--out", str(tmp_path / "fast.pt")]) == 0
+    assert load_network(tmp_path / "fast.pt").model[0].out_channels == 32
