@@ -16,6 +16,7 @@ from train.checkpoint.network import StoredNetwork
 from train.errors import ConfigError, TrainError
 from train.export.about import about
 from train.network.calibration import measured_device
+from train.network.models import build_model
 from train.network.precision import Precision
 from train.network.state import MEMORY_FORMAT
 from train.prune import Cut
@@ -147,11 +148,19 @@ def _input_shape(network: StoredNetwork) -> tuple[int, ...]:
 
 
 def _at_evaluation(network: StoredNetwork, groups: Sequence[ChannelGroup]) -> Sequence[ChannelGroup]:
-    """The groups, traced with images of that size: a cost is that of the size of the trace."""
-    shape = _input_shape(network)
-    if shape == tuple(network.architecture.input_shape):
+    """The groups, traced with images of that size: a cost is that of the size of the trace.
+
+    From the full network on, as all cuts are planned: a trace of the cut one would free what a block had frozen before
+    it was dropped.
+    """
+    shape, architecture = _input_shape(network), network.architecture
+    if shape == tuple(architecture.input_shape):
         return groups
-    return cup.channel_groups(network.model, torch.zeros(1, *shape))
+    full = build_model(architecture.name, architecture.num_classes, architecture.input_shape[-1])
+    traced = cup.channel_groups(full, torch.zeros(1, *shape))
+    for plan in network.plans:
+        traced = cup.apply_plan(full, plan, traced).groups
+    return traced
 
 
 def _wait(device: torch.device) -> None:

@@ -47,7 +47,7 @@ from train.methods import Method, PruneConfig, build_method
 from train.methods.landing import has_landed
 from train.narrowing import plan_narrowing
 from train.network.calibration import measured_device
-from train.network.compiling import BlockCompiler
+from train.network.compiling import BlockCompiler, repeated_blocks
 from train.network.ema import MovingAverage
 from train.network.models import Architecture, build_model
 from train.network.optim import build_optimizer
@@ -85,6 +85,8 @@ class _Parts:
     val_loader: Loader
     resizer: Resizer
     state: TrainState
+    repeated: list[nn.Module]
+    """The network's repeated blocks, which compiling is about."""
 
 
 def build_run(config: RunConfig, start: Start, world: World, ledger: Ledger, stop_wanted: Callable[[], bool]) -> Run:
@@ -252,7 +254,7 @@ def _build_parts(config: RunConfig, world: World, classes: Sequence[str] | None,
     head_lr = config.model.head_lr
     head = () if head_lr is None else classifier_names(architecture.name, architecture.num_classes)
     state = TrainState(model, model, build_optimizer(model, config.optim, head, head_lr), precision, ema)
-    return _Parts(architecture, train_loader, val_loader, resizer, state)
+    return _Parts(architecture, train_loader, val_loader, resizer, state, repeated_blocks(model))
 
 
 def build_pruning_net(model: nn.Module, groups: Sequence[ChannelGroup], prune: PruneConfig, seed: int) -> PruningNet:
@@ -459,7 +461,7 @@ def _some(names: Sequence[str]) -> str:
 
 def _build_compiler(config: RunConfig, method: Method, parts: _Parts) -> BlockCompiler:
     return BlockCompiler(
-        parts.state.model,
+        parts.repeated,
         enabled=config.train.compile == "blocks",
         enough_steps=config.train.compile_steps,
         epochs=config.train.epochs,

@@ -102,7 +102,7 @@ _FREE = (
 _BATCH_NORMS = ("batchnorm", "batchnorm1d", "batchnorm2d", "batchnorm3d", "syncbatchnorm")
 _NORMS = ("layernorm", "groupnorm", "instancenorm", "instancenorm2d", "rmsnorm", "softmax", "logsoftmax", "normalize")
 _SUMS = ("add", "iadd", "sub", "isub")
-_PRODUCTS_OF_TWO = ("mul", "imul", "truediv", "div", "maximum", "minimum", "where", "pow")
+_PRODUCTS_OF_TWO = ("mul", "imul", "truediv", "itruediv", "div", "maximum", "minimum", "where", "pow", "ipow")
 _POOLS = ("maxpool1d", "maxpool2d", "maxpool3d", "avgpool1d", "avgpool2d", "avgpool3d", "lppool2d")
 _MEANS = (
     *("adaptiveavgpool1d", "adaptiveavgpool2d", "adaptiveavgpool3d", "adaptivemaxpool2d", "mean", "sum", "amax"),

@@ -36,22 +36,27 @@ def cut_groups(
     """Rank every group in scope, in network order; `width(group, ranking)` says how many of its channels stay.
 
     The model is only read. dropped: names of the residual blocks that the plan drops, without which it is ranked.
-    Raises CupError for weights that are not finite, groups that do not fit the model, and none that may be pruned.
+    Raises CupError for weights that are not finite, groups that do not fit the model, and none that may be pruned,
+    but where dropped blocks have taken the last of these along: then nothing is cut.
     """
     check_groups(model, groups)
     return cut_without(View(model, groups), dropped, width, options)
 
 
 def cut_without(view: View, dropped: Iterable[str], width: ChooseWidth, options: PlanOptions) -> list[GroupCut]:
-    """`cut_view` as if these blocks had gone; nothing where no group that may be pruned is left then."""
-    if not (dropped := list(dropped)):
-        return cut_view(view, width, options)
-    groups = groups_without(view.model, view.groups, dropped)
-    return cut_view(View(view.model, groups), width, options) if prunable_groups(groups, options.scope) else []
+    """`cut_view` as if these blocks had gone."""
+    if dropped := list(dropped):
+        view = View(view.model, groups_without(view.model, view.groups, dropped))
+    return cut_view(view, width, options)
 
 
 def cut_view(view: View, width: ChooseWidth, options: PlanOptions) -> list[GroupCut]:
-    """`cut_groups` for groups that are known to fit the model; the view remembers what it read for the next call."""
+    """`cut_groups` for groups that are known to fit the model; the view remembers what it read for the next call.
+
+    Nothing where dropped blocks have taken the last group along that might be pruned.
+    """
+    if view.groups[0].network.dense is not None and not prunable_groups(view.groups, options.scope):
+        return []
     criterion = options.ranker
     masks: Masks = {}
     cuts: list[GroupCut] = []

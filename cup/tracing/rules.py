@@ -976,7 +976,7 @@ _FUNCTIONS: dict[Any, Rule] = {
     **dict.fromkeys((operator.add, operator.iadd, torch.add, "add", "add_"), _add),
     **dict.fromkeys((operator.sub, operator.isub, torch.sub, "sub", "sub_"), _add),
     **dict.fromkeys((operator.mul, operator.imul, torch.mul, "mul", "mul_"), _elementwise),
-    **dict.fromkeys((operator.truediv, torch.div, "div", "div_"), _elementwise),
+    **dict.fromkeys((operator.truediv, operator.itruediv, torch.div, "div", "div_"), _elementwise),
     **dict.fromkeys((operator.pow, operator.ipow, torch.pow, "pow", "pow_"), _elementwise),
     **dict.fromkeys((torch.maximum, torch.minimum, "maximum", "minimum"), _elementwise),
     **dict.fromkeys((operator.gt, operator.ge, operator.lt, operator.le), _elementwise),

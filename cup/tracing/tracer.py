@@ -199,6 +199,18 @@ class _StandIn(fx.Proxy):
     def __index__(self) -> int:
         return operator.index(self.tracer.answer(self.node))
 
+    def _changed(self, change: Callable[[Any, Any], Any], other: Any) -> Any:
+        """`x += y` and the like. torch.fx takes it for `x = x + y`, which leaves the tensor that x was as it is."""
+        if not isinstance(self.node.meta["value"], torch.Tensor):
+            return NotImplemented  # a size, say: Python then does the latter itself
+        return self.tracer.create_proxy("call_function", change, (self, other), {})
+
+    __iadd__ = functools.partialmethod(_changed, operator.iadd)
+    __isub__ = functools.partialmethod(_changed, operator.isub)
+    __imul__ = functools.partialmethod(_changed, operator.imul)
+    __itruediv__ = functools.partialmethod(_changed, operator.itruediv)
+    __ipow__ = functools.partialmethod(_changed, operator.ipow)
+
 
 class _StandInAttribute(fx.proxy.Attribute, _StandIn):
     """An attribute of a value: a node of its own unless it is called as a method."""

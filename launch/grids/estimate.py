@@ -8,11 +8,12 @@ from itertools import islice
 import torch
 
 from data import Loader
+from data.batch import preprocessing_of
 from launch.grids.board import in_words
 from launch.grids.disk import Disk
 from launch.grids.grid import DENSE
 from launch.grids.jobs import MADE_OF_ITS_COST, Job
-from launch.grids.runner import State, Status
+from launch.grids.runner import State, Status, threads_of_a_rank
 from train.config import RunConfig
 from train.errors import ConfigError
 from train.loaders import build_split_loaders
@@ -22,7 +23,7 @@ from train.network.models import build_model
 from train.network.optim import build_optimizer
 from train.network.precision import Precision
 from train.network.state import MEMORY_FORMAT, TrainState
-from train.world import World, available_cores, open_world
+from train.world import World, open_world
 
 WARM_UP, TIMED = 3, 8
 BEFORE = {
@@ -125,8 +126,8 @@ def _cost(pace: Pace, epochs: int, runs: int, at_a_time: int, ranks: int, dense:
 def _measure(config: RunConfig, at_a_time: int, ranks: int) -> Pace:
     """Of one rank of a run, the cores shared among the ranks of all runs of a time."""
     world = open_world(config.run.device, config.run.timeout_minutes)
-    if world.device.type == "cpu":
-        torch.set_num_threads(max(1, available_cores() // (at_a_time * ranks)))
+    if world.device.type == "cpu" and (threads := threads_of_a_rank(at_a_time, ranks)) is not None:
+        torch.set_num_threads(threads)
     if config.data.batch_size < ranks:
         raise ConfigError(f"data.batch_size: found {config.data.batch_size}, allowed: at least --ranks ({ranks})")
     config = replace(config, data=replace(config.data, batch_size=config.data.batch_size // ranks))
@@ -141,7 +142,8 @@ def _measure(config: RunConfig, at_a_time: int, ranks: int) -> Pace:
 
 def _timed(config: RunConfig, world: World, train: Loader, val: Loader) -> Pace:
     torch.backends.cudnn.benchmark = world.device.type == "cuda"
-    model = build_model(config.model.name, train.num_classes).to(world.device, memory_format=MEMORY_FORMAT)
+    model = build_model(config.model.name, train.num_classes, preprocessing_of(config.data).image_size)
+    model.to(world.device, memory_format=MEMORY_FORMAT)
     state = TrainState(
         model, model, build_optimizer(model, config.optim), Precision(config.train.precision, world.device)
     )

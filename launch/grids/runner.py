@@ -162,8 +162,8 @@ class Runner:
         if len(gpus) >= self._at_a_time * self._ranks:
             first = slot * self._ranks
             return {"CUDA_VISIBLE_DEVICES": ",".join(gpus[first : first + self._ranks])}
-        cores = max(1, available_cores() // (self._at_a_time * self._ranks))
-        return {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(cores)}
+        threads = threads_of_a_rank(self._at_a_time, self._ranks)
+        return {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
 
     def _reap(self, stopping: bool) -> None:
         for name, running in list(self._running.items()):
@@ -200,6 +200,11 @@ class Runner:
         said = last_words(self.disk.output(name))
         how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
         return Status(State.FAILED, f"{how}{f', it said: {said}' if said else ''}; see {self.disk.output(name)}")
+
+
+def threads_of_a_rank(at_a_time: int, ranks: int) -> int | None:
+    """The cores shared out among the ranks of all runs of a time; None where OMP_NUM_THREADS says how many threads."""
+    return None if "OMP_NUM_THREADS" in os.environ else max(1, available_cores() // (at_a_time * ranks))
 
 
 def is_held(run_dir: RunDir) -> bool:

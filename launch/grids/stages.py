@@ -9,6 +9,7 @@ import yaml
 
 import cup
 from data import DataConfig, prepare_data
+from data.batch import preprocessing_of
 from data.images import folder_of, list_splits
 from launch.grids.disk import NOTHING, Cost, Disk, read_json, write_json, write_text
 from launch.grids.grid import command_words
@@ -100,13 +101,13 @@ def prepare(job: Job, config: RunConfig, disk: Disk) -> None:
 def thin_widths(job: Job) -> dict[str, int]:
     """Group -> channels of the uniformly thinner network whose FR is the nearest to the target."""
     config, options = job.config, job.options.plan_options()
-    side = config.data.image_size
+    side = preprocessing_of(config.data).image_size  # a recipe need not say it
     architecture = Architecture(
         name=config.model.name,
         num_classes=_num_classes(config.data),
         input_shape=(config.data.channels, side, side),
     )
-    model = build_model(architecture.name, architecture.num_classes)
+    model = build_model(architecture.name, architecture.num_classes, side)
     groups = cup.channel_groups(model, architecture.example_input())
     return cup.uniform_widths_at(cup.View(model, groups), job.options.target_reduction, options)
 
@@ -119,7 +120,7 @@ def spent(job: Job, jobs: dict[str, Job], disk: Disk) -> Cost:
 
 def with_epochs(config: RunConfig, epochs: int) -> RunConfig:
     """The same training in fewer epochs or more: what the schedule says in epochs is scaled along."""
-    ratio = epochs / config.train.epochs
+    ratio, data = epochs / config.train.epochs, config.data
     milestones = sorted({max(1, round(one * ratio)) for one in config.optim.milestones})
     return replace(
         config,
@@ -129,7 +130,7 @@ def with_epochs(config: RunConfig, epochs: int) -> RunConfig:
             milestones=tuple(milestones),
             warmup_epochs=config.optim.warmup_epochs * ratio,
         ),
-        data=replace(config.data, grow_epochs=round(config.data.grow_epochs * ratio)),
+        data=replace(data, grow_epochs=max(1 if data.start_size else 0, round(data.grow_epochs * ratio))),
     )
 
 

@@ -52,6 +52,8 @@ class Run:
         Those of `prune` that a run does not use are left out, so that dense runs are equal whatever they say.
         """
         flat = _flat(with_new_names(self.first.get("config") or {})[0])
+        if flat:
+            flat.setdefault("data.val_size", None)  # as versions before it did
         used = ["prune.method"] if self.first["narrowed"] is None else ["prune.method", "prune.scope"]
         return {key: flat[key] for key in flat if self.shrinks or not key.startswith("prune.") or key in used}
 

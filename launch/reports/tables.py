@@ -233,6 +233,8 @@ def setting(run: Run) -> str:
         words.append(f"widths rounded {rounded}")
     if prune["scope"] != "inner":
         words.append("residual streams too")
+    if prune.get("drop_blocks"):
+        words.append("whole blocks too")
     return ", ".join(words)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import operator
 from functools import partial
 
 import pytest
@@ -347,6 +348,9 @@ NOT_DROPPABLE = {
     ),
     "another branch's value": (added_from_outside, None),
     "its result is changed in place": (behind(lambda net, y: y.mul_(2)), behind(lambda net, y: y.mul(2))),
+    "by an operator in place": tuple(
+        behind(lambda net, y, change=change: change(y, 2)) for change in (operator.iadd, operator.add)
+    ),
     "in place by an operand with a name": (
         behind(lambda net, y: net.activation(input=y), nn.ReLU(inplace=True)),
         behind(lambda net, y: net.activation(input=y)),
@@ -617,3 +621,19 @@ def test_on_the_way_to_a_higher_target_a_block_need_not_wait_for_it():
     assert len(plan.dropped) == 1 and plan.note == ""
     with pytest.raises(cup.CupError, match=r"at_most: found 1\.04, allowed: from the target"):
         cup.plan_by_time(model, groups, 1.05, cost=cost, at_most=1.04)
+
+
+def test_where_dropped_blocks_have_taken_all_groups_along_later_plans_change_nothing_and_say_so():
+    """A run whose target is out of reach goes on at each of its cut epochs."""
+    model = VisionTransformer(16, 8, 3, 2, 8, 8)
+    groups = cup.channel_groups(model, torch.empty(1, 3, 16, 16))
+    options, full = cup.PlanOptions(criterion="l2"), COST.of(model, groups).full
+    reach = {"cost": COST, "full_cost": full, "drop_blocks": True}
+    while cup.prunable_groups(groups):
+        target = 1.2 * full / COST.of(model, groups).now
+        groups = cup.apply_plan(model, cup.plan_by_time(model, groups, target, options, **reach), groups).groups
+    plan = cup.plan_by_time(model, groups, 1e6, options, **reach)
+    assert plan.changes_nothing and plan.note == "a speed-up of 1e+06 is out of reach: no narrower width costs less"
+    assert cup.plan_by_threshold(model, groups, 1.0, options).changes_nothing
+    with pytest.raises(cup.CupError, match="no group may be pruned"):
+        cup.plan_by_reduction(model, groups, 2.0, options)

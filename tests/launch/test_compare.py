@@ -27,7 +27,7 @@ from launch.grids.disk import Cost, Disk, write_json
 from launch.grids.grid import overridden, read_grid
 from launch.grids.jobs import plan_jobs
 from launch.grids.processes import Child, last_words
-from launch.grids.runner import State, Status
+from launch.grids.runner import Runner, State, Status
 from launch.grids.stages import Command, epochs_for, final_config, prepare, with_epochs
 from train.checkpoint.file import load_checkpoint
 from train.config import parse_config
@@ -174,6 +174,15 @@ def test_a_thin_network_gets_as_many_epochs_as_the_hours_of_a_method_pay_for(fin
     assert config.train.epochs == 2, "what the thin run took, paid with what it cost"
 
 
+def test_a_thin_network_needs_no_image_size_in_the_recipe(tmp_path):
+    """As ImageNet's recipes, which leave it to what is usual."""
+    open_ones = {"data.image_size": None, "data.resize_size": None, "data.channels": 3}
+    changes = {"prune.method": "none", "model.name": "resnet20_cifar", **open_ones}
+    jobs = plan_jobs(read_grid(write_grid(tmp_path, set=changes)))
+    widths = stages.thin_widths(jobs["thin_fr2_s0"])
+    assert len(widths) == 9 and 8 <= widths["layer1.0.conv1"] < 16
+
+
 def test_what_is_finished_is_not_run_again(finished, quick: list, capsys):
     folder, _ = finished
     assert compare.main([str(folder / "tiny.yaml")]) == 0
@@ -304,6 +313,24 @@ def test_a_plan_counts_ranks_and_the_epochs_that_equal_hours_may_take(tmp_path: 
     assert "at most 10.00 GPU hours" in estimate._cost(replace(pace, device="cuda"), 10, 5, 1, 2, dense)
 
 
+@pytest.mark.parametrize(("environment", "threads"), [({}, 3), ({"OMP_NUM_THREADS": "1"}, 1)])
+def test_a_plan_is_measured_with_the_threads_that_a_run_will_have(tmp_path, monkeypatch, environment, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("launch.grids.runner.available_cores", lambda: 6)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # as OMP_NUM_THREADS says, where it does
+    try:
+        grid = read_grid(write_grid(tmp_path))
+        jobs = plan_jobs(grid)
+        assert estimate._measure(jobs["dense_s0"].config, 2, 1).threads == threads
+        given = Runner(jobs, Disk(grid.out), at_a_time=2, ranks=1)._environment(0)
+        assert (environment | given)["OMP_NUM_THREADS"] == str(threads)
+    finally:
+        torch.set_num_threads(before)
+
+
 def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -374,6 +401,8 @@ def test_a_schedule_is_scaled_with_its_epochs():
     scaled = with_epochs(config, 45)
     assert scaled.train.epochs == 45 and scaled.optim.milestones == (15, 30) and scaled.optim.warmup_epochs == 2.5
     assert with_epochs(config, 90) == config
+    growing = replace(config, data=replace(config.data, start_size=8, grow_epochs=1))
+    assert with_epochs(growing, 30).data.grow_epochs == 1, "as few as there may be"
 
 
 def test_how_long_still_is_told_from_the_pace_so_far(tmp_path: Path):

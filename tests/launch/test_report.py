@@ -306,6 +306,18 @@ def test_a_change_of_accuracy_needs_an_optimizer_of_equal_settings_a_saving_does
     assert notes(groups) == [f"cup: no change of accuracy, for the nearest dense run, dense, differs in optim.{key}"]
 
 
+def test_a_log_that_knows_no_size_of_validation_was_validated_at_the_size_of_training(tmp_path: Path):
+    older, *newer = [
+        write_run(tmp_path / name, **with_settings(tmp_path / name, data={"val_size": size}))
+        for name, size in (("older", None), ("plain", None), ("larger", 256))
+    ]
+    lines = [json.loads(line) for line in (older / "log.jsonl").read_text().splitlines()]
+    del lines[0]["config"]["data"]["val_size"]
+    (older / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = [read_run(older).differences(read_run(directory), accuracy=True) for directory in newer]
+    assert found == [[], ["data.val_size"]]
+
+
 def test_without_any_dense_run_it_says_so_and_else_it_names_the_nearest(tmp_path: Path):
     shrunk = read_run(write_run(tmp_path / "cup", shrinks=True))
     assert notes(group_runs([shrunk])) == ["cup: no saving and no change of accuracy, for no run among these is dense"]
@@ -644,6 +656,8 @@ def test_the_way_of_shrinking_in_words(tmp_path: Path):
     assert words(ramp, target_reduction=2.0, last_epoch=6, round_to=8, every=2, scope="all") == (
         "FR 2 in a straight line by epoch 6, every 2 epochs, widths rounded to 8, residual streams too"
     )
+    faster = {"target_speedup": 1.5, "device": "t4", "scope": "all", "drop_blocks": True}
+    assert words(**faster).endswith("stop at a step 1.5 times faster on t4, residual streams too, whole blocks too")
 
 
 # Honest figures

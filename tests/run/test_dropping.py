@@ -1,5 +1,6 @@
 """Runs whose cuts drop residual blocks: they go on to the bit, and all that reads a checkpoint knows the blocks."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 import cup
 from cup.networks import OWN_MODELS
 from cup.tracing.groups import is_within
+from data import Preprocessing
 from launch import evaluate, export, prune
 from train.checkpoint.file import load_checkpoint
 from train.checkpoint.network import Architecture, StoredNetwork, load_network, save_network, stored_plans
@@ -80,6 +82,31 @@ def test_evaluation_export_another_cut_and_a_run_from_its_widths_know_the_blocks
     assert cup.complexity(full, images) == cup.complexity(network.model, images)
 
 
+def test_frozen_layers_may_go_with_their_block(root: Path, tmp_path: Path):
+    (dropped, *_) = [plan.dropped for plan in stored_plans(load_checkpoint(root / "a/tiny/last.pt")) if plan.dropped]
+    changes = DROPS | {"prune__target_speedup": 1.3, "prune__every": 1, "run__save_every_minutes": 10}
+    log = train(tmp_path, **changes, train__freeze=f"{dropped[0]}.bn1, layer2.0.bn1")
+    assert any("blocks dropped" in event["message"] for event in events(log, "note"))
+    network = load_network(tmp_path / "tiny/last.pt").model
+    assert network.layer2[0].bn1.num_batches_tracked == 0 < network.layer2[0].bn2.num_batches_tracked
+    assert isinstance(network.get_submodule(dropped[0]), nn.Identity)
+
+
+def two_alike(num_classes: int) -> nn.Module:
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, num_classes))
+    return nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), Plain(), Plain(), *head)
+
+
+def test_a_run_whose_cut_has_left_one_repeated_block_goes_on_compiled(tmp_path: Path, monkeypatch):
+    monkeypatch.setitem(OWN_MODELS, "alike", two_alike)
+    compiled: list[object] = []
+    monkeypatch.setattr(Plain, "compile", lambda self, **options: compiled.append(self))
+    changes = DROPS | {"model__name": "alike", "train__compile": "blocks", "train__compile_steps": 1}
+    again = interrupted(tmp_path, monkeypatch, 6, **changes)
+    (dropped,) = [plan.dropped for plan in stored_plans(load_checkpoint(tmp_path / "tiny/last.pt")) if plan.dropped]
+    assert dropped in (("2",), ("3",)) and len(events(again, "done")) == 1 and len(compiled) == 4
+
+
 def events_of(root: Path) -> list[dict]:
     return read_log(root / "tiny/log.jsonl")
 
@@ -147,3 +174,33 @@ def test_what_two_cuts_dropped_one_after_the_other_is_rebuilt(tmp_path: Path, mo
     config = ModelConfig(name="pair", widths=str(tmp_path / "cut.pt"))
     cup.apply_plan(full, plan_narrowing(config, full, groups, "all"), groups)
     assert str(full) == str(network.model)
+
+
+class Mixing(nn.Module):
+    """Freezes the channels of its stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(32, 32, 3, padding=1), nn.Conv2d(32, 32, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.conv2(torch.relu(self.conv1(x.softmax(1))))
+
+
+def mixing(num_classes: int) -> nn.Module:
+    head = (nn.Conv2d(32, 64, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, num_classes))
+    return nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), Mixing(), *head)
+
+
+def test_a_latency_at_the_size_of_validation_keeps_what_a_dropped_block_had_frozen(tmp_path: Path, monkeypatch):
+    monkeypatch.setitem(OWN_MODELS, "mixing", mixing)
+    images, model = torch.empty(1, 3, 16, 16), mixing(5)
+    groups, sizes = cup.channel_groups(model, images), {"image_size": 16, "resize_size": 16, "val_size": 24}
+    architecture = Architecture(name="mixing", num_classes=5, input_shape=(3, 16, 16))
+    full = StoredNetwork(architecture, cup.complexity(model, images), model, (), groups, None, None)
+    plan = cup.plan_first_channels(groups, {}, cup.residual_blocks(model, groups))
+    cut = cut_network(replace(full, preprocessing=Preprocessing(**sizes)), plan, groups)
+    save_network(tmp_path / "cut.pt", cut.network, cut.widths)
+    again = [str(tmp_path / "cut.pt"), "--latency", "1us", "--device", "t4", "--batch", "4096", "--criterion", "l2"]
+    assert prune.main([*again, "--out", str(tmp_path / "fast.pt")]) == 0
+    assert load_network(tmp_path / "fast.pt").model[0].out_channels == 32

@@ -37,7 +37,7 @@ def quick_compiler(monkeypatch: pytest.MonkeyPatch):
 def compiler(enough_steps: int, cuts: set[int] = frozenset(), sides: dict[int, int] | None = None) -> BlockCompiler:
     """Of a run of 6 epochs that may cut at the start of `cuts` and changes its image size in the epochs of `sides`."""
     return BlockCompiler(
-        build_model("resnet20_cifar", 10),
+        repeated_blocks(build_model("resnet20_cifar", 10)),
         enabled=True,
         enough_steps=enough_steps,
         epochs=6,
@@ -62,9 +62,9 @@ def test_the_outermost_repeated_blocks_are_compiled(name: str, number: int, kind
 
 
 def test_a_network_without_repeated_blocks_is_refused_in_words():
-    with pytest.raises(ConfigError, match=r"train.compile: found blocks, but LeNet has none .* allowed for it: none"):
+    with pytest.raises(ConfigError, match=r"train.compile: found blocks, but the network has none .* it: none"):
         BlockCompiler(
-            build_model("lenet", 10),
+            repeated_blocks(build_model("lenet", 10)),
             enabled=True,
             enough_steps=1,
             epochs=1,
@@ -119,7 +119,7 @@ def test_what_was_compiled_for_other_shapes_is_freed(monkeypatch: pytest.MonkeyP
 def test_an_evaluation_runs_eagerly_and_training_goes_on_compiled(quick_compiler: list):
     model = build_model("resnet20_cifar", 10)
     always = {"enabled": True, "enough_steps": 1, "epochs": 1, "may_cut": bool, "image_side": lambda epoch: 32}
-    decide = BlockCompiler(model, **always)
+    decide = BlockCompiler(repeated_blocks(model), **always)
     decide.at_epoch_start(1, 10, just_resized=False, was_compiled=False)
     with decide.paused(), torch.no_grad():
         model.eval()(torch.zeros(2, 3, 32, 32))
@@ -139,7 +139,7 @@ class Breaking(nn.Module):
 def test_a_block_that_is_not_one_graph_is_an_error():
     model = nn.Sequential(Breaking(), Breaking())
     always = {"enabled": True, "enough_steps": 1, "epochs": 1, "may_cut": bool, "image_side": lambda epoch: 32}
-    BlockCompiler(model, **always).at_epoch_start(1, 10, just_resized=False, was_compiled=False)
+    BlockCompiler(repeated_blocks(model), **always).at_epoch_start(1, 10, just_resized=False, was_compiled=False)
     with pytest.raises(TrainError, match=r"torch\.compile failed: .*; take --train.compile none"), compile_errors():
         model(torch.ones(2))
 

@@ -92,8 +92,10 @@ def train_epoch(
     """
     state, steps = loop.state, len(loop.loader)
     state.parallel.train()
+    modules = dict(state.model.named_modules())
     for name in loop.config.frozen:
-        state.model.get_submodule(name).eval()
+        if name in modules:  # else it has gone with a dropped block
+            modules[name].eval()
     loop.loader.go_to(epoch - 1, so_far.step)
     if loop.guard is not None:
         loop.guard.begin(state)

@@ -55,8 +55,9 @@ class PruneTrain(Method):
         self._first_lasso: Tensor | None = None
 
     def begin(self, view: View) -> None:
-        self._lasso = GroupLasso(cup.prunable_groups(view.groups, self._options.scope))
-        self._has_landed = has_landed(view, self._target)
+        groups = cup.prunable_groups(view.groups, self._options.scope)
+        self._lasso = GroupLasso(groups)
+        self._has_landed = has_landed(view, self._target) or not groups  # dropped blocks may take all of them along
 
     def may_resize(self, epoch: int, view: View) -> bool:
         return epoch > 1 and self._is_due(epoch - 1) and not has_landed(view, self._target)

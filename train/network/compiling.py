@@ -8,7 +8,7 @@ piece would exchange them after it. What cannot be compiled is an error: nothing
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -33,7 +33,7 @@ class BlockCompiler:
 
     def __init__(
         self,
-        model: nn.Module,
+        blocks: Sequence[nn.Module],
         *,
         enabled: bool,
         enough_steps: int,
@@ -41,7 +41,8 @@ class BlockCompiler:
         may_cut: Callable[[int], bool],
         image_side: Callable[[int], int],
     ) -> None:
-        """model: its blocks are changed in place, names and parameters stay.
+        """blocks: the full network's `repeated_blocks`, changed in place; names and parameters stay. Cuts may have
+        dropped some of them since, and have left a single one.
 
         enough_steps: optimizer steps ahead from which compiling pays. epochs: of the whole run. may_cut, image_side: of
         an epoch, as things stand when they are asked.
@@ -53,11 +54,8 @@ class BlockCompiler:
         self._is_fresh = True  # nothing is compiled yet at these widths and this image size
         if not enabled:
             return
-        blocks = repeated_blocks(model)
         if not blocks:
-            raise ConfigError(
-                f"train.compile: found blocks, but {type(model).__name__} has none that repeat; allowed for it: none"
-            )
+            raise ConfigError("train.compile: found blocks, but the network has none that repeat; allowed for it: none")
         # The blocks share code, and torch counts what it compiles by code: one each, at one shape each.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(blocks))
         for block in blocks:
