@@ -109,7 +109,8 @@ class Loader(Protocol):
     passed_over: tuple[str, ...]
     """Names in the split's folders that are none of its images', such as those of folders within a class."""
     waiting_since: float | None
-    """Since when (time.monotonic) an iteration has been waiting for images; None while it is not. For other threads."""
+    """Since when (time.monotonic) an iteration has waited for images, or `close` for reads that were under way; None
+    while neither does. For other threads."""
 
     def __len__(self) -> int:
         """Steps of an epoch; equal on all ranks."""

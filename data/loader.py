@@ -123,4 +123,4 @@ class SplitLoader:
         return state.get("file_names") == self._identity["file_names"]
 
     def close(self) -> None:
-        self._source.close()
+        self._awaited(self._source.close)

@@ -6,6 +6,7 @@ line that names the key, the value found and what is allowed.
 
 import dataclasses
 import difflib
+import functools
 import math
 import os
 import re
@@ -246,8 +247,12 @@ class RunConfig:
         return _plain(dataclasses.asdict(self))
 
 
+@functools.cache
 def build_parser(prog: str, default_config: str) -> ArgumentParser:
-    """The command line: --config FILE, dotted overrides, --print_config, --help with every unit and default."""
+    """The command line: --config FILE, dotted overrides, --print_config, --help with every unit and default.
+
+    Parsing leaves it as it is; building takes twice as long as parsing, and a comparison parses dozens of recipes.
+    """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog=prog,

@@ -16,6 +16,7 @@ import torch  # noqa: E402
 from cup import PrunePlan  # noqa: E402
 from data import build as listing  # noqa: E402
 from train import build as building  # noqa: E402
+from train import run as running  # noqa: E402
 from train.loop import engine  # noqa: E402
 from train.resizer import Resizer  # noqa: E402
 from train.world import World  # noqa: E402
@@ -77,6 +78,7 @@ def install(fault: str) -> None:
             listing.list_splits = listing.list_validation = fail
 
 
+running.AGENT_SIGNAL_TIMEOUT_S = 0.5
 if os.environ["RANK"] == "1":
     install(os.environ["FAULT"])
 sys.argv[0] = str(ROOT / "launch" / "train.py")

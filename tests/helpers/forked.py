@@ -6,6 +6,7 @@ tests/helpers/launching.py runs this file as a server beside it.
 """
 
 import ctypes
+import gc
 import json
 import os
 import runpy
@@ -32,6 +33,8 @@ from torch import nn  # noqa: E402
 import launch.evaluate  # noqa: E402
 import launch.train  # noqa: E402, F401
 import train.cli  # noqa: E402
+from train.config import build_parser  # noqa: E402
+from train.recipes import DEFAULT  # noqa: E402
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 CAPABILITY_VERSION = 0x20080522  # linux/capability.h
@@ -174,6 +177,10 @@ def give_up_privileges() -> None:
 def serve() -> None:
     """Answer requests, one a line, until there are no more: start a script's ranks and tell their exit codes."""
     requests = os.fdopen(os.dup(0), encoding="utf-8")
+    # No rank has to build its parser, nor to look through, and so to copy, what was imported here.
+    build_parser("launch/train.py", DEFAULT)
+    gc.collect()
+    gc.freeze()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for line in requests:
         request = json.loads(line)

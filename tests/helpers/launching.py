@@ -1,8 +1,10 @@
 """Start real runs, in this process or as launch/*.py, alone or under torchrun, and read what they left."""
 
+import copy
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -41,6 +43,20 @@ def train(root: Path, **changes: object) -> list[dict]:
     overrides = options(**changes)[2:]
     done = run(parse_config([*overrides, "--run.root", str(root)], "train.py", str(TINY)), ALONE, Ledger())
     return read_log(Path(done["directory"]) / "log.jsonl")
+
+
+_undisturbed: dict[tuple, tuple[tempfile.TemporaryDirectory, list[dict]]] = {}
+
+
+def train_undisturbed(root: Path, **changes: object) -> list[dict]:
+    """As `train`, but where the parameters of one test ask for the same run, all but the first get a copy."""
+    key = (os.environ["PYTEST_CURRENT_TEST"].partition("[")[0], *options(**changes))
+    if key not in _undisturbed:
+        folder = tempfile.TemporaryDirectory()
+        _undisturbed[key] = folder, train(Path(folder.name), **changes)
+    folder, log = _undisturbed[key]
+    shutil.copytree(folder.name, root)
+    return copy.deepcopy(log)
 
 
 def numbers(log: list[dict]) -> list[tuple]:

@@ -4,7 +4,8 @@ import os
 from pathlib import Path
 
 import pytest
-from launching import TINY, launch, options, rank_lines, start, write_image_folder
+from launching import TINY, launch, options, rank_lines, write_image_folder
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from launch import evaluate
 from train.config import parse_config
@@ -65,13 +66,21 @@ def test_a_network_that_does_not_take_the_images_is_an_error_before_training(tmp
 
 
 def test_a_wrong_setting_is_said_once_by_a_machine(tmp_path: Path):
-    """Under torchrun, which ends the others as soon as one has ended."""
-    result = start("launch/train.py", options(prune__hard_ramp__slope=-1), tmp_path, ranks=2, timeout=60)
+    """And by the report with which torchrun ends."""
+    file = tmp_path / "error.json"
+    arguments = options(prune__hard_ramp__slope=-1)
+    result = launch("launch/train.py", arguments, tmp_path, ranks=2, timeout=60, TORCHELASTIC_ERROR_FILE=str(file))
     assert result.returncode != 0
     [line] = rank_lines(result.stderr)
     assert line.startswith("[rank 0] error: prune.hard_ramp.slope")
-    report = result.stderr.partition("Root Cause")[2]  # torchrun's, behind it
+    report = torchrun_report(file)
     assert line.removeprefix("[rank 0] ") in report and "To enable traceback" not in report
+
+
+def torchrun_report(file: Path) -> str:
+    """What torchrun says at its end of a rank that left this file, where TORCHELASTIC_ERROR_FILE told it to."""
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=1, error_file=str(file))
+    return str(ChildFailedError("launch/train.py", {0: failure})).partition("Root Cause")[2]
 
 
 @pytest.mark.parametrize(
@@ -97,12 +106,15 @@ def test_a_broken_image_that_one_rank_meets_is_named_by_both(tmp_path: Path):
     sound.rename(broken)
     broken.write_bytes(broken.read_bytes()[:300])
     data = {"data__loader": "folder", "data__path": "images", "data__batch_size": 4}
-    result = start("launch/train.py", options(**data, train__epochs=30), tmp_path, ranks=2, timeout=60)
+    file = tmp_path / "error.json"
+    arguments = options(**data, train__epochs=30)
+    result = launch("launch/train.py", arguments, tmp_path, ranks=2, timeout=60, TORCHELASTIC_ERROR_FILE=str(file))
     assert result.returncode != 0
     lines = sorted(rank_lines(result.stderr))
     assert [line[:8] for line in lines] == ["[rank 0]", "[rank 1]"]
     assert all(r"images/train/class1/M\udcfcll.jpg" in line for line in lines), lines
     assert sum(" failed: " in line for line in lines) == 1
+    assert rb"M\udcfcll.jpg" in torchrun_report(file).encode(), "torchrun hangs at what is no text"
 
 
 def test_what_the_folders_hold_beside_images_is_said_in_training_and_in_evaluation(
@@ -128,7 +140,7 @@ def test_debug_shows_the_traceback(tmp_path: Path):
 
 
 def test_print_config_is_a_recipe_that_parses_to_the_same(tmp_path: Path):
-    printed = start("launch/train.py", [*options(), "--print_config"], tmp_path)
+    printed = launch("launch/train.py", [*options(), "--print_config"], tmp_path)
     assert printed.returncode == 0
     (tmp_path / "again.yaml").write_text(printed.stdout)
     parsed = [parse_config(["--config", str(path)], "train.py", "") for path in (TINY, tmp_path / "again.yaml")]

@@ -1,5 +1,6 @@
 """Faults from outside: files of another run, logs that lost lines, files that cannot be read, hostile ones."""
 
+import io
 import json
 import os
 import shutil
@@ -482,6 +483,23 @@ def test_a_log_of_nested_lists_and_one_without_an_end_are_refused(tmp_path: Path
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(TrainError, match="not a regular file"):
         read_log(tmp_path / "pipe")
+
+
+def test_a_line_that_is_written_while_the_log_is_read_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As by compare.py, which looks at the logs of runs that go on."""
+    path = tmp_path / "log.jsonl"
+    note = b'{"event": "note", "time_s": 1.0, "message": "a"}\n'
+    path.write_bytes(note + note[:20])
+
+    class Growing(io.FileIO):
+        def readline(self, size: int = -1) -> bytes:
+            line = super().readline(size)
+            if not line.endswith(b"\n"):
+                path.write_bytes(note + note)
+            return line
+
+    monkeypatch.setattr("train.log.rundir.open_regular", Growing)
+    assert len(read_log(path)) == 1 and len(read_log(path)) == 2
 
 
 def test_a_checkpoint_whose_log_is_none_is_refused(root: Path):

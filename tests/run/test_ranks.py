@@ -208,8 +208,9 @@ def test_ranks_that_wait_for_one_that_is_stuck_give_up_after_the_timeout_of_the_
 
 
 def test_a_signal_to_one_rank_stops_all_of_them_after_the_same_step(tmp_path: Path):
-    fault = {"FAULT": "asked to stop", "AT_STEP": "5"}
-    stopped = start("tests/helpers/faulty_train.py", options(), tmp_path, ranks=2, **fault)
+    """Under torchrun; that it may signal the other rank as well is waited for."""
+    fault = {"FAULT": "asked to stop", "AT_STEP": "5", "TORCHELASTIC_RUN_ID": "job"}
+    stopped = launch("tests/helpers/faulty_train.py", options(), tmp_path, ranks=2, **fault)
     assert stopped.returncode == 0, stopped.stderr
     epoch, step, again = re.search(
         r"stopped in epoch (\d), after step (\d), and saved; to go on: (.*)", stopped.stdout

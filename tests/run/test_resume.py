@@ -10,7 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from launching import ALONE, EVERY_STEP, TINY, broken_off, events, interrupted, numbers, train, write_image_folder
+from launching import (
+    ALONE,
+    EVERY_STEP,
+    TINY,
+    broken_off,
+    events,
+    interrupted,
+    numbers,
+    train,
+    train_undisturbed,
+    write_image_folder,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -67,7 +78,7 @@ def begin(root: Path, **changes: object) -> dict:
 def test_a_run_goes_on_at_the_step_after_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_step: int):
     """Before a cut, right after it, and in the middle of both epochs, with moving average and mixed images."""
     changes = {**EVERY_STEP, "train__ema_decay": 0.9, "train__mixup": 0.3}
-    undisturbed = train(tmp_path / "a", **changes)
+    undisturbed = train_undisturbed(tmp_path / "a", **changes)
     again = interrupted(tmp_path / "b", monkeypatch, at_step, **changes)
     (begun,) = events(again, "run")[-1:]
     assert (begun["first_epoch"], begun["first_step"]) == divmod(at_step - 1 + 4, 4)
@@ -97,7 +108,7 @@ def test_a_run_goes_on_at_the_step_after_its_checkpoint(tmp_path: Path, monkeypa
 def test_a_signal_stops_a_run_after_its_step_and_the_run_goes_on_from_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, call: int, where: tuple[int, int], number: int
 ):
-    undisturbed = train(tmp_path / "a")
+    undisturbed = train_undisturbed(tmp_path / "a")
     with monkeypatch.context() as patch:
         patch.setattr("train.loop.watch.MAX_STEPS", 1)
         signalled(patch, function, call, number)
@@ -198,7 +209,7 @@ def test_a_damaged_checkpoint_makes_way_for_the_one_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ):
     changes = {**EVERY_STEP, "run__keep": 2}
-    undisturbed = train(tmp_path / "a", **changes)
+    undisturbed = train_undisturbed(tmp_path / "a", **changes)
     with broken_off(monkeypatch, at_step=8):
         train(tmp_path / "b", **changes)
     assert sorted(file.name for file in (tmp_path / "b/tiny").glob("last*")) == ["last-1.pt", "last.pt"]

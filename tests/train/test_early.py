@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import events, interrupted, numbers, train
+from launching import events, interrupted, numbers, train, train_undisturbed
 
 import cup
 from train.methods import EarlyConfig, PruneConfig, build_method
@@ -64,7 +64,7 @@ def test_a_run_is_cut_once_to_the_target_also_over_an_interruption(
     """The second kill comes right after the cut; the choices of the epochs before the first are remembered."""
     monkeypatch.setattr("train.loop.watch.MAX_STEPS", 1)
     settings = EARLY | {"run__save_every_minutes": 1e-9}
-    undisturbed = train(tmp_path / "a", **settings)
+    undisturbed = train_undisturbed(tmp_path / "a", **settings)
     again = interrupted(tmp_path / "b", monkeypatch, at_step, **settings)
     assert numbers(again) == numbers(undisturbed)
     assert [event["epoch"] for event in events(undisturbed, "resize")] == [4]

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from launching import events, interrupted, numbers, train
+from launching import events, interrupted, numbers, train, train_undisturbed
 from torch import Tensor, nn
 
 import cup
@@ -107,7 +107,7 @@ def test_a_run_goes_on_in_the_middle_of_a_method(
 ):
     settings = SETTINGS | {"run__save_every_minutes": 1e-9}
     monkeypatch.setattr("train.loop.watch.MAX_STEPS", 1)
-    undisturbed = train(tmp_path / "a", **settings)
+    undisturbed = train_undisturbed(tmp_path / "a", **settings)
     again = interrupted(tmp_path / "b", monkeypatch, at_step, **settings)
     assert numbers(again) == numbers(undisturbed)
     one, other = (load_checkpoint(tmp_path / side / "tiny/last.pt") for side in "ab")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import events, interrupted, numbers, train
+from launching import events, interrupted, numbers, train, train_undisturbed
 from torch import nn
 
 import cup
@@ -122,7 +122,7 @@ def test_an_interrupted_run_goes_on_with_the_weight_of_its_first_step(
 ):
     monkeypatch.setattr("train.loop.watch.MAX_STEPS", 1)
     settings = PRUNE_TRAIN | {"run__save_every_minutes": 1e-9}
-    undisturbed = train(tmp_path / "a", **settings)
+    undisturbed = train_undisturbed(tmp_path / "a", **settings)
     again = interrupted(tmp_path / "b", monkeypatch, at_step, **settings)
     assert numbers(again) == numbers(undisturbed)
     assert events(undisturbed, "resize")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import events, interrupted, numbers, train
+from launching import events, interrupted, numbers, train, train_undisturbed
 from torch import nn
 
 import cup
@@ -167,7 +167,7 @@ def test_masked_filters_stay_at_zero_over_an_interruption(
 ):
     monkeypatch.setattr("train.loop.watch.MAX_STEPS", 1)
     settings = SFP | {"prune__soft_rate__grad_mask": "true", "run__save_every_minutes": 1e-9}
-    undisturbed = train(tmp_path / "a", **settings)
+    undisturbed = train_undisturbed(tmp_path / "a", **settings)
     again = interrupted(tmp_path / "b", monkeypatch, at_step, **settings)
     assert numbers(again) == numbers(undisturbed)
     one, other = (load_checkpoint(tmp_path / side / "tiny/last.pt") for side in "ab")

@@ -160,7 +160,7 @@ class RunDir:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """All events of a log; a last line that a crash cut short is left out.
+    """All events of a log; a last line that a crash cut short, or that is being written, is left out.
 
     Raises TrainError if it cannot be read, or a line is none that a run writes.
     """
@@ -169,7 +169,9 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         with open_regular(path) as file:
             number, line = 1, file.readline(MAX_LINE_BYTES)
             while line:
-                after = file.readline(MAX_LINE_BYTES)
+                # What comes after half a line is its other half, written meanwhile by a run that goes on.
+                is_half = not line.endswith(b"\n") and len(line) < MAX_LINE_BYTES
+                after = b"" if is_half else file.readline(MAX_LINE_BYTES)
                 event, problem = _parse(line)
                 if problem is not None and (after or event is not None):
                     raise TrainError(

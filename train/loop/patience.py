@@ -1,7 +1,8 @@
 """Images that do not come: told after a minute, and a run that was asked to stop does not wait for them.
 
 Where storage falls silent in the middle of a run, a rank waits inside DALI or for a worker process. No signal handler
-runs there and no step ends, so a thread looks after it. If the storage answers again, training goes on.
+runs there and no step ends, so a thread looks after it. If the storage answers again, training goes on. A run that
+has its last step behind it, and is saved, may still wait: DALI ends after the reads that it has begun.
 """
 
 import os
@@ -54,8 +55,8 @@ class Patience:
                 told_of = since
             if asked_at is not None and now - max(asked_at, since) >= STOP_AFTER_S:
                 self._tell(
-                    f"asked to stop, but no images came from {self._path} for {now - since:.0f} s: ended without "
-                    "saving; the same command goes on from the last checkpoint"
+                    f"asked to stop, but no images came from {self._path} for {now - since:.0f} s: ended; the "
+                    "same command goes on from the last checkpoint"
                 )
                 os._exit(EXIT_CODE)
 
