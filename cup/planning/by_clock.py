@@ -36,7 +36,7 @@ def plan_by_clock(
     `plan_by_time` gives a first plan. Where the clock says something else than `cost`, the model is asked for more or
     less: for what it says at the target, by a line in the logarithms between the nearest networks timed so far above
     and below it; the uncut one counts as timed once, with a speed-up of 1. After so many rounds, or where widths allow
-    no plan in between, the one that came nearest is taken, one that reaches the target before one that does not.
+    no plan in between, the one that came nearest is taken.
 
     model: only read. groups, options, drop_blocks: as of `plan_by_time`. target: against the model as it is given.
     speedup: times a network and says by how much it is faster than `model`, e.g. 1.7. It is given a copy that is cut
@@ -56,7 +56,7 @@ def plan_by_clock(
             break  # widths come in steps: none lie between
         modelled = costs.now / costs.at(plan.new_widths, plan.dropped)
         trials.append(_Trial(plan, modelled, _timed(speedup, model, groups, plan)))
-        if target <= trials[-1].timed <= target * (1 + tolerance) or len(trials) == rounds:
+        if not trials[-1].miss(target, tolerance) or len(trials) == rounds:
             break
         asked = max(_modelled_at(aim, trials), 1 + 1e-6)
     if not trials:
@@ -73,9 +73,9 @@ class _Trial:
     modelled: float
     timed: float
 
-    def miss(self, target: float, tolerance: float) -> tuple[bool, float]:
-        """How bad it is; the smaller the better."""
-        return self.timed < target, abs(math.log(self.timed / target / math.sqrt(1 + tolerance)))
+    def miss(self, target: float, tolerance: float) -> float:
+        """How far it is from the band, as a logarithm; 0 inside."""
+        return max(math.log(target / self.timed), math.log(self.timed / target / (1 + tolerance)), 0.0)
 
 
 def _timed(
@@ -106,7 +106,7 @@ def _note(best: _Trial, trials: Sequence[_Trial], target: float, tolerance: floa
     """One line: what was modelled and timed, and whether it is what was asked for."""
     rounds = f"{len(trials)} round" + "s" * (len(trials) > 1)
     found = f"timed {best.timed:.3f} times faster (modelled {best.modelled:.3f}) after {rounds}"
-    if target <= best.timed <= target * (1 + tolerance):
+    if not best.miss(target, tolerance):
         return found
     reason = f"; the planner: {trials[-1].plan.note}" if trials[-1].plan.note else ""
     return f"{found}, the nearest to {target:g} that was found{reason}"

@@ -89,12 +89,13 @@ def test_narrowest_widths_are_timed_once_and_the_planner_s_word_is_passed_on():
     assert f"timed {1.05 + 0.01 * len(timed):.3f}" in plan.note and "a speed-up of" in plan.note.split("planner: ")[1]
 
 
-def test_of_plans_that_miss_one_that_reaches_the_target_comes_before_a_nearer_one():
+def test_of_plans_that_miss_the_nearest_is_taken():
+    """Not one that is ten times as fast, on a machine that was busy when the others were timed."""
     model, images = make_network("resnet20_cifar")
-    times = iter([1.45, 1.9, 1.48])
+    times = iter([1.45, 15.0, 1.48])
     groups = cup.channel_groups(model, images)
     plan = cup.plan_by_clock(model, groups, 1.5, OPTIONS, cost=COST, speedup=lambda n: next(times), rounds=3)
-    assert "timed 1.900 times faster" in plan.note and "nearest to 1.5" in plan.note
+    assert "timed 1.480 times faster" in plan.note and "nearest to 1.5" in plan.note
 
 
 def test_blocks_may_go_too():
