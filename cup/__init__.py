@@ -26,6 +26,7 @@ from cup.errors import CupError
 from cup.lasso import GroupLasso
 from cup.plan import PrunePlan
 from cup.planning import (
+    CLOCK_TOLERANCE,
     REDUCTION_TOLERANCE,
     TIME_OPTIONS,
     TIME_TOLERANCE,
@@ -37,6 +38,7 @@ from cup.planning import (
     evolve,
     has_reached,
     is_cut_epoch,
+    plan_by_clock,
     plan_by_counts,
     plan_by_reduction,
     plan_by_threshold,
@@ -61,6 +63,7 @@ from cup.tracing.narrowing import ParameterChange
 from cup.tracing.trace import channel_groups
 
 __all__ = [
+    "CLOCK_TOLERANCE",
     "CRITERIA",
     "DEVICES",
     "KERNELS",
@@ -111,6 +114,7 @@ __all__ = [
     "load",
     "mask_gradients",
     "named_device",
+    "plan_by_clock",
     "plan_by_counts",
     "plan_by_reduction",
     "plan_by_threshold",

@@ -1,4 +1,4 @@
-"""A network cut until one forward pass takes a given time: on a named device as modelled, here as measured."""
+"""A network cut until one forward pass takes a given time: on a named device as modelled, here as timed."""
 
 import argparse
 import copy
@@ -21,8 +21,8 @@ from train.network.precision import Precision
 from train.network.state import MEMORY_FORMAT
 from train.prune import Cut
 
-MIN_CALLS, MIN_SECONDS = 10, 1.0
-"""A network is timed so often, and for so long, at least; the fastest pass counts."""
+TURNS, TURN_SECONDS = 10, 0.1
+"""Networks are timed in so many turns each, for so long at least; the fastest pass counts."""
 
 
 def seconds(text: str) -> float:
@@ -66,12 +66,16 @@ class Latency:
             raise ConfigError("--device cuda: found no GPU here; allowed: cpu, or a name, whose time is modelled")
         here = torch.device(options.device)
         precision = Precision(precision_name, here)
-        before_s = _timed(network, precision, here, batch)
+        (before_s,) = _timed_in_turns([network.model], _input_shape(network), precision, here, batch)
         _check_target(options.latency, before_s)
         print("timing layers on this device, about half a minute", flush=True)
         device = measured_device(precision, batch, _input_shape(network)[-1], here)
         cost = cup.device_cost(device, batch_size=batch, training=False)
         return Latency(options.latency, cost, precision, here, before_s)
+
+    def timed_in_turns(self, models: Sequence[nn.Module], network: StoredNetwork) -> list[float]:
+        """Seconds of one forward pass of each, on the device here, of images as the network takes them."""
+        return _timed_in_turns(models, _input_shape(network), self.precision, self.here, self.cost.batch_size)
 
 
 def latency_plan(
@@ -81,8 +85,8 @@ def latency_plan(
     options: PlanOptions,
     drop_blocks: bool,
 ) -> PrunePlan:
-    """The cut after which a forward pass takes the target. Where it can be timed, the model's share is what counts: by
-    how much the network has to get faster than it was timed.
+    """The cut after which a forward pass takes the target: as timed where the device is here (`cup.plan_by_clock`),
+    else as modelled. By how much the network has to get faster than it was is what counts; both are timed in turns.
 
     drop_blocks: whether whole residual blocks may go, too.
 
@@ -91,8 +95,19 @@ def latency_plan(
     groups = _at_evaluation(network, groups)
     now_s = latency.cost.of(network.model, groups).now if latency.before_s is None else latency.before_s
     _check_target(latency.target_s, now_s)
+    asked = (network.model, groups, now_s / latency.target_s, options)
     settings = {"cost": latency.cost, "drop_blocks": drop_blocks}
-    plan = cup.plan_by_time(network.model, groups, now_s / latency.target_s, options, **settings)
+    if latency.here is None:
+        plan = cup.plan_by_time(*asked, **settings)
+    else:
+        print("timing cuts on this device, a few seconds each", flush=True)
+        before = copy.deepcopy(network.model)
+
+        def speedup(cut: nn.Module) -> float:
+            before_s, cut_s = latency.timed_in_turns([before, cut], network)
+            return before_s / cut_s
+
+        plan = cup.plan_by_clock(*asked, **settings, speedup=speedup)
     if plan.changes_nothing:
         blocks = "" if drop_blocks else "; --drop-blocks lets whole blocks go"
         raise TrainError(
@@ -109,8 +124,11 @@ def _check_target(target_s: float, now_s: float) -> None:
         )
 
 
-def report_latency(latency: Latency, cut: Cut) -> str:
-    """One line: what it takes now, modelled, and timed where the device is here."""
+def report_latency(latency: Latency, cut: Cut, before: nn.Module) -> str:
+    """One line: what it takes now, modelled, and timed where the device is here.
+
+    before: the network's model before the cut.
+    """
     cost, model = latency.cost, cut.network.model
     modelled = _in_ms(cost.of(model, _at_evaluation(cut.network, cut.network.groups)).now)
     what = (
@@ -119,27 +137,42 @@ def report_latency(latency: Latency, cut: Cut) -> str:
     )
     if latency.here is None:
         return f"{what}: {modelled} as modelled, {_in_ms(latency.target_s)} asked for"
-    after_s = _timed(cut.network, latency.precision, latency.here, cost.batch_size)
+    before_s, after_s = latency.timed_in_turns([before, model], cut.network)
+    missed = f", missed by {after_s / latency.target_s - 1:.1%}" if after_s > latency.target_s else ""
     return (
-        f"{what}: timed {_in_ms(latency.before_s)} before, {_in_ms(after_s)} now, {_in_ms(latency.target_s)} asked for "
+        f"{what}: timed {_in_ms(before_s)} before, {_in_ms(after_s)} now, {_in_ms(latency.target_s)} asked for{missed} "
         f"(modelled {modelled})"
     )
 
 
 @torch.no_grad()
-def _timed(network: StoredNetwork, precision: Precision, here: torch.device, batch: int) -> float:
-    """Seconds of one forward pass in evaluation, the fastest of several."""
-    model: nn.Module = copy.deepcopy(network.model).to(here, memory_format=MEMORY_FORMAT).eval()
-    images = torch.randn(batch, *_input_shape(network), device=here).contiguous(memory_format=MEMORY_FORMAT)
-    elapsed: list[float] = []
-    while len(elapsed) < MIN_CALLS or sum(elapsed) < MIN_SECONDS:
+def _timed_in_turns(
+    models: Sequence[nn.Module], shape: tuple[int, ...], precision: Precision, here: torch.device, batch: int
+) -> list[float]:
+    """Seconds of one forward pass of each in evaluation, the fastest of several: the models are only read.
+
+    They take turns, so that a machine that slows down slows all of them.
+    """
+    copies = [copy.deepcopy(model).to(here, memory_format=MEMORY_FORMAT).eval() for model in models]
+    images = torch.randn(batch, *shape, device=here).contiguous(memory_format=MEMORY_FORMAT)
+
+    def seconds_of_a_pass(model: nn.Module) -> float:
         _wait(here)
         start = time.perf_counter()
         with precision.autocast():
             model(images)
         _wait(here)
-        elapsed.append(time.perf_counter() - start)
-    return min(elapsed)
+        return time.perf_counter() - start
+
+    def turn(model: nn.Module) -> float:
+        seconds_of_a_pass(model)  # caches hold the others' weights still
+        elapsed = [seconds_of_a_pass(model)]
+        while sum(elapsed) < TURN_SECONDS:
+            elapsed.append(seconds_of_a_pass(model))
+        return min(elapsed)
+
+    turns = [[turn(model) for model in copies] for _ in range(TURNS)]
+    return [min(own) for own in zip(*turns, strict=True)]
 
 
 def _input_shape(network: StoredNetwork) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ python launch/prune.py resnet18 --weights resnet18-f37072fd.pth --t 0.65 --dendr
 python launch/prune.py runs/demo/best.pt --latency 12ms --device cpu --batch 1
 """
 
+import copy
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -42,6 +43,7 @@ def _prune(argv: list[str]) -> None:
         why = f": {plan.note}" if plan.note else ", ask for a deeper one"
         raise TrainError(f"this cut removes no channel of {options.source}, nothing was written{why}")
     trees = _trees(network, groups, plan, settings) if options.dendrogram else []  # read before the model is cut
+    before = copy.deepcopy(network.model) if latency is not None else network.model
     cut = cut_network(network, plan, groups)
     out = _free_out(options, cut)
     if options.dendrogram:
@@ -51,7 +53,7 @@ def _prune(argv: list[str]) -> None:
     if note:
         print(note)
     if latency is not None:
-        print(report_latency(latency, cut))
+        print(report_latency(latency, cut, before))
     print(f"written: {out}")
 
 
@@ -68,7 +70,7 @@ def _parse(argv: list[str]) -> Namespace:
     parser.add_argument(
         "--device",
         choices=(*cup.DEVICES, "cpu", "cuda"),
-        help="with --latency: whose time; cpu and cuda are measured here, before and after",
+        help="with --latency: whose time; on cpu and cuda cuts are timed here until the time is met",
     )
     parser.add_argument("--batch", type=positive_int, metavar="N", help="with --latency: images (default: 1)")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="with --latency (default: fp32)")

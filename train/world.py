@@ -26,6 +26,7 @@ from torch import nn
 
 from cup import CupError
 from data import DataError
+from train.allocation import keep_freed_memory
 from train.errors import ConfigError, TrainError
 
 T = TypeVar("T")
@@ -195,7 +196,8 @@ class RankFailed(TrainError):
 def open_world(device: str = "auto", timeout_minutes: float = COLLECTIVE_TIMEOUT_MINUTES) -> World:
     """Join the process group that torchrun's variables describe, or stand alone without them.
 
-    device: auto (a GPU if there is one), cpu or cuda. nccl moves GPU tensors, gloo everything else.
+    device: auto (a GPU if there is one), cpu or cuda. nccl moves GPU tensors, gloo everything else. On a CPU the
+        process keeps what it frees from here on (`keep_freed_memory`).
     timeout_minutes: a rank that waits longer than this for the others in a collective gives up.
     Raises ConfigError if cuda is asked for and there is none, or fewer GPUs than ranks on this machine; TrainError if
     the other ranks cannot be reached.
@@ -213,6 +215,8 @@ def open_world(device: str = "auto", timeout_minutes: float = COLLECTIVE_TIMEOUT
                 "--nproc-per-node at most the number of GPUs, or set --run.device cpu"
             )
         torch.cuda.set_device(local_rank)
+    else:
+        keep_freed_memory()
     if size > 1:
         timeout = timedelta(minutes=timeout_minutes)
         try:

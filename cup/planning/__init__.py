@@ -1,5 +1,6 @@
 """Which channels stay: planners that turn rankings into a plan, and the schedules that say when and how hard to cut."""
 
+from cup.planning.by_clock import CLOCK_TOLERANCE, plan_by_clock
 from cup.planning.by_time import TIME_OPTIONS, TIME_TOLERANCE, plan_by_time
 from cup.planning.cuts import GroupCut, cut_groups
 from cup.planning.evolution import EvolutionOptions, WidthSpace, evolve
@@ -10,6 +11,7 @@ from cup.planning.search import REDUCTION_TOLERANCE
 from cup.planning.uniform import uniform_widths, uniform_widths_at
 
 __all__ = [
+    "CLOCK_TOLERANCE",
     "REDUCTION_TOLERANCE",
     "TIME_OPTIONS",
     "TIME_TOLERANCE",
@@ -21,6 +23,7 @@ __all__ = [
     "evolve",
     "has_reached",
     "is_cut_epoch",
+    "plan_by_clock",
     "plan_by_counts",
     "plan_by_reduction",
     "plan_by_threshold",

@@ -229,6 +229,10 @@ class StepBench:
         """A fresh network at these widths, as the trainer holds it. compiled: False leaves its blocks eager."""
         model = build_model(self.name, self.classes)
         cup.shrink_to(model, widths, self.example)
+        return self.state_of(model, compiled)
+
+    def state_of(self, model: nn.Module, compiled: bool = True) -> TrainState:
+        """This network as the trainer holds it; the model is changed in place."""
         model.to(self.world.device, memory_format=MEMORY_FORMAT).train()
         if compiled and self.config.compile == "blocks":
             self._compile(model)

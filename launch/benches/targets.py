@@ -1,4 +1,7 @@
-"""Plans to a speed-up of this device against the clock, beside plans by FLOPs at the same FLOPs reduction."""
+"""Plans to a speed-up of this device against the clock, beside plans by FLOPs at the same FLOPs reduction.
+
+By time twice: as the cost model has it, and corrected by the clock, whose FLOPs reduction the plans by FLOPs take.
+"""
 
 import argparse
 import json
@@ -9,16 +12,18 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import nn
 
 import cup
 from launch.benches.cost import CLOCKS, turn_timer
 from launch.benches.measure import machine, rounds_in_turn, with_spread, write_result
-from launch.benches.step import StepBench
+from launch.benches.step import StepBench, ratios
 from train.cli import positive_int
 from train.errors import TrainError
 from train.loop.config import TrainConfig
 from train.world import open_world
 
+MODELLED, CLOCKED = "time, as modelled", "time, by the clock"
 NETWORKS = ("resnet18", "resnet50", "mobilenet_v2")
 
 
@@ -36,11 +41,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """speed_ups: timed, dense over this network's step, round by round; modelled: what the cost model says of it."""
+    """speed_ups: timed, dense over this network's step, round by round; modelled: what the cost model says of it.
+
+    note: the planner's.
+    """
 
     flops_reduction: float
     modelled: float
     speed_ups: list[float]
+    note: str
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -73,39 +82,47 @@ def measure(options: argparse.Namespace) -> None:
                 "rows": {name: {plan: asdict(one) for plan, one in plans.items()} for name, plans in rows.items()},
             }
             write_result(options.out, content)
+    for name, plans in rows.items():
+        print(f"{name}, {CLOCKED}: {plans[CLOCKED].note}")
 
 
 def _plans(
     bench: StepBench, cost: cup.DeviceCost, options: argparse.Namespace, clock: Callable[[], float]
 ) -> dict[str, Plan]:
-    """By time over all groups; at its FR by FLOPs, over the paper's inner groups and over all."""
-    by_time = cup.plan_by_time(
-        bench.model,
-        bench.groups,
-        options.speed_up,
-        cup.PlanOptions(scope="all", criterion=options.criterion),
-        cost=cost,
-    )
-    reduction = bench.dense.flops / bench.cost(by_time.new_widths).flops
-    widths: dict[str, Mapping[str, int]] = {"dense": bench.dense_widths, "time, all groups": by_time.new_widths}
+    """By time over all groups, as modelled and by the clock; at the FR of the second by FLOPs, over the paper's inner
+    groups and over all.
+    """
     inner = cup.PlanOptions(criterion=options.criterion)
-    widths["FLOPs, inner groups"] = cup.plan_by_reduction(bench.model, bench.groups, reduction, inner).new_widths
     everywhere = cup.PlanOptions(scope="all", criterion=options.criterion)
+    dense = turn_timer(bench, bench.state(bench.dense_widths), clock)
+
+    def speedup(network: nn.Module) -> float:
+        own = turn_timer(bench, bench.state_of(network), clock)
+        return median(ratios(**rounds_in_turn({"ones": dense, "others": own}, options.rounds)))
+
+    asked = (bench.model, bench.groups, options.speed_up, everywhere)
+    plans = {
+        MODELLED: cup.plan_by_time(*asked, cost=cost),
+        CLOCKED: cup.plan_by_clock(*asked, cost=cost, speedup=speedup),
+    }
+    reduction = bench.dense.flops / bench.cost(plans[CLOCKED].new_widths).flops
+    plans["FLOPs, inner groups"] = cup.plan_by_reduction(bench.model, bench.groups, reduction, inner)
+    widths: dict[str, Mapping[str, int]] = {name: plan.new_widths for name, plan in plans.items()}
     view = cup.View(bench.model, bench.groups, bench.dense, bench.dense)
     widths["FLOPs, all groups, one factor"] = cup.uniform_widths_at(view, reduction, everywhere)
     timers = {
         plan: turn_timer(bench, bench.state(bench.dense_widths | dict(one)), clock) for plan, one in widths.items()
     }
-    seconds = rounds_in_turn(timers, options.rounds)
+    seconds = rounds_in_turn({"dense": dense, **timers}, options.rounds)
     modelled = cost.of(bench.model, bench.groups)
     return {
         plan: Plan(
             flops_reduction=bench.dense.flops / bench.cost(one).flops,
             modelled=modelled.now / modelled.at(one),
-            speed_ups=[dense / own for dense, own in zip(seconds["dense"], seconds[plan], strict=True)],
+            speed_ups=ratios(seconds["dense"], seconds[plan]),
+            note=plans[plan].note if plan in plans else "",
         )
         for plan, one in widths.items()
-        if plan != "dense"
     }
 
 

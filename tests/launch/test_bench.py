@@ -478,11 +478,13 @@ def test_plans_to_a_speed_up_stand_beside_plans_by_flops_at_the_same_reduction(t
     calibration.write_text(json.dumps({"device": device.to_dict(), "batch_size": 2, "image_size": 32, "clock": "wall"}))
     arguments = ["targets", "--models", "resnet20_cifar", "--criterion", "l2", "--rounds", "2", "--speed-up", "1.5"]
     assert main([*arguments, "--calibration", str(calibration), "--out", str(out)]) == 0
-    by_time, inner, everywhere = json.loads(out.read_text())["rows"]["resnet20_cifar"].values()
-    assert by_time["modelled"] == pytest.approx(1.5, rel=0.02) and len(by_time["speed_ups"]) == 2
+    as_modelled, by_clock, inner, everywhere = json.loads(out.read_text())["rows"]["resnet20_cifar"].values()
+    assert as_modelled["modelled"] == pytest.approx(1.5, rel=0.02) and len(as_modelled["speed_ups"]) == 2
     for other in (inner, everywhere):
-        assert other["flops_reduction"] == pytest.approx(by_time["flops_reduction"], rel=0.05)
-    assert "| resnet20_cifar | time, all groups |" in capsys.readouterr().out
+        assert other["flops_reduction"] == pytest.approx(by_clock["flops_reduction"], rel=0.05)
+    assert f"(modelled {by_clock['modelled']:.3f}) after " in by_clock["note"]
+    printed = capsys.readouterr().out
+    assert "| resnet20_cifar | time, as modelled |" in printed and by_clock["note"] in printed
     assert main([*arguments, "--calibration", str(out)]) == 1
     assert "allowed: a result of bench.py cost" in capsys.readouterr().err
 

@@ -1,10 +1,12 @@
 """The small parts of a run: ledger, learning rate, optimizer groups, models, checkpoints, run directories."""
 
+import ctypes
 import json
 import math
 import multiprocessing
 import os
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -25,7 +27,7 @@ from torch import nn
 
 from data import Batch, DataError
 from launch import train
-from train.allocation import prefer_growing_segments
+from train.allocation import OF_GLIBC, prefer_growing_segments
 from train.build import _data_notes, _fitted
 from train.checkpoint.file import CheckpointError, load_checkpoint, save_checkpoint
 from train.cli import exit_code_of
@@ -677,6 +679,32 @@ def test_segments_grow_unless_the_user_says_anything_of_memory(monkeypatch: pyte
     monkeypatch.setattr(os, "environ", dict(given))
     prefer_growing_segments()
     assert os.environ == found
+
+
+FREED_AND_TAKEN_AGAIN = """
+import resource, torch
+from train.world import open_world
+open_world("cpu")
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        torch.zeros(40 << 20, dtype=torch.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc's allocator")
+@pytest.mark.parametrize(("variables", "given_back"), [({}, False), ({"MALLOC_TRIM_THRESHOLD_": "131072"}, True)])
+def test_on_a_cpu_large_blocks_are_kept_for_the_next_step(variables, given_back):
+    """10,240 pages of 4 KiB, or 20 of 2 MiB, would be cleared for each of four tensors; unless the user wants that."""
+    environment = {name: value for name, value in os.environ.items() if name not in OF_GLIBC} | variables
+    command = [sys.executable, "-c", FREED_AND_TAKEN_AGAIN]
+    found = subprocess.run(
+        command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True
+    )
+    assert (int(found.stdout) >= 80) == given_back
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
