@@ -361,9 +361,7 @@ def _cost(module: nn.Module, value: tuple[int, ...], output: tuple[int, ...]) ->
 
 def _window(pool: nn.MaxPool2d | nn.AvgPool2d, sides: tuple[int, ...]) -> int:
     """Elements of a window; one that is larger than the padded map, as ceil_mode allows, is the whole of it."""
-    kernel, padding = (
-        value if isinstance(value, tuple) else (value,) * 2 for value in (pool.kernel_size, pool.padding)
-    )
+    kernel, padding = ((value,) * 2 if isinstance(value, int) else value for value in (pool.kernel_size, pool.padding))
     return math.prod(min(k, side + 2 * p) for k, side, p in zip(kernel, sides, padding, strict=True))
 
 

@@ -146,13 +146,13 @@ def unscaled(node: fx.Node) -> fx.Node:
     return node
 
 
-def arguments_besides_width(node: fx.Node, model: nn.Module) -> str:
+def arguments_besides_width(node: fx.Node, model: nn.Module, following: int | None) -> str:
     """A node's arguments as text, without the number of groups or the shape that a layer hands to its function.
 
-    That number follows the layer's weights. Of a view that follows a module's heads, all sizes but that one; with equal
-    other lengths of the result it can only be the right one.
+    That number follows the layer's weights. following: at a view, the dimension whose size follows a module's heads; it
+    is left out, too: with equal other lengths of the result it can only be the right one.
     """
-    if (dim := node.meta.get("following")) is not None:
+    if (dim := following) is not None and _is_view(node):
         others = [(*sizes[:dim], *sizes[dim + 1 :]) for sizes in (_spelt_out(node), shape_of(node))]
         return f"{node.args[0]} {others}"
     args, kwargs = list(node.args), dict(node.kwargs)

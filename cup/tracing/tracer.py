@@ -10,6 +10,7 @@ number, and nothing tells a 64 that is a width from a 64 that is something else.
 
 import dataclasses
 import functools
+import itertools
 import operator
 import random
 from collections.abc import Callable, Collection, Iterator
@@ -52,11 +53,11 @@ class Trace:
 
         like: a trace whose walk has noted which sizes follow the widths; those are left out here, too.
         """
-        nodes = self.graph.nodes
-        for node, other in zip(nodes, () if like is None else like.graph.nodes, strict=False):
-            if "following" in other.meta:
-                node.meta["following"] = other.meta["following"]
-        return [(node.op, self.target_of(node), arguments_besides_width(node, self.root)) for node in nodes]
+        noted = [node.meta.get("following") for node in (self if like is None else like).graph.nodes]
+        return [
+            (node.op, self.target_of(node), arguments_besides_width(node, self.root, following))
+            for node, following in zip(self.graph.nodes, itertools.chain(noted, itertools.repeat(None)), strict=False)
+        ]
 
     def target_of(self, node: fx.Node) -> str:
         """What a node calls or reads, comparable between traces of one network."""

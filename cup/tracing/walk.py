@@ -201,8 +201,10 @@ class _Walk:
         for role in ("producers", "followers", "consumers"):
             found[role] = {}
             for layer, labels_C in getattr(self.labels, role):
+                channel_C = channel_of[labels_C]
                 for group in np.unique(group_of[labels_C]).tolist():
-                    found[role].setdefault(group, []).append((layer, channel_of[labels_C]))
+                    if role == "producers" or group in found["producers"]:  # a long buffer's labels are a group each
+                        found[role].setdefault(group, []).append((layer, channel_C))
         network = self._network(sample, channel_of)
         return [
             self._group(

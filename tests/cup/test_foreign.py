@@ -2,6 +2,7 @@
 
 import copy
 import random
+import tracemalloc
 from dataclasses import dataclass
 from types import MethodType
 
@@ -268,6 +269,27 @@ def test_an_autograd_function_is_not_followed_and_breaks_nothing():
     model, images = built(Idioms(lambda s, y, x: Doubled.apply(y)))
     groups = check_against_twin(model, images)
     assert next(group for group in groups if group.name == "c1").frozen == "apply is not followed"
+
+
+class Looked(Chain):
+    """A table of positions, as attention over windows has: its index is longer than any layer is wide."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.rand(20, 1))
+        self.register_buffer("index", torch.randint(20, (4096,)))
+
+    def forward(self, x):
+        return super().forward(x * self.table[self.index.view(-1)].mean())
+
+
+def test_a_long_index_costs_no_memory_by_its_square():
+    model, images = built(Looked())
+    tracemalloc.start()
+    cup.channel_groups(model, images)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 20e6  # 4,096 arrays of 4,096 channels' numbers are 67 MB
 
 
 class Cache:
