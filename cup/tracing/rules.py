@@ -352,6 +352,16 @@ def _reshape(op: Operation, labels: Labels) -> Channels | None:
     return None
 
 
+def _reshape_as(op: Operation, labels: Labels) -> Channels | None:
+    """To another tensor's sizes: where its channels come to lie on channels, they are the same ones."""
+    value, other = op.value, op.node.args[1]
+    for channels in () if value is None else _joined(value, op.input_shape, op.output_shape):
+        if _is_width(op, labels, other, [channels.dim], channels):
+            return channels
+    labels.freeze([value, op.channels[other]], f"{op.name} is not followed")
+    return None
+
+
 def _split_into_heads(op: Operation, labels: Labels) -> Channels | None:
     """A view of the channels as the heads that the module counts, in front of each head's channels: whole heads go.
 
@@ -917,7 +927,7 @@ _WIDTHLESS = (
     *("dim", "ndim", "ndimension", "dtype", "device", "layout", "requires_grad", "is_cuda", "is_nested", "training"),
     *("is_floating_point", "is_complex", torch.is_floating_point, torch.is_complex, torch._assert),
 )
-_JOINING = (_add, _elementwise, _product, _cat, _stack, _expand, _retyped)
+_JOINING = (_add, _elementwise, _product, _cat, _stack, _expand, _retyped, _reshape_as)
 _UNFLATTENS = (torch.unflatten, "unflatten")
 _SIZED = (torch.reshape, "view", "reshape", *_UNFLATTENS)
 _CHUNKS = (torch.chunk, "chunk")
@@ -958,6 +968,7 @@ _FUNCTIONS: dict[Any, Rule] = {
         _spatial,
     ),
     **dict.fromkeys((torch.flatten, "flatten", torch.unsqueeze, "unsqueeze", *_SIZED), _reshape),
+    **dict.fromkeys(("reshape_as", "view_as"), _reshape_as),
     **dict.fromkeys((torch.squeeze, "squeeze"), _squeeze),
     **dict.fromkeys((torch.permute, "permute"), _permute),
     **dict.fromkeys((torch.transpose, "transpose", torch.swapaxes, "swapaxes"), _transpose),

@@ -188,6 +188,21 @@ class _StandIn(fx.Proxy):
         value = self.node.meta["value"]
         return int(self.size(0)) if isinstance(value, torch.Tensor) else len(value)
 
+    def __add__(self, other: Any) -> Any:
+        """Sizes and further ones are spelt out one by one, as a view may be given them."""
+        if isinstance(self.node.meta["value"], torch.Size):
+            return (*self, *other)
+        return super().__add__(other)
+
+    def __radd__(self, other: Any) -> Any:
+        return (*other, *self) if isinstance(self.node.meta["value"], torch.Size) else super().__radd__(other)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        """Noted as what it is, a step that gives nothing; its operands are not followed."""
+        step = self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {}).node
+        step.meta["unknown"] = True
+        self.node.meta["constant"] &= step.meta["constant"]
+
     def __bool__(self) -> bool:
         return bool(self.tracer.answer(self.node))
 

@@ -271,6 +271,24 @@ def test_an_autograd_function_is_not_followed_and_breaks_nothing():
     assert next(group for group in groups if group.name == "c1").frozen == "apply is not followed"
 
 
+def _into_itself(model, y):
+    y = y * 1.0
+    y[:, :, 0] = 2 * y[:, :, 1]
+    return y
+
+
+def _into_zeros(model, y):
+    shifted = torch.zeros_like(y)
+    shifted[:, 1:] = y[:, :-1]
+    return shifted
+
+
+@pytest.mark.parametrize("middle", [_into_itself, _into_zeros])
+def test_what_is_written_into_or_from_stays(middle):
+    groups = check_against_twin(*built(Chain(middle)))
+    assert set(frozen(groups)) == {"c1", "fc"}
+
+
 class Looked(Chain):
     """A table of positions, as attention over windows has: its index is longer than any layer is wide."""
 
