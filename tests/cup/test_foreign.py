@@ -1,6 +1,7 @@
 """Other people's networks: code that no network of ours has, each kind at its smallest. Twins in float64."""
 
 import copy
+import operator
 import random
 import tracemalloc
 from dataclasses import dataclass
@@ -251,6 +252,10 @@ IDIOMS = {
     "an equalised learning rate": lambda s, y, x: s.equal(y),
     "an equalised convolution used twice": lambda s, y, x: s.equal(F.relu(s.equal(y))),
     "a scalar buffer": lambda s, y, x: y * s.step,
+    "the shape of another tensor": lambda s, y, x: s.norm(y).flatten(2).reshape_as(s.c2(y)),
+    "sizes joined with more": lambda s, y, x: (
+        y.flatten(2).view(operator.add(y.shape[:2], (4, 2, 8))).view(operator.add((-1,), y.shape[1:]))
+    ),
     "a module that is made on the way": lambda s, y, x: nn.ReLU()(s.c2(y)),
 }
 
