@@ -325,7 +325,7 @@ class _Tracer(fx.Tracer):
 
     def _value(self, node: fx.Node) -> Any:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["value"])
-        args, kwargs = tuple(map(_on_meta, args)), {name: _on_meta(value) for name, value in kwargs.items()}
+        args, kwargs = tuple(map(_as_given, args)), _as_given(kwargs)
         with self._plain_modules(), torch.no_grad(), torch.device("meta"):
             if node.op == "get_attr":
                 value = operator.attrgetter(node.target)(self.root)
@@ -357,7 +357,12 @@ def _call(module: nn.Module, args: tuple, kwargs: dict) -> Any:
     return module(*args, **kwargs)
 
 
-def _on_meta(argument: Any) -> Any:
+def _as_given(argument: Any) -> Any:
+    """As the code gave it, in lists and dicts that it may change, which torch.fx's may not be; devices are meta."""
+    if isinstance(argument, list):
+        return [_as_given(item) for item in argument]
+    if isinstance(argument, dict):
+        return {key: _as_given(item) for key, item in argument.items()}
     return torch.device("meta") if isinstance(argument, torch.device) else argument
 
 

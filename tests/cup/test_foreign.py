@@ -260,6 +260,17 @@ IDIOMS = {
 }
 
 
+@torch.fx.wrap
+def rolled(y, shifts):
+    shifts[1] = shifts[0]
+    return F.relu(y) + shifts[1]
+
+
+def test_a_function_as_a_whole_may_change_the_list_that_it_is_given():
+    groups = check_against_twin(*built(Idioms(lambda s, y, x: rolled(y, [1, 0]))))
+    assert next(group for group in groups if group.name == "c1").frozen == "rolled is not followed"
+
+
 class Doubled(torch.autograd.Function):
     @staticmethod
     def forward(context, x):
