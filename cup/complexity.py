@@ -8,7 +8,7 @@ attention of a transformer), which the reference does not speak of, are counted 
 """
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from scipy.sparse import csr_array
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from cup.blocks import drop, groups_without
@@ -74,7 +75,9 @@ def complexity(model: nn.Module, example_input: Any) -> Complexity:
 
     example_input: as of `channel_groups`: tensor (N, ...), or a tuple or dict of several inputs.
     Layers stand in the order of their first call; products outside of layers are one more, named OUTSIDE, at the end.
-    Raises CupError if the model does not take such inputs, or is a wrapper around a network.
+    Code that branches on a tensor's entries (`if mask.all()`) is counted on both sides, which must cost the same.
+    Raises CupError if the model does not take such inputs, costs more or less by their entries, or is a wrapper around
+    a network.
     """
     check_model(model)
     return _count(meta_copy(model), sample_of(example_input))
@@ -257,22 +260,68 @@ def _count(twin: nn.Module, sample: Sample) -> Complexity:
         if type(module) in _BATCH_NORMS:
             module.forward = lambda value: value  # shapes pass unchanged; torch's own meta kernel is slow Python
     twin.requires_grad_(False)  # torch's counter wants the history of every parameter's view that needs gradients
-    positional, named = arguments(meta_input(sample, batch=1))
-    try:
-        with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as products:
+
+    def run(answer: bool) -> tuple[tuple[LayerCost, ...], bool]:
+        costs.clear()
+        positional, named = arguments(meta_input(sample, batch=1))
+        products, answers = FlopCounterMode(display=False), _Answers(answer)
+        with torch.no_grad(), torch.device("meta"), answers, products:
             twin.eval()(*positional, **named)
-    except Exception as error:  # whatever a network's own code raises for a wrong shape
-        raise CupError(does_not_take(twin, sample, error)) from error
-    outside = products.get_total_flops() // 2 - sum(cost.macs for cost in costs.values())
-    if outside > 0:
-        costs[OUTSIDE] = LayerCost(OUTSIDE, "products", 2 * outside, outside, 0)
-    layers = tuple(costs.values())
+        outside = products.get_total_flops() // 2 - sum(cost.macs for cost in costs.values())
+        if outside > 0:
+            costs[OUTSIDE] = LayerCost(OUTSIDE, "products", 2 * outside, outside, 0)
+        return tuple(costs.values()), answers.asked > 0
+
+    layers = _same_whatever_is_answered(run, twin, sample)
     return Complexity(
         layers=layers,
         flops=sum(layer.flops for layer in layers),
         macs=sum(layer.macs for layer in layers),
         params=sum(parameter.numel() for parameter in twin.parameters()),
     )
+
+
+def _same_whatever_is_answered(
+    run: Callable[[bool], tuple[tuple[LayerCost, ...], bool]], twin: nn.Module, sample: Sample
+) -> tuple[LayerCost, ...]:
+    """What a pass costs; where the code asks about entries, with both answers, but for one that the code refuses."""
+    found: list[tuple[LayerCost, ...]] = []
+    refused: Exception | None = None
+    for answer in (False, True):
+        try:
+            layers, asked = run(answer)
+        except CupError:
+            raise
+        except Exception as error:  # whatever a network's own code raises for a wrong shape, or a wrong entry
+            refused = refused or error
+            continue
+        found.append(layers)
+        if not asked:
+            break
+    if not found:
+        raise CupError(does_not_take(twin, sample, refused)) from refused
+    if found[0] != found[-1]:
+        raise CupError(f"what {type(twin).__name__} costs depends on the entries of a tensor, which has none here")
+    return found[0]
+
+
+class _Answers(TorchDispatchMode):
+    """Gives one answer to all code that asks a tensor without entries for a yes or no."""
+
+    def __init__(self, answer: bool) -> None:
+        super().__init__()
+        self.answer, self.asked = answer, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is not torch.ops.aten._local_scalar_dense.default or args[0].dtype != torch.bool:
+            return func(*args, **(kwargs or {}))
+        self.asked += 1
+        if self.asked > _MOST_QUESTIONS:
+            raise CupError(f"the code asks about a tensor's entries more than {_MOST_QUESTIONS} times, maybe in a loop")
+        return self.answer
+
+
+_MOST_QUESTIONS = 1000
 
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -306,9 +355,14 @@ def _cost(module: nn.Module, value: tuple[int, ...], output: tuple[int, ...]) ->
     if isinstance(module, _RELUS):
         return math.prod(value), 0
     if isinstance(module, _POOLS):
-        side = module.kernel_size
-        return elements * (side * side if isinstance(side, int) else math.prod(side)), 0
+        return elements * _window(module, value[-2:]), 0
     return 0, 0
+
+
+def _window(pool: nn.MaxPool2d | nn.AvgPool2d, sides: tuple[int, ...]) -> int:
+    """Elements of a window; one that is larger than the padded map, as ceil_mode allows, is the whole of it."""
+    kernel, padding = ((value,) * 2 if isinstance(value, int) else value for value in (pool.kernel_size, pool.padding))
+    return math.prod(min(k, side + 2 * p) for k, side, p in zip(kernel, sides, padding, strict=True))
 
 
 def _own_parameters(module: nn.Module) -> int:

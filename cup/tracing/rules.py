@@ -146,13 +146,13 @@ def unscaled(node: fx.Node) -> fx.Node:
     return node
 
 
-def arguments_besides_width(node: fx.Node, model: nn.Module) -> str:
+def arguments_besides_width(node: fx.Node, model: nn.Module, following: int | None) -> str:
     """A node's arguments as text, without the number of groups or the shape that a layer hands to its function.
 
-    That number follows the layer's weights. Of a view that follows a module's heads, all sizes but that one; with equal
-    other lengths of the result it can only be the right one.
+    That number follows the layer's weights. following: at a view, the dimension whose size follows a module's heads; it
+    is left out, too: with equal other lengths of the result it can only be the right one.
     """
-    if (dim := node.meta.get("following")) is not None:
+    if (dim := following) is not None and _is_view(node):
         others = [(*sizes[:dim], *sizes[dim + 1 :]) for sizes in (_spelt_out(node), shape_of(node))]
         return f"{node.args[0]} {others}"
     args, kwargs = list(node.args), dict(node.kwargs)
@@ -349,6 +349,16 @@ def _reshape(op: Operation, labels: Labels) -> Channels | None:
     what = "a size that is computed" if isinstance(size, fx.Node) or size is None else f"a fixed size {size}"
     shapes = f"from {before[1:]} to {after[1:]} is not followed"
     labels.freeze([value], f"{op.name} to {what}" if ways else f"{op.name} {shapes}")
+    return None
+
+
+def _reshape_as(op: Operation, labels: Labels) -> Channels | None:
+    """To another tensor's sizes: where its channels come to lie on channels, they are the same ones."""
+    value, other = op.value, op.node.args[1]
+    for channels in () if value is None else _joined(value, op.input_shape, op.output_shape):
+        if _is_width(op, labels, other, [channels.dim], channels):
+            return channels
+    labels.freeze([value, op.channels[other]], f"{op.name} is not followed")
     return None
 
 
@@ -928,7 +938,7 @@ _WIDTHLESS = (
     *("dim", "ndim", "ndimension", "dtype", "device", "layout", "requires_grad", "is_cuda", "is_nested", "training"),
     *("is_floating_point", "is_complex", torch.is_floating_point, torch.is_complex, torch._assert),
 )
-_JOINING = (_add, _elementwise, _product, _cat, _stack, _expand, _retyped)
+_JOINING = (_add, _elementwise, _product, _cat, _stack, _expand, _retyped, _reshape_as)
 _UNFLATTENS = (torch.unflatten, "unflatten")
 _SIZED = (torch.reshape, "view", "reshape", *_UNFLATTENS)
 _CHUNKS = (torch.chunk, "chunk")
@@ -969,6 +979,7 @@ _FUNCTIONS: dict[Any, Rule] = {
         _spatial,
     ),
     **dict.fromkeys((torch.flatten, "flatten", torch.unsqueeze, "unsqueeze", *_SIZED), _reshape),
+    **dict.fromkeys(("reshape_as", "view_as"), _reshape_as),
     **dict.fromkeys((torch.squeeze, "squeeze"), _squeeze),
     **dict.fromkeys((torch.permute, "permute"), _permute),
     **dict.fromkeys((torch.transpose, "transpose", torch.swapaxes, "swapaxes"), _transpose),

@@ -10,6 +10,7 @@ number, and nothing tells a 64 that is a width from a 64 that is something else.
 
 import dataclasses
 import functools
+import itertools
 import operator
 import random
 from collections.abc import Callable, Collection, Iterator
@@ -52,11 +53,11 @@ class Trace:
 
         like: a trace whose walk has noted which sizes follow the widths; those are left out here, too.
         """
-        nodes = self.graph.nodes
-        for node, other in zip(nodes, () if like is None else like.graph.nodes, strict=False):
-            if "following" in other.meta:
-                node.meta["following"] = other.meta["following"]
-        return [(node.op, self.target_of(node), arguments_besides_width(node, self.root)) for node in nodes]
+        noted = [node.meta.get("following") for node in (self if like is None else like).graph.nodes]
+        return [
+            (node.op, self.target_of(node), arguments_besides_width(node, self.root, following))
+            for node, following in zip(self.graph.nodes, itertools.chain(noted, itertools.repeat(None)), strict=False)
+        ]
 
     def target_of(self, node: fx.Node) -> str:
         """What a node calls or reads, comparable between traces of one network."""
@@ -186,6 +187,21 @@ class _StandIn(fx.Proxy):
     def __len__(self) -> int:
         value = self.node.meta["value"]
         return int(self.size(0)) if isinstance(value, torch.Tensor) else len(value)
+
+    def __add__(self, other: Any) -> Any:
+        """Sizes and further ones are spelt out one by one, as a view may be given them."""
+        if isinstance(self.node.meta["value"], torch.Size):
+            return (*self, *other)
+        return super().__add__(other)
+
+    def __radd__(self, other: Any) -> Any:
+        return (*other, *self) if isinstance(self.node.meta["value"], torch.Size) else super().__radd__(other)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        """Noted as what it is, a step that gives nothing; its operands are not followed."""
+        step = self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {}).node
+        step.meta["unknown"] = True
+        self.node.meta["constant"] &= step.meta["constant"]
 
     def __bool__(self) -> bool:
         return bool(self.tracer.answer(self.node))
@@ -321,7 +337,7 @@ class _Tracer(fx.Tracer):
 
     def _value(self, node: fx.Node) -> Any:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["value"])
-        args, kwargs = tuple(map(_on_meta, args)), {name: _on_meta(value) for name, value in kwargs.items()}
+        args, kwargs = tuple(map(_as_given, args)), _as_given(kwargs)
         with self._plain_modules(), torch.no_grad(), torch.device("meta"):
             if node.op == "get_attr":
                 value = operator.attrgetter(node.target)(self.root)
@@ -353,7 +369,12 @@ def _call(module: nn.Module, args: tuple, kwargs: dict) -> Any:
     return module(*args, **kwargs)
 
 
-def _on_meta(argument: Any) -> Any:
+def _as_given(argument: Any) -> Any:
+    """As the code gave it, in lists and dicts that it may change, which torch.fx's may not be; devices are meta."""
+    if isinstance(argument, list):
+        return [_as_given(item) for item in argument]
+    if isinstance(argument, dict):
+        return {key: _as_given(item) for key, item in argument.items()}
     return torch.device("meta") if isinstance(argument, torch.device) else argument
 
 

@@ -201,9 +201,11 @@ class _Walk:
         for role in ("producers", "followers", "consumers"):
             found[role] = {}
             for layer, labels_C in getattr(self.labels, role):
-                for group in np.unique(group_of[labels_C]).tolist():
-                    own_C = np.where(group_of[labels_C] == group, channel_of[labels_C], -1)
-                    found[role].setdefault(group, []).append((layer, own_C))
+                channel_C, group_C = channel_of[labels_C], group_of[labels_C]
+                for group in np.unique(group_C).tolist():
+                    if role == "producers" or group in found["producers"]:  # a long buffer's labels are a group each
+                        own_C = np.where(group_C == group, channel_C, -1)
+                        found[role].setdefault(group, []).append((layer, own_C))
         network = self._network(sample, channel_of)
         return [
             self._group(

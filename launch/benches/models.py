@@ -2,8 +2,10 @@
 
 import argparse
 import copy
+import functools
 import gc
 import json
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -98,6 +100,7 @@ class Row:
     failure: what went wrong, or "".
     rival: what another library did with it: "outcome" (passes, fails, differs), "reached" (FR), "seconds" and, where it
         does not pass, "why"; empty where it was not asked for.
+    code: the commit that made the row, as `git describe` names it; "" where it is not known.
     """
 
     name: str
@@ -115,6 +118,7 @@ class Row:
     seconds: dict[str, float] = field(default_factory=dict)
     failure: str = ""
     rival: dict[str, Any] = field(default_factory=dict)
+    code: str = ""
 
     @property
     def verdict(self) -> str:
@@ -131,13 +135,22 @@ def _rivals_cell(rival: Mapping[str, Any]) -> str:
 
 def run_model(name: str, reduction: float, scope: str) -> Row:
     """One network from its name to a training step after the resize. What fails is noted in the row."""
-    row = Row(name)
+    row = Row(name, code=_commit())
     try:
         _run(row, reduction, scope)
     except Exception as error:  # whatever it is, the other networks' turn comes
         row.failure = row.failure or f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     gc.collect()  # networks are full of cycles, and the next one may need all the memory
     return row
+
+
+@functools.cache
+def _commit() -> str:
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or no checkout
+        return ""
 
 
 def run_rival(name: str, reduction: float) -> dict[str, Any]:

@@ -51,6 +51,7 @@ HAND_COUNTED = {
     "batch norm": (nn.BatchNorm2d(4), (4, 8, 8), 2 * 4 * 64, 0, 8),
     "relu": (nn.Sequential(nn.ReLU(), nn.ReLU6()), (4, 8, 8), 2 * 4 * 64, 0, 0),
     "max pool": (nn.MaxPool2d(3, 2, 1), (4, 8, 8), 9 * 4 * 16, 0, 0),
+    "a window larger than the map": (nn.AvgPool2d(640, padding=1, ceil_mode=True), (4, 8, 6), 10 * 8 * 4, 0, 0),
     "average pool": (nn.AvgPool2d((2, 4)), (4, 8, 8), 8 * 4 * 4 * 2, 0, 0),
     "adaptive pool counts nothing": (nn.AdaptiveAvgPool2d(1), (4, 8, 8), 0, 0, 0),
     "functions count nothing, calls add up": (
@@ -156,6 +157,54 @@ def test_an_input_that_does_not_fit_is_an_error_of_one_line():
     with pytest.raises(cup.CupError, match=r"LeNet does not take inputs of shape \(1, 40, 40\)") as caught:
         cup.complexity(make_network("lenet")[0], torch.empty(1, 1, 40, 40))
     assert "\n" not in str(caught.value)
+
+
+class Asks(nn.Module):
+    """Text models' question about their mask, and what they do then."""
+
+    def __init__(self, then):
+        super().__init__()
+        self.conv, self.then = nn.Conv2d(3, 4, 1), then
+
+    def forward(self, x, mask):
+        return self.then(self.conv(x), mask)
+
+
+def _skip(x, mask):
+    return x if mask.all() else x * mask
+
+
+def _check(x, mask):
+    if torch.isnan(x).any():
+        raise ValueError("x is not a number")
+    return x
+
+
+def _check_mask(x, mask):
+    assert 1 in mask
+    return _skip(x, mask)
+
+
+@pytest.mark.parametrize("then", [_skip, _check, _check_mask])
+def test_code_that_asks_for_entries_is_counted_where_every_answer_costs_the_same(then):
+    example = (torch.ones(2, 3, 8, 8), torch.ones(2, 1, 8, 8))
+    assert cup.complexity(Asks(then), example).flops == cup.complexity(nn.Conv2d(3, 4, 1), example[0]).flops
+
+
+def _leave(x, mask):
+    return x if mask.all() else F.linear(x, mask[0, 0])
+
+
+def _repeat(x, mask):
+    while not (x > 1).all():
+        x = x + mask
+    return x
+
+
+@pytest.mark.parametrize(("then", "reason"), [(_leave, "depends on the entries"), (_repeat, "more than 1000 times")])
+def test_costs_that_depend_on_entries_are_an_error(then, reason):
+    with pytest.raises(cup.CupError, match=reason):
+        cup.complexity(Asks(then), (torch.ones(2, 3, 8, 8), torch.ones(2, 1, 8, 8)))
 
 
 def test_a_shared_parameter_counts_once():

@@ -1,7 +1,9 @@
 """Other people's networks: code that no network of ours has, each kind at its smallest. Twins in float64."""
 
 import copy
+import operator
 import random
+import tracemalloc
 from dataclasses import dataclass
 from types import MethodType
 
@@ -250,8 +252,23 @@ IDIOMS = {
     "an equalised learning rate": lambda s, y, x: s.equal(y),
     "an equalised convolution used twice": lambda s, y, x: s.equal(F.relu(s.equal(y))),
     "a scalar buffer": lambda s, y, x: y * s.step,
+    "the shape of another tensor": lambda s, y, x: s.norm(y).flatten(2).reshape_as(s.c2(y)),
+    "sizes joined with more": lambda s, y, x: (
+        y.flatten(2).view(operator.add(y.shape[:2], (4, 2, 8))).view(operator.add((-1,), y.shape[1:]))
+    ),
     "a module that is made on the way": lambda s, y, x: nn.ReLU()(s.c2(y)),
 }
+
+
+@torch.fx.wrap
+def rolled(y, shifts):
+    shifts[1] = shifts[0]
+    return F.relu(y) + shifts[1]
+
+
+def test_a_function_as_a_whole_may_change_the_list_that_it_is_given():
+    groups = check_against_twin(*built(Idioms(lambda s, y, x: rolled(y, [1, 0]))))
+    assert next(group for group in groups if group.name == "c1").frozen == "rolled is not followed"
 
 
 class Doubled(torch.autograd.Function):
@@ -268,6 +285,45 @@ def test_an_autograd_function_is_not_followed_and_breaks_nothing():
     model, images = built(Idioms(lambda s, y, x: Doubled.apply(y)))
     groups = check_against_twin(model, images)
     assert next(group for group in groups if group.name == "c1").frozen == "apply is not followed"
+
+
+def _into_itself(model, y):
+    y = y * 1.0
+    y[:, :, 0] = 2 * y[:, :, 1]
+    return y
+
+
+def _into_zeros(model, y):
+    shifted = torch.zeros_like(y)
+    shifted[:, 1:] = y[:, :-1]
+    return shifted
+
+
+@pytest.mark.parametrize("middle", [_into_itself, _into_zeros])
+def test_what_is_written_into_or_from_stays(middle):
+    groups = check_against_twin(*built(Chain(middle)))
+    assert set(frozen(groups)) == {"c1", "fc"}
+
+
+class Looked(Chain):
+    """A table of positions, as attention over windows has: its index is longer than any layer is wide."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.rand(20, 1))
+        self.register_buffer("index", torch.randint(20, (4096,)))
+
+    def forward(self, x):
+        return super().forward(x * self.table[self.index.view(-1)].mean())
+
+
+def test_a_long_index_costs_no_memory_by_its_square():
+    model, images = built(Looked())
+    tracemalloc.start()
+    cup.channel_groups(model, images)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 20e6  # 4,096 arrays of 4,096 channels' numbers are 67 MB
 
 
 class Cache:

@@ -151,6 +151,25 @@ def test_whole_heads_go(case):
     assert [(one.name, one.width) for one in again] == [(one.name, one.width) for one in resized.groups]
 
 
+class Shifted(Attention):
+    """In training so many steps more stand in front of the views."""
+
+    def __init__(self, more):
+        super().__init__()
+        self.more, self.shift = more, nn.Parameter(torch.rand(WIDTH))
+
+    def forward(self, x):
+        for _ in range(self.more if self.training else 0):
+            x = x * 2.0
+        return super().forward(x) + self.shift
+
+
+@pytest.mark.parametrize("more", [3, 6, 9, 12])
+def test_heads_go_where_evaluation_takes_other_steps(more):
+    model, tokens = built(Shifted(more))
+    assert heads_of(check_against_twin(model, tokens)).frozen == ""
+
+
 def test_the_numbers_of_the_module_follow_and_a_heads_own_width_stays():
     model, tokens = built(Attention())
     groups = cup.channel_groups(model, tokens)

@@ -131,6 +131,12 @@ def test_a_network_s_own_image_size_is_the_published_one(name: str, side: int, r
     assert published(name).preprocessing.resize_size == resize_size
 
 
+def test_a_network_under_a_name_that_timm_once_gave_has_its_image_size():
+    timm = pytest.importorskip("timm")
+    assert timm.get_pretrained_cfg("adv_inception_v3") is None
+    assert native_input_shape("timm:adv_inception_v3") == (3, 299, 299)
+
+
 def test_weights_in_a_file_are_known_by_the_name_that_they_were_published_under():
     sizes = [
         published("resnet50", Path(name)).preprocessing.resize_size for name in ("resnet50-0676ba61.pth", "my.pth")

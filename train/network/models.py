@@ -59,6 +59,9 @@ def native_input_shape(name: str) -> tuple[int, int, int]:
     if is_factory(name):
         return 3, 224, 224
     if name.startswith("timm:"):
-        return tuple(timm().get_pretrained_cfg(name.removeprefix("timm:")).input_size)
+        if (config := timm().get_pretrained_cfg(name.removeprefix("timm:"))) is not None:
+            return tuple(config.input_size)
+        with torch.device("meta"):  # a name that timm once gave: it is in no table, but still builds the network
+            return tuple(timm().create_model(name.removeprefix("timm:")).pretrained_cfg["input_size"])
     side = 224 if name.startswith("vit_") else published(name).preprocessing.image_size  # a ViT is built for its side
     return 3, side, side
