@@ -32,7 +32,7 @@ from cup.errors import CupError
 from cup.tracing.groups import ChannelGroup, is_within, without_blocks
 from cup.tracing.meta import Sample, check_model, meta_copy
 from cup.tracing.rules import is_constant, owner_of, shape_of
-from cup.tracing.tracer import Trace, trace_forward
+from cup.tracing.tracer import CHANGES, Trace, trace_forward
 
 
 @dataclass(frozen=True)
@@ -351,13 +351,7 @@ _RECTIFIERS = (
     ("relu", nn.ReLU, (F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_")),
     ("relu6", nn.ReLU6, (F.relu6,)),
 )
-_IN_PLACE = tuple(
-    getattr(operator, name)
-    for name in (
-        *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "ilshift", "irshift"),
-        *("imatmul", "setitem"),
-    )
-)
+_IN_PLACE = tuple(getattr(operator, name) for name in (*CHANGES, "imatmul", "setitem"))
 
 _NEW_NAMES = (
     *("add", "sub", "subtract", "mul", "multiply", "truediv", "div", "divide", "true_divide", "floordiv", "pow", "neg"),

@@ -261,7 +261,7 @@ def _count(twin: nn.Module, sample: Sample) -> Complexity:
             module.forward = lambda value: value  # shapes pass unchanged; torch's own meta kernel is slow Python
     twin.requires_grad_(False)  # torch's counter wants the history of every parameter's view that needs gradients
 
-    def run(answer: bool) -> tuple[tuple[LayerCost, ...], bool]:
+    def run(answer: Callable[[int], bool]) -> tuple[tuple[LayerCost, ...], int]:
         costs.clear()
         positional, named = arguments(meta_input(sample, batch=1))
         products, answers = FlopCounterMode(display=False), _Answers(answer)
@@ -270,7 +270,7 @@ def _count(twin: nn.Module, sample: Sample) -> Complexity:
         outside = products.get_total_flops() // 2 - sum(cost.macs for cost in costs.values())
         if outside > 0:
             costs[OUTSIDE] = LayerCost(OUTSIDE, "products", 2 * outside, outside, 0)
-        return tuple(costs.values()), answers.asked > 0
+        return tuple(costs.values()), answers.asked
 
     layers = _same_whatever_is_answered(run, twin, sample)
     return Complexity(
@@ -282,14 +282,20 @@ def _count(twin: nn.Module, sample: Sample) -> Complexity:
 
 
 def _same_whatever_is_answered(
-    run: Callable[[bool], tuple[tuple[LayerCost, ...], bool]], twin: nn.Module, sample: Sample
+    run: Callable[[Callable[[int], bool]], tuple[tuple[LayerCost, ...], int]], twin: nn.Module, sample: Sample
 ) -> tuple[LayerCost, ...]:
-    """What a pass costs; where the code asks about entries, with both answers, but for one that the code refuses."""
+    """What a pass costs; where the code asks about entries, with both answers, but for those that the code refuses.
+
+    run: takes what answers the question of a number, gives the costs and how many questions there were. Several
+    questions are answered alike, and the first of them each unlike the others.
+    """
     found: list[tuple[LayerCost, ...]] = []
     refused: Exception | None = None
-    for answer in (False, True):
+    most = 0
+    ways: list[Callable[[int], bool]] = [lambda number: False, lambda number: True]
+    while ways:
         try:
-            layers, asked = run(answer)
+            layers, asked = run(ways.pop(0))
         except CupError:
             raise
         except Exception as error:  # whatever a network's own code raises for a wrong shape, or a wrong entry
@@ -298,17 +304,23 @@ def _same_whatever_is_answered(
         found.append(layers)
         if not asked:
             break
+        if asked > 1:
+            apart = range(most, min(asked, _APART))
+            ways += [
+                lambda number, one=one, rest=rest: (number == one) != rest for one in apart for rest in (False, True)
+            ]
+            most = max(most, min(asked, _APART))
     if not found:
         raise CupError(does_not_take(twin, sample, refused)) from refused
-    if found[0] != found[-1]:
+    if any(other != found[0] for other in found[1:]):
         raise CupError(f"what {type(twin).__name__} costs depends on the entries of a tensor, which has none here")
     return found[0]
 
 
 class _Answers(TorchDispatchMode):
-    """Gives one answer to all code that asks a tensor without entries for a yes or no."""
+    """Answers code that asks a tensor without entries for a yes or no, by the number of the question."""
 
-    def __init__(self, answer: bool) -> None:
+    def __init__(self, answer: Callable[[int], bool]) -> None:
         super().__init__()
         self.answer, self.asked = answer, 0
 
@@ -318,10 +330,12 @@ class _Answers(TorchDispatchMode):
         self.asked += 1
         if self.asked > _MOST_QUESTIONS:
             raise CupError(f"the code asks about a tensor's entries more than {_MOST_QUESTIONS} times, maybe in a loop")
-        return self.answer
+        return self.answer(self.asked - 1)
 
 
 _MOST_QUESTIONS = 1000
+_APART = 8
+"""Questions that are also answered unlike the others."""
 
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -361,8 +375,14 @@ def _cost(module: nn.Module, value: tuple[int, ...], output: tuple[int, ...]) ->
 
 def _window(pool: nn.MaxPool2d | nn.AvgPool2d, sides: tuple[int, ...]) -> int:
     """Elements of a window; one that is larger than the padded map, as ceil_mode allows, is the whole of it."""
-    kernel, padding = ((value,) * 2 if isinstance(value, int) else value for value in (pool.kernel_size, pool.padding))
+    kernel, padding = (_of_two_sides(value) for value in (pool.kernel_size, pool.padding))
     return math.prod(min(k, side + 2 * p) for k, side, p in zip(kernel, sides, padding, strict=True))
+
+
+def _of_two_sides(value: int | tuple[int, ...]) -> tuple[int, ...]:
+    """A pool's setting: one number, which torch also takes as a sequence of one, or a number a side."""
+    numbers = (value,) if isinstance(value, int) else tuple(value)
+    return numbers * 2 if len(numbers) == 1 else numbers
 
 
 def _own_parameters(module: nn.Module) -> int:

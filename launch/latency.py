@@ -100,7 +100,7 @@ def latency_plan(
     if latency.here is None:
         plan = cup.plan_by_time(*asked, **settings)
     else:
-        print("timing cuts on this device, a few seconds each", flush=True)
+        print("timing cuts on this device, each by 20 passes or more", flush=True)
         before = copy.deepcopy(network.model)
 
         def speedup(cut: nn.Module) -> float:

@@ -44,7 +44,9 @@ def plan_by_clock(
     The plan's `note` says what was modelled and timed, and whether the target was missed.
     Raises CupError for a target <= 1, a tolerance <= 0 or rounds < 1, and where `speedup` returns no number above 0.
     """
-    if not tolerance > 0 or rounds < 1:
+    if not isinstance(target, int | float) or not target > 1:
+        raise CupError(f"target speed-up: found {target}, allowed: a number above 1")
+    if not tolerance > 0 or not isinstance(rounds, int) or rounds < 1:
         raise CupError(f"tolerance, rounds: found {tolerance}, {rounds}, allowed: above 0, and a whole number from 1")
     costs = cost.of(model, groups)
     aim, trials, asked = target * math.sqrt(1 + tolerance), [], target
@@ -93,8 +95,8 @@ def _modelled_at(aim: float, trials: Sequence[_Trial]) -> float:
     """What the model says, so far as is known, of a network that is timed at `aim`."""
     points = [(0.0, 0.0), *((math.log(trial.modelled), math.log(trial.timed)) for trial in trials)]
     wanted = math.log(aim)
-    slower = max(point for point in points if point[1] <= wanted)
-    faster = min((point for point in points if point[1] > wanted), default=None)
+    slower = max((point for point in points if point[1] <= wanted), key=lambda point: point[1])
+    faster = min((point for point in points if point[1] > wanted), key=lambda point: point[1], default=None)
     if faster is None:  # on along the line through the uncut network, but not to more than the square
         low = slower if slower[1] > 0 else points[-1]
         return math.exp(low[0] * (min(2.0, wanted / low[1]) if low[1] > 0 else 2.0))

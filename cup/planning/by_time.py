@@ -66,7 +66,7 @@ def plan_by_time(
     view = View(model, groups)
     search = _Search(view, cost, options, residual_blocks(model, groups) if drop_blocks else [])
     full = search.walk.cost if full_cost is None else full_cost
-    note = search.reach(full, target, at_most or target)
+    note = search.reach(full, target, target if at_most is None else at_most)
     return replace(search.plan(), note=note)
 
 

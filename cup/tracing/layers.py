@@ -45,11 +45,12 @@ def only_counts_heads(layer: nn.Module | torch.Tensor) -> bool:
 
 def pads_channels(layer: nn.Module | torch.Tensor) -> bool:
     """Whether it is a module that can pad images with as many zero channels in front as behind: nn.ZeroPad3d((0, 0, 0,
-    0, n, n)). Its "out" axis are the zero channels, those in front first."""
+    0, n, n)). Its "out" axis are the zero channels, those in front first; a cut may have left none.
+    """
     if type(layer) not in (nn.ZeroPad3d, nn.ConstantPad3d) or layer.value != 0:
         return False
     *around, before, after = layer.padding
-    return not any(around) and before == after > 0
+    return not any(around) and before == after >= 0
 
 
 def has_no_tensors(layer: nn.Module | torch.Tensor) -> bool:

@@ -165,6 +165,8 @@ def arguments_besides_width(node: fx.Node, model: nn.Module, following: int | No
 
 def has_width(module: nn.Module) -> bool:
     """Whether surgery changes something about the module, be it only an attribute."""
+    if pads_channels(module):
+        return True
     return isinstance(module, tuple(_LAYERS)) and getattr(module, "num_parameters", 2) > 1  # a PReLU of one slope
 
 
@@ -865,6 +867,8 @@ def _pad_channels(op: Operation, labels: Labels) -> Channels | None:
     value = op.value
     if value is None or value.dim != 1 or len(op.output_shape) != 4 or not pads_channels(op.layer):
         return _spatial(op, labels)
+    if op.layer.padding[-1] == 0:
+        return value
     zeros_C = labels.fresh(op.layer.padding[-1])
     labels.followers.append((op.name, np.concatenate([zeros_C, zeros_C])))
     return Channels(value.dim, np.concatenate([zeros_C, value.labels_C, zeros_C]))

@@ -11,6 +11,7 @@ number, and nothing tells a 64 that is a width from a 64 that is something else.
 import dataclasses
 import functools
 import itertools
+import math
 import operator
 import random
 from collections.abc import Callable, Collection, Iterator
@@ -161,6 +162,13 @@ def _of_numbers() -> tuple[tuple[Any, str], ...]:
     return tuple(place for place in (*plain, *special) if callable(getattr(*place, None)))
 
 
+class _Sizes(tuple[Any, ...]):
+    """Sizes that were put together, one by one; with what `torch.Size` has and a tuple has not."""
+
+    def numel(self) -> Any:
+        return math.prod(self)
+
+
 class _StandIn(fx.Proxy):
     """Stands for one value of the forward pass, and answers what can be known of it without its entries."""
 
@@ -191,11 +199,13 @@ class _StandIn(fx.Proxy):
     def __add__(self, other: Any) -> Any:
         """Sizes and further ones are spelt out one by one, as a view may be given them."""
         if isinstance(self.node.meta["value"], torch.Size):
-            return (*self, *other)
+            return _Sizes((*self, *other))
         return super().__add__(other)
 
     def __radd__(self, other: Any) -> Any:
-        return (*other, *self) if isinstance(self.node.meta["value"], torch.Size) else super().__radd__(other)
+        if isinstance(self.node.meta["value"], torch.Size):
+            return _Sizes((*other, *self))
+        return super().__radd__(other)
 
     def __setitem__(self, index: Any, value: Any) -> None:
         """Noted as what it is, a step that gives nothing; its operands are not followed."""
@@ -221,11 +231,12 @@ class _StandIn(fx.Proxy):
             return NotImplemented  # a size, say: Python then does the latter itself
         return self.tracer.create_proxy("call_function", change, (self, other), {})
 
-    __iadd__ = functools.partialmethod(_changed, operator.iadd)
-    __isub__ = functools.partialmethod(_changed, operator.isub)
-    __imul__ = functools.partialmethod(_changed, operator.imul)
-    __itruediv__ = functools.partialmethod(_changed, operator.itruediv)
-    __ipow__ = functools.partialmethod(_changed, operator.ipow)
+
+CHANGES = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "ilshift", "irshift")
+"""Python's operators that change their first operand in place."""
+for _name in CHANGES:
+    if hasattr(torch.Tensor, f"__{_name}__"):
+        setattr(_StandIn, f"__{_name}__", functools.partialmethod(_StandIn._changed, getattr(operator, _name)))
 
 
 class _StandInAttribute(fx.proxy.Attribute, _StandIn):

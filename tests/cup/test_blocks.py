@@ -348,9 +348,12 @@ NOT_DROPPABLE = {
     ),
     "another branch's value": (added_from_outside, None),
     "its result is changed in place": (behind(lambda net, y: y.mul_(2)), behind(lambda net, y: y.mul(2))),
-    "by an operator in place": tuple(
-        behind(lambda net, y, change=change: change(y, 2)) for change in (operator.iadd, operator.add)
-    ),
+    **{
+        f"by {name} in place": tuple(
+            behind(lambda net, y, change=change: getattr(operator, change)(y, 2)) for change in (name, name[1:])
+        )
+        for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow")
+    },
     "in place by an operand with a name": (
         behind(lambda net, y: net.activation(input=y), nn.ReLU(inplace=True)),
         behind(lambda net, y: net.activation(input=y)),

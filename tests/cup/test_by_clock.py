@@ -101,15 +101,22 @@ def test_of_plans_that_miss_the_nearest_is_taken():
 def test_blocks_may_go_too():
     model, images = make_network("resnet18")
     groups, clock = cup.channel_groups(model, images), Clock(SLOW_LAUNCHES, images, model)
-    plan = cup.plan_by_clock(model, groups, 1.6, OPTIONS, cost=COST, speedup=clock, drop_blocks=True)
-    cup.apply_plan(model, plan, groups)
-    assert clock.before / clock.seconds(model) >= 1.6 or "nearest to 1.6" in plan.note
+    launches = cup.Device("slow", "fp32", dict.fromkeys(cup.KERNELS, cup.Rate(1e15, 1e15)), 1e-5, 1, "made up")
+    settings = {"cost": cup.device_cost(launches, batch_size=8), "speedup": clock}
+    assert not cup.plan_by_clock(model, groups, 1.2, OPTIONS, **settings).dropped
+    assert cup.plan_by_clock(model, groups, 1.2, OPTIONS, **settings, drop_blocks=True).dropped
 
 
 def test_wrong_arguments_and_clocks_are_one_line():
     model, images = make_network("resnet20_cifar")
     groups = cup.channel_groups(model, images)
-    for wrong, word in [({"rounds": 0}, "rounds"), ({"tolerance": 0}, "tolerance"), ({"target": 1.0}, "target")]:
+    for wrong, word in [
+        ({"rounds": 0}, "rounds"),
+        ({"rounds": 2.5}, "rounds"),
+        ({"tolerance": 0}, "tolerance"),
+        ({"target": None}, "target"),
+        ({"target": 1.0}, "target"),
+    ]:
         settings = {"target": 1.5, "cost": COST, "speedup": lambda network: 1.5} | wrong
         with pytest.raises(cup.CupError, match=word):
             cup.plan_by_clock(model, groups, **settings)

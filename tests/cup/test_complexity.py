@@ -269,3 +269,28 @@ def test_flops_after_a_plan_leave_auxiliary_heads_out():
     expected = cup.flops_after(model, groups, plan, cup.complexity(model, images))
     cup.apply_plan(model, plan, groups)
     assert cup.complexity(model, images).flops == expected
+
+
+class AsksTwice(nn.Module):
+    """Where some but not all of a mask is set, a convolution runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 3, 3, padding=1), nn.Linear(3, 2)
+
+    def forward(self, x):
+        mask = x > 0
+        if mask.any() and not mask.all():
+            x = self.conv(x)
+        return self.fc(x.mean((2, 3)))
+
+
+def test_costs_that_hang_on_two_answers_are_told():
+    with pytest.raises(cup.CupError, match="depends on the entries of a tensor"):
+        cup.complexity(AsksTwice(), torch.zeros(1, 3, 8, 8))
+
+
+def test_a_pool_takes_a_sequence_of_one_as_torch_does():
+    pools = [nn.MaxPool2d(3, padding=1), nn.MaxPool2d((3,), padding=(1,))]
+    one, other = (cup.complexity(pool, torch.zeros(1, 3, 9, 9)).flops for pool in pools)
+    assert one == other > 0

@@ -141,6 +141,54 @@ def test_zero_channels_of_a_module_go_on_both_sides():
     assert cup.channel_groups(model, images)[1].width == 1
 
 
+class PaddedTwice(PaddedByModule):
+    """One module pads two streams, or one stream twice."""
+
+    def __init__(self, again):
+        super().__init__()
+        self.again, self.wider = again, nn.Conv2d(8, 12, 3, padding=1)
+        self.other, self.fc = nn.Conv2d(4, 8, 3, padding=1), nn.Linear(12 if again else 8, 5)
+
+    def forward(self, x):
+        x = self.narrow(x).relu()
+        y = (self.wide(x) + self.pad(x)).relu()
+        y = self.wider(y) + self.pad(y) if self.again else y + self.other(x) * self.pad(x)
+        return self.fc(y.relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_a_module_that_pads_twice_ties_what_it_pads_or_freezes_it(again):
+    groups = check_against_twin(PaddedTwice(again), torch.randn(2, 3, 8, 8))
+    for group in cup.prunable_groups(groups, "all"):
+        model = PaddedTwice(again)
+        cup.apply_plan(model, cup.plan_by_counts(model, groups, {group.name: 1}, cup.PlanOptions(scope="all")), groups)
+        model(torch.randn(2, 3, 8, 8))
+    assert bool(cup.prunable_groups(groups, "all")) != again
+
+
+class PaddedInARow(PaddedByModule):
+    """Two modules pad one after the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.more, self.fc = nn.ZeroPad3d((0, 0, 0, 0, 1, 1)), nn.Linear(10, 5)
+        self.wide = nn.Conv2d(4, 10, 3, padding=1)
+
+    def forward(self, x):
+        x = self.narrow(x).relu()
+        return self.fc((self.wide(x) + self.more(self.pad(x))).relu().mean((2, 3)))
+
+
+def test_padding_in_a_row_can_be_cut_again_and_again():
+    model, images = PaddedInARow(), torch.randn(2, 3, 8, 8)
+    groups = check_against_twin(PaddedInARow(), images)
+    for width in (2, 1):
+        plan = cup.plan_by_counts(model, groups, {"wide": width}, cup.PlanOptions(scope="all"))
+        groups = cup.apply_plan(model, plan, groups).groups
+        assert model(images).shape == (2, 5)
+        assert [group.width for group in cup.channel_groups(model, images)] == [group.width for group in groups]
+
+
 @pytest.mark.parametrize(("before", "after", "value"), [(1, 3, 0.0), (2, 2, 0.5)])
 def test_channels_behind_padding_of_another_kind_stay(before, after, value):
     groups = cup.channel_groups(PaddedByModule(before, after, value), torch.randn(2, 3, 8, 8))

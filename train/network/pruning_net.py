@@ -153,7 +153,7 @@ def _layers_of(
             else:
                 raise CupError(
                     f"{place.module} ({type(layer).__name__}) cannot be part of a PruningNet; allowed: convolutions, "
-                    "linear layers, and batch norms over one channel group each"
+                    "linear layers, and batch norms over one channel group each; prune.scope inner leaves streams alone"
                 )
     return list(generated), norms
 
