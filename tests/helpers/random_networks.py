@@ -5,6 +5,7 @@ of its own choices. An operation that does not fit its operands gives the first 
 taken out and what is left is a network still.
 """
 
+import operator
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -188,6 +189,30 @@ class TorchHeads(nn.Module):
         return y + weights.square().mean() if self.reads else y
 
 
+class Widening(nn.Module):
+    """A residual addition that widens the stream by zero channels on both sides, as CIFAR ResNets do."""
+
+    def __init__(self, width: int, more: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width + 2 * more, 3, padding=1)
+        self.shortcut = nn.ZeroPad3d((0, 0, 0, 0, more, more))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x) + self.shortcut(x)
+
+
+class PartlyAdded(nn.Module):
+    """What it reads is added to the first channels of what it writes (ReXNet)."""
+
+    def __init__(self, width: int, more: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width + more, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv(x)
+        return torch.cat([y[:, : x.shape[1]] + x, y[:, x.shape[1] :]], 1)
+
+
 class NormAct(nn.BatchNorm2d):
     """Counts its own batches and has an activation in it, as timm's."""
 
@@ -338,12 +363,15 @@ def _fixed_view(rng: random.Random, values: Sequence[torch.Tensor], _: nn.Module
     return Act(lambda s, x, *others: x.flatten(1).view(-1, channels, height, width))
 
 
-LAYERS = ["conv", "conv", "strided conv", "batch norm", "add", "cat"]
+LAYERS = ["conv", "conv", "strided conv", "batch norm", "add", "cat", "widening"]
 
 OPERATIONS: dict[str, Make] = {
     "nothing": lambda rng, values, _: Nothing(),
     # layers
     "conv": _one(lambda rng, width: nn.Conv2d(width, _width(rng), 3, padding=1)),
+    "widening": _one(lambda rng, width: Widening(width, rng.randint(1, 3))),
+    "zero channels of a module": _one(lambda rng, width: nn.ZeroPad3d((0, 0, 0, 0, 1, 1))),
+    "partly added": _one(lambda rng, width: PartlyAdded(width, rng.randint(1, 4))),
     "strided conv": _one(lambda rng, width: nn.Conv2d(width, _width(rng), 2, stride=2)),
     "pointwise conv": _one(lambda rng, width: nn.Conv2d(width, _width(rng), 1, bias=False)),
     "grouped conv": _one(_grouped),
@@ -410,6 +438,7 @@ OPERATIONS: dict[str, Make] = {
     "a branch on its size": _act(lambda x: x if x.shape[-1] % 2 else x * 2),
     # functions of two and three
     "add": _act(lambda x, y: x + y),
+    "add by an operator in place": _act(lambda x, y: operator.iadd(x.clone(), y)),
     "subtract in place": _act(lambda x, y: x.clone().sub_(y)),
     "multiply": _act(lambda x, y: x * y.sigmoid()),
     "gate": _act(lambda x, y: x * y.mean((2, 3), keepdim=True).sigmoid()),
