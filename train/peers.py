@@ -61,7 +61,8 @@ class Peers:
         self._signs = dict.fromkeys([world.rank, *watched], b"0")  # where nothing comes any more, its own is first
         self._exchanging = threading.Thread(target=self._exchange, name="signs of life", daemon=True)
         self._exchanging.start()
-        threading.Thread(target=self._watch, name="peers", daemon=True).start()
+        self._watching = threading.Thread(target=self._watch, name="peers", daemon=True)
+        self._watching.start()
         return self
 
     def __exit__(
@@ -85,7 +86,8 @@ class Peers:
                 self._say(why)
                 leave_word(why)
         self._left.set()
-        self._exchanging.join(ENDS_WITHIN_S)
+        for thread in (self._exchanging, self._watching):
+            thread.join(ENDS_WITHIN_S)
 
     def _cause(self) -> str | None:
         """Why a collective failed: a connection breaks before the word of that is there, or the process gone."""

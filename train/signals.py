@@ -14,6 +14,7 @@ from types import TracebackType
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SECOND_AFTER_S = 1.0
 """torchrun passes on the Ctrl-C that the terminal gave to everybody: what comes together counts once."""
+ENDS_WITHIN_S = 2.0
 EXIT_CODE_OF_INTERRUPT = 130
 HEARD = b"stopping after this step; Ctrl-C again ends at once\n"
 
@@ -49,7 +50,8 @@ class StopSignals:
         for number in STOPPING:
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
                 self._before[number] = signal.signal(number, lambda number, frame: None)
-        threading.Thread(target=self._watch, args=(self._pipe[0],), name="stop signals", daemon=True).start()
+        self._thread = threading.Thread(target=self._watch, args=(self._pipe[0],), name="stop signals", daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(
@@ -61,6 +63,7 @@ class StopSignals:
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup_before)
         os.close(self._pipe[1])  # ends the thread, which closes the other end
+        self._thread.join(ENDS_WITHIN_S)
         self._pipe, self._before = None, {}
 
     def _watch(self, end: int) -> None:

@@ -1,10 +1,12 @@
 """Storage that falls silent in the middle of a run: files that turn into pipes, from which nothing ever comes."""
 
+import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
-from launching import launch, options, write_image_folder
+from launching import launch, options, train, write_image_folder
 
 from train.checkpoint.file import load_checkpoint
 from train.loop import patience
@@ -30,6 +32,18 @@ def test_a_run_whose_storage_is_silent_says_so_and_ends_when_it_is_asked_to(tmp_
     assert run.returncode == patience.EXIT_CODE
     if moment == "in a step":
         assert load_checkpoint(tmp_path / "tiny/last.pt")["progress"]["step"] == 5
+
+
+def test_the_threads_of_a_run_end_before_it_does(tmp_path: Path):
+    """The last to hold the images could drop them while the interpreter ends: torch aborts the process then."""
+    before, usual_s = set(threading.enumerate()), sys.getswitchinterval()
+    sys.setswitchinterval(60)  # no thread runs unless the main thread waits
+    try:
+        train(tmp_path, train__epochs=1, prune__method="none")
+        left = {thread.name for thread in set(threading.enumerate()) - before}
+    finally:
+        sys.setswitchinterval(usual_s)
+    assert not left
 
 
 def test_waiting_that_ends_is_no_reason_to_end(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture):

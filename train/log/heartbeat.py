@@ -30,7 +30,8 @@ class Beat:
         self._stopped = threading.Event()
         self._one_at_a_time = threading.Lock()
         self.now()
-        threading.Thread(target=self._run, name="heartbeat", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        self._thread.start()
 
     def now(self) -> None:
         with self._one_at_a_time, suppress(OSError):
@@ -41,6 +42,7 @@ class Beat:
         self._stopped.set()
         with self._one_at_a_time:
             self._action = lambda: None
+        self._thread.join()
 
     def _run(self) -> None:
         while not self._stopped.wait(BEAT_EVERY_S):

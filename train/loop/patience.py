@@ -18,6 +18,7 @@ LOOK_EVERY_S = 1.0
 TELL_AFTER_S = 60.0
 STOP_AFTER_S = 10.0
 """torchrun and SLURM kill 30 s after they asked."""
+ENDS_WITHIN_S = 2.0
 EXIT_CODE = 1
 
 
@@ -31,15 +32,19 @@ class Patience:
         self._rank = rank
         self._stop_wanted = stop_wanted
         self._left = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="patience", daemon=True)
 
     def __enter__(self) -> "Patience":
-        threading.Thread(target=self._watch, name="patience", daemon=True).start()
+        self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._left.set()
+        # Else the thread may be the last to hold the loaders' tensors, and drop them while the interpreter ends: torch
+        # asks for the interpreter's lock then, and the process aborts, its work done.
+        self._thread.join(ENDS_WITHIN_S)
 
     def _watch(self) -> None:
         told_of = asked_at = None
