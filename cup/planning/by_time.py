@@ -4,6 +4,7 @@ import itertools
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 from torch import nn
@@ -70,6 +71,15 @@ def plan_by_time(
     return replace(search.plan(), note=note)
 
 
+class _Place(NamedTuple):
+    """Where an approach to the target has ended, and what is to be noted of it."""
+
+    walk: Walk
+    allowed: dict[str, tuple[int, ...]]
+    dropped: list[str]
+    note: str
+
+
 class _Search:
     """Widths on their way to a target, and the blocks that are dropped."""
 
@@ -111,27 +121,28 @@ class _Search:
         goal = full / target
         if self.walk.cost < goal / (1 + TIME_TOLERANCE):
             return f"the step is {full / self.walk.cost:.3f} times faster already, above {target:g}"
-        blocks, too_far = dict(self._blocks), None
+        blocks, nearest = dict(self._blocks), None
         for _ in range(APPROACHES):
             note = self._approach(full, target, at_most, blocks)
-            if too_far is not None and self.walk.cost > goal * (1 + TIME_TOLERANCE):
-                self.walk, self.allowed, self.dropped, note = too_far
+            here = _Place(self.walk, self.allowed, self.dropped, note)
+            if nearest is not None and here.walk.cost > goal * (1 + TIME_TOLERANCE):
+                break
+            if not note or here.walk.cost > goal:
                 return note
-            if not note or self.walk.cost > goal:
-                return note
-            if too_far is None or self.walk.cost > too_far[0].cost:  # the nearest so far
-                too_far = self.walk, self.allowed, self.dropped, note
-            # Once more without the step that went too far.
-            if self.last in blocks:
-                del blocks[self.last]
-            else:
-                stays = self._all_allowed[self.last]
-                self._all_allowed[self.last] = (
-                    stays[bisect_left(stays, self.walk.widths[self.last]) + 1 :] or stays[-1:]
-                )
+            if nearest is None or here.walk.cost > nearest.walk.cost:
+                nearest = here
+            self._leave_out(self.last, blocks)
             self._begin()
-        self.walk, self.allowed, self.dropped, note = too_far
+        self.walk, self.allowed, self.dropped, note = nearest
         return note
+
+    def _leave_out(self, step: str, blocks: dict[str, ResidualBlock]) -> None:
+        """What went too far, a block or a group's width now, is not to be taken in the next approach."""
+        if step in blocks:
+            del blocks[step]
+            return
+        widths = self._all_allowed[step]
+        self._all_allowed[step] = widths[bisect_left(widths, self.walk.widths[step]) + 1 :] or widths[-1:]
 
     def _approach(self, full: float, target: float, at_most: float, blocks: Mapping[str, ResidualBlock]) -> str:
         """Once from the start to the target. blocks: those that may be dropped."""
