@@ -49,7 +49,7 @@ def install(moment: str) -> None:
 
     def tell(self, message):
         honest_tell(self, message)
-        if moment == "told" and "Waiting on" in message:
+        if moment == "told" and len(taken) > 3 and "Waiting on" in message:  # before, the machine itself is slow
             os.kill(os.getpid(), signal.SIGTERM)
 
     engine.training_step, patience.Patience._tell = step, tell

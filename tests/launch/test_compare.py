@@ -635,6 +635,7 @@ def test_a_recipe_of_a_comparison_has_runs_after_those_that_they_need(recipe: Pa
     of_cup_ss_alone = {
         "resnet20_cifar10_ablation": {"train", "thin", "same_schedule", "equal_hours"},
         "resnet20_cifar10_full": {"train", "thin", "shape", "equal_hours"},
+        "resnet18_imagenette_seconds": {"train", "thin", "shape", "equal_hours"},
     }
     if recipe.stem in of_cup_ss_alone:
         assert kinds == of_cup_ss_alone[recipe.stem]
