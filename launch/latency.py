@@ -15,7 +15,7 @@ from cup import ChannelGroup, PlanOptions, PrunePlan
 from train.checkpoint.network import StoredNetwork
 from train.errors import ConfigError, TrainError
 from train.export.about import about
-from train.network.calibration import measured_device
+from train.network.calibration import known_device, measured_device
 from train.network.models import build_model
 from train.network.precision import Precision
 from train.network.state import MEMORY_FORMAT
@@ -60,7 +60,8 @@ class Latency:
         """
         batch, precision_name = options.batch or 1, options.precision or "fp32"
         if options.device not in ("cpu", "cuda"):
-            cost = cup.device_cost(options.device, precision=precision_name, batch_size=batch, training=False)
+            device = known_device(options.device, precision_name)
+            cost = cup.device_cost(device, batch_size=batch, training=False)
             return Latency(options.latency, cost, None, None, None)
         if options.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("--device cuda: found no GPU here; allowed: cpu, or a name, whose time is modelled")

@@ -22,6 +22,7 @@ import torch
 import cup
 from data.batch import preprocessing_of
 from launch.benches.measure import write_result
+from launch.devices import KNOWN, device_name
 from launch.projections.memory import GIB
 from launch.projections.network import Network
 from launch.projections.variants import Estimate, Projection, Variant, to_reduction, to_speedup
@@ -31,6 +32,7 @@ from train.config import RunConfig, parse_config
 from train.errors import ConfigError
 from train.loop.config import TrainConfig
 from train.methods import PruneConfig
+from train.network.calibration import known_device
 from train.network.models import build_model
 from train.preprocessing import settled
 from train.prune import network_from_weights
@@ -73,7 +75,13 @@ def _main(argv: list[str]) -> None:
 def _parse(argv: list[str]) -> tuple[Namespace, RunConfig]:
     parser = Parser(prog="launch/plan.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("recipe", metavar="RECIPE", help="a name, or a YAML file")
-    parser.add_argument("--device", choices=tuple(cup.DEVICES), required=True, help="whose step times are modelled")
+    parser.add_argument(
+        "--device",
+        type=device_name(),
+        metavar="DEVICE",
+        required=True,
+        help=f"whose step times are modelled: {KNOWN}",
+    )
     parser.add_argument("--gpus", type=positive_int, default=1, metavar="N", help="of that kind, all the time")
     parser.add_argument("--price", type=_price, metavar="MONEY", help="of one of them for an hour")
     parser.add_argument(
@@ -137,8 +145,7 @@ def build_projection(config: RunConfig, options: Namespace) -> Projection:
         )
     network = _network(config, options)
     cost = cup.device_cost(
-        options.device,
-        precision=config.train.precision,
+        known_device(options.device, config.train.precision),
         batch_size=config.data.batch_size // at_once,
         fused=config.train.compile == "blocks",
     )

@@ -17,6 +17,7 @@ if not __package__:
 import cup
 from cup import ChannelGroup, GroupCut, PlanOptions, PrunePlan
 from launch.dendrogram import draw_dendrograms
+from launch.devices import KNOWN, device_name
 from launch.latency import Latency, latency_plan, report_latency, seconds
 from train.checkpoint.network import StoredNetwork, load_network, save_network
 from train.cli import Parser, exit_code_of, positive_int
@@ -69,8 +70,9 @@ def _parse(argv: list[str]) -> Namespace:
     )
     parser.add_argument(
         "--device",
-        choices=(*cup.DEVICES, "cpu", "cuda"),
-        help="with --latency: whose time; on cpu and cuda cuts are timed here until the time is met",
+        type=device_name("cpu", "cuda"),
+        metavar="DEVICE",
+        help=f"with --latency: whose time; on cpu and cuda cuts are timed here until it is met; as modelled: {KNOWN}",
     )
     parser.add_argument("--batch", type=positive_int, metavar="N", help="with --latency: images (default: 1)")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="with --latency (default: fp32)")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cup import ChannelGroup, Device, complexity, device_cost, named_device, prunable_groups
+from cup import DEVICES, ChannelGroup, Device, complexity, device_cost, named_device, prunable_groups
 from data import Loader, prepare_data, train_size
 from data.batch import preprocessing_of
 from data.images import SPLITS, exclude_file
@@ -46,7 +46,7 @@ from train.loop.watch import Watch
 from train.methods import Method, PruneConfig, build_method
 from train.methods.landing import has_landed
 from train.narrowing import plan_narrowing
-from train.network.calibration import measured_device
+from train.network.calibration import known_device, measured_device
 from train.network.compiling import BlockCompiler, repeated_blocks
 from train.network.ema import MovingAverage
 from train.network.models import Architecture, build_model
@@ -350,22 +350,25 @@ def _target_notes(prune: PruneConfig, source: dict[str, Any] | None, parts: _Par
 
 
 def _step_device(config: RunConfig, begun: Restored, world: World) -> Device | None:
-    """The device whose seconds prune.target_speedup means: by name, as stored, or as rank 0 measures it now.
+    """The device whose seconds prune.target_speedup means: by name, as stored, or as rank 0 reads or measures it now.
 
     None where no speed-up is asked for.
     """
     prune, train = config.prune, config.train
     if not prune.shrinks or prune.trains_pruning_net or prune.target_speedup is None:
         return None
-    if prune.device != "measured":
+    if prune.device in DEVICES:
         return named_device(prune.device, train.precision)
     if begun.step_device is not None:
         return begun.step_device
     batch_size, side = config.data.batch_size // world.size, config.data.image_size
-    precision = Precision(train.precision, world.device)
-    return Device.from_dict(
-        world.on_rank_zero(lambda: measured_device(precision, batch_size, side, world.device).to_dict())
-    )
+
+    def found() -> Device:
+        if prune.device != "measured":
+            return known_device(prune.device, train.precision)
+        return measured_device(Precision(train.precision, world.device), batch_size, side, world.device)
+
+    return Device.from_dict(world.on_rank_zero(lambda: found().to_dict()))
 
 
 def _allowed_widths(

@@ -165,7 +165,7 @@ class RunConfig:
         last = self.prune.last_epoch
         if self.prune.shrinks and last is not None and last > self.train.epochs:
             raise ValueError(f"prune.last_epoch: found {last}, allowed: up to train.epochs ({self.train.epochs})")
-        if self.prune.shrinks and self.prune.target_speedup and self.prune.device != "measured":
+        if self.prune.shrinks and self.prune.target_speedup and self.prune.device in DEVICES:
             known = DEVICES[self.prune.device].matrix
             if self.train.precision not in known:
                 raise ValueError(

@@ -39,7 +39,11 @@ CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "processor"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--models", nargs="+", default=NETWORKS, metavar="NAME", help="as in model.name (default: eight)"
+        "--models",
+        nargs="*",
+        default=NETWORKS,
+        metavar="NAME",
+        help="as in model.name (default: eight); none after it: the device alone is measured",
     )
     parser.add_argument("--widths", type=positive_int, default=20, metavar="N", help="random ones each (default: 20)")
     parser.add_argument(
@@ -112,6 +116,12 @@ def measure(options: argparse.Namespace) -> None:
     _print_device(device)
     cost = cup.device_cost(device, batch_size=options.batch_size)
     what = {"benchmark": "cost: modelled against timed", **asked, "machine": machine("torchvision")}
+    what["device"] = device.to_dict()
+    if options.out:
+        write_result(options.out, _content(what, rows))
+    if options.models:
+        print("| network | dense step (s) | modelled (s) | median error | of the speed-up | rank correlation |")
+        print("|---|---:|---:|---:|---:|---:|", flush=True)
     for name in options.models:
         if all(row.name != name for row in rows):
             config = TrainConfig(precision=options.precision)
@@ -120,9 +130,14 @@ def measure(options: argparse.Namespace) -> None:
             )
             _print_row(rows[-1])
             if options.out:
-                content = {**what, "device": device.to_dict(), "rows": [asdict(row) for row in rows]}
-                write_result(options.out, content | {"summary": _summary(rows)})
-    _print_summary(rows)
+                write_result(options.out, _content(what, rows))
+    if rows:
+        _print_summary(rows)
+
+
+def _content(what: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
+    """Of the file: the device, even before any network was timed."""
+    return {**what, "rows": [asdict(row) for row in rows], "summary": _summary(rows) if rows else {}}
 
 
 def random_widths(groups: Sequence[cup.ChannelGroup], count: int, round_to: int) -> list[dict[str, int]]:
@@ -209,8 +224,6 @@ def _print_device(device: cup.Device) -> None:
     )
     for kernel, rate in device.rates.items():
         print(f"  {kernel:<22} {rate.flops_per_s / 1e9:12.1f} GFLOP/s {rate.bytes_per_s / 1e9:10.1f} GB/s")
-    print("| network | dense step (s) | modelled (s) | median error | of the speed-up | rank correlation |")
-    print("|---|---:|---:|---:|---:|---:|", flush=True)
 
 
 def _print_row(row: Row) -> None:

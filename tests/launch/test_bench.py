@@ -17,6 +17,7 @@ from launch.benches import cost, models, rates, savings, step, targets
 from launch.benches.measure import machine, rounds_in_turn
 from launch.projections.schedule import Costs
 from train.loop.config import TrainConfig
+from train.network.calibration import known_device
 from train.network.models import build_model
 
 
@@ -447,7 +448,9 @@ def test_the_cost_model_is_held_against_the_clock_and_goes_on_where_it_was_left(
     monkeypatch.setattr(cost, "measured_device", lambda *arguments, passes: measured.append(arguments) or device)
     out = tmp_path / "cost.json"
     arguments = ["cost", "--widths", "2", "--rounds", "1", "--batch-size", "2", "--image-size", "32", "--out", str(out)]
-    assert main([*arguments, "--models", "resnet20_cifar"]) == 0
+    assert main([*arguments, "--models"]) == 0
+    assert known_device(str(out), "fp32") == device and "resnet" not in capsys.readouterr().out
+    assert main([*arguments, "--models", "resnet20_cifar", "--resume", str(out)]) == 0
     first = json.loads(out.read_text())
     assert main([*arguments, "--models", "resnet20_cifar", "mobilenet_v2", "--resume", str(out)]) == 0
     result = json.loads(out.read_text())

@@ -234,6 +234,8 @@ def test_a_plan_says_that_a_teacher_is_not_in_it(capsys):
         (["--price", "free"], ["--price", "found 'free', allowed: a number above 0"]),
         (["--train.epoch", "3"], ["train.epoch", "did you mean train.epochs"]),
         (["--device", "t4", "--train.precision", "bf16"], ["precision: found bf16, but t4 has: fp16, fp32"]),
+        (["--device", "mine"], ["--device: found mine, allowed: h100-sxm", "or a .json file of bench.py cost --out"]),
+        (["--device", "mine.json"], ["mine.json: found no device (No such file or directory)"]),
     ],
 )
 def test_a_wrong_command_is_one_line(argv: list[str], words: list[str], capsys):

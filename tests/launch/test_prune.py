@@ -314,14 +314,18 @@ def test_a_grouped_convolution_that_is_down_to_one_group_does_not_stop_the_next_
     assert load_network(tmp_path / "2.pt").model.trunk_output[0][0].f.b[0].groups == 1
 
 
-def test_a_latency_on_a_named_device_is_modelled(tmp_path: Path, capsys: pytest.CaptureFixture):
+@pytest.mark.parametrize("by_file", [False, True])
+def test_a_latency_on_a_known_device_is_modelled(tmp_path: Path, capsys: pytest.CaptureFixture, by_file: bool):
     full, cut = tmp_path / "full.pt", tmp_path / "cut.pt"
     write_network(full, "resnet18")
     cost = cup.device_cost("l4", precision="fp32", batch_size=32, training=False)
     network = load_network(full)
     groups = cup.channel_groups(network.model, network.architecture.example_input())
     target = 1e3 * cost.of(network.model, groups).now / 1.4
-    arguments = [str(full), "--latency", f"{target}ms", "--device", "l4", "--batch", "32", "--criterion", "l2"]
+    file = tmp_path / "l4.json"
+    file.write_text(json.dumps({"device": cost.device.to_dict()}))
+    known = str(file) if by_file else "l4"
+    arguments = [str(full), "--latency", f"{target}ms", "--device", known, "--batch", "32", "--criterion", "l2"]
     assert prune.main([*arguments, "--out", str(cut)]) == 0
     network = load_network(cut)
     now = 1e3 * cost.of(network.model, network.groups).now

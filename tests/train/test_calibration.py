@@ -1,14 +1,17 @@
 """Layers are timed for the cost model: what is asked of them, and that a run's random numbers stay."""
 
 import itertools
+import json
+from pathlib import Path
 
 import pytest
 import torch
 
 import cup
 from cup.cost.fitting import TimedKernel
+from train.errors import ConfigError
 from train.network import calibration
-from train.network.calibration import measured_device
+from train.network.calibration import known_device, measured_device
 from train.network.precision import Precision
 
 CPU = torch.device("cpu")
@@ -36,6 +39,25 @@ def test_a_device_comes_of_it_and_the_random_numbers_stay(few_layers: None, prec
     assert device.precision == precision and device.overlap == 0 and "batch 2, 32 pixels" in device.source
     assert cup.device_cost(device, batch_size=2).device is device
     assert cup.Device.from_dict(device.to_dict()) == device
+
+
+def test_a_device_is_known_by_name_or_from_the_file_that_keeps_it(few_layers: None, tmp_path: Path):
+    device, file = measured_device(Precision("fp32", CPU), 2, 32, CPU), tmp_path / "mine.json"
+    file.write_text(json.dumps({"device": device.to_dict(), "rows": []}))
+    assert known_device(str(file), "fp32") == device
+    assert known_device("l4", "bf16") == cup.named_device("l4", "bf16")
+    with pytest.raises(ConfigError, match=r"found a device measured in fp32, wanted: bf16; launch/bench\.py cost"):
+        known_device(str(file), "bf16")
+
+
+@pytest.mark.parametrize(
+    "content", [None, "", "[]", "3", "{}", '{"device": {"rates": {}}}', '{"device": 3}', "[" * 9999]
+)
+def test_a_file_without_a_device_is_one_line(tmp_path: Path, content: str | None):
+    if content is not None:
+        (tmp_path / "mine.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"mine\.json: found no device .*; launch/bench\.py cost --models"):
+        known_device(str(tmp_path / "mine.json"), "fp32")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

@@ -1,5 +1,6 @@
 """Runs that aim at a speed-up of the step: where they land, and that they go on with the device they began with."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,19 @@ def test_a_resumed_run_goes_on_with_the_device_that_was_measured(tmp_path: Path,
         train(tmp_path / "b", **settings)
     monkeypatch.setattr(build, "measured_device", lambda *arguments: pytest.fail("measured a second time"))
     assert numbers(train(tmp_path / "b", **settings)) == numbers(undisturbed)
+
+
+def test_a_device_from_a_file_is_read_once_and_planned_with(tmp_path: Path, made_up: list[tuple], monkeypatch):
+    settings = SPEEDUP | RAMPS["a straight line"]
+    measured = train(tmp_path / "a", **settings)
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({"device": DEVICE.to_dict()}))
+    settings |= {"prune__device": str(file)}
+    monkeypatch.setattr(build, "measured_device", lambda *arguments: pytest.fail("measured"))
+    with broken_off(monkeypatch, at_step=7):
+        train(tmp_path / "b", **settings)
+    file.unlink()
+    assert numbers(train(tmp_path / "b", **settings)) == numbers(measured)
 
 
 def test_a_network_that_starts_at_the_target_is_cut_no_more(tmp_path: Path, made_up: list[tuple]):

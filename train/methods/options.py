@@ -28,7 +28,8 @@ class SharedOptions(PlanOptions):
     (docs/performance.md#whole-blocks)."""
     device: str = "measured"
     """Whose seconds target_speedup means: measured = those of the device that the run is on, for which a few dozen
-    layers are timed at the start (seconds on a GPU, a minute on a CPU); or a name of docs/performance.md's table
+    layers are timed at the start (seconds on a GPU, a minute on a CPU); a .json file in which `launch/bench.py cost`
+    keeps a device that was measured once, so that several runs plan alike; or a name of docs/performance.md's table
     (h100-sxm, a100, l4, ...)."""
     last_epoch: int | None = None
     """No cuts after this epoch. null = the last epoch of training."""
@@ -47,7 +48,7 @@ class SharedOptions(PlanOptions):
             ("target_speedup", speedup is None or speedup > 1, "a number above 1, or null"),
             ("target_speedup", None in (speedup, target), f"null beside target_reduction {target}, or that one null"),
             ("drop_blocks", not self.drop_blocks or speedup is not None, "false without target_speedup"),
-            ("device", self.device in ("measured", *DEVICES), f"measured, {', '.join(DEVICES)}"),
+            ("device", self._has_device(), f"measured, {', '.join(DEVICES)}, or a .json file of bench.py cost --out"),
             ("last_epoch", self.last_epoch is None or self.last_epoch >= 1, "a whole number from 1, or null"),
             ("every", self.every >= 1, "a whole number from 1"),
         ]
@@ -55,6 +56,9 @@ class SharedOptions(PlanOptions):
             if not ok:
                 raise ValueError(f"{name}: found {getattr(self, name)!r}, allowed: {allowed}")
         self.plan_options()  # which checks what it takes over
+
+    def _has_device(self) -> bool:
+        return self.device in ("measured", *DEVICES) or self.device.endswith(".json")
 
     @property
     def target(self) -> Target | None:

@@ -4,22 +4,28 @@ The layers are of the sizes that networks have at the run's batch and image size
 What is fitted are the few numbers of `cup.Device`; what is timed is told by nothing else of the network.
 """
 
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cup import Device
+from cup import CupError, Device, named_device
 from cup.cost.fitting import TimedKernel, fit_device
 from cup.cost.kernels import OPERATIONS, PASSES
+from train.errors import ConfigError
+from train.files import read_bounded
 from train.network.precision import Precision
 from train.network.state import MEMORY_FORMAT
 
 Clock = Callable[[], float]
+
+MAX_FILE_BYTES = 1 << 24
 
 MIN_SECONDS = 0.02
 """For how long one kernel is timed; the fastest call counts."""
@@ -74,6 +80,25 @@ def measured_device(
     source = f"{len(timed)} kernels timed at batch {batch_size}, {image_side} pixels"
     overlap = 1.0 if device.type == "cuda" else 0.0
     return fit_device(f"measured ({name})", precision.name, timed, launch_s, overlap, source)
+
+
+def known_device(name: str, precision: str) -> Device:
+    """A device by its name in `cup.DEVICES`, or from a .json file in which `launch/bench.py cost` keeps a measured one.
+
+    Raises CupError for an unknown name or a precision that a named device lacks, ConfigError for a file that holds no
+    device, or one that was measured in another precision.
+    """
+    if not name.endswith(".json"):
+        return named_device(name, precision)
+    again = f"launch/bench.py cost --models --precision {precision} --out FILE.json measures this one"
+    try:
+        device = Device.from_dict(json.loads(read_bounded(Path(name), MAX_FILE_BYTES))["device"])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, CupError) as error:
+        found = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{name}: found no device ({found}); {again}") from error
+    if device.precision != precision:
+        raise ConfigError(f"{name}: found a device measured in {device.precision}, wanted: {precision}; {again}")
+    return device
 
 
 def _fastest_of(passes: Sequence[Sequence[TimedKernel]]) -> list[TimedKernel]:
