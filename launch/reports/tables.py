@@ -289,7 +289,8 @@ def _how_deep(prune: dict[str, Any], last_epoch: int) -> list[str]:
     method, target = prune["method"], prune["target_reduction"]
     goal = f"FR {target:g}" if target else ""
     if speedup := prune.get("target_speedup"):
-        goal = f"a step {speedup:g} times faster on {prune['device']}"
+        device = "the device at hand" if prune["device"] == "measured" else prune["device"]
+        goal = f"a step {speedup:g} times faster on {device}"
     stop = f"stop at {goal}" if goal else "no stop"
     if method == "hard_ramp" and prune["hard_ramp.kind"] != "threshold":
         return [f"{goal} in a straight line by epoch {last_epoch}"]

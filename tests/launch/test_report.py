@@ -658,6 +658,8 @@ def test_the_way_of_shrinking_in_words(tmp_path: Path):
     )
     faster = {"target_speedup": 1.5, "device": "t4", "scope": "all", "drop_blocks": True}
     assert words(**faster).endswith("stop at a step 1.5 times faster on t4, residual streams too, whole blocks too")
+    at_hand = faster | {"device": "measured"}
+    assert "a step 1.5 times faster on the device at hand, residual" in words(**at_hand)
 
 
 # Honest figures
