@@ -500,6 +500,20 @@ def test_plans_to_a_speed_up_stand_beside_plans_by_flops_at_the_same_reduction(t
     assert "allowed: a result of bench.py cost" in capsys.readouterr().err
 
 
+def test_the_rivals_twin_normalises_over_the_channels_that_are_left_of_each_group():
+    torch.manual_seed(0)
+    full, kept = nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(2, 8), nn.Conv2d(8, 4, 1)), [0, 2, 5, 6]
+    nn.init.uniform_(full[1].weight, 0.5, 1.5)
+    nn.init.uniform_(full[1].bias)
+    pruned = nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4), nn.Conv2d(4, 4, 1))
+    of_channels = {name: value[kept] for name, value in full.state_dict().items() if name[0] in "01"}
+    last = {"2.weight": full[2].weight[:, kept], "2.bias": full[2].bias}
+    pruned.load_state_dict(of_channels | last)
+    twin, images = models.rival.masked_twin(full, pruned), torch.randn(2, 3, 5, 5)
+    assert torch.allclose(twin(images), pruned(images), atol=1e-6)
+    assert not torch.allclose(full(images), pruned(images), atol=1e-2)
+
+
 def test_errors_and_ranks_of_modelled_times():
     row = cost.Row("a", timed_s=[4.0, 2.0, 1.0], modelled_s=[6.0, 3.0, 1.0], flops_reduction=[1, 2, 3])
     assert row.errors == [0.5, 0.5, 0.0] and row.rank_correlation == pytest.approx(1)

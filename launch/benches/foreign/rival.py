@@ -125,14 +125,14 @@ def tell_apart(model: nn.Module) -> None:
 def masked_twin(full: nn.Module, pruned: nn.Module) -> nn.Module:
     """A copy of the full network in which every entry of a parameter that the pruned one has lost is zero.
 
-    Layer norms do not hear what they have lost, either. All entries of a parameter are different ones (`tell_apart`).
+    Layer norms and group norms do not hear what they have lost, either. All entries of a parameter are different ones (`tell_apart`).
     """
     left = dict(pruned.named_parameters(remove_duplicate=False))
     twin = copy.deepcopy(full)
     for name, parameter in twin.named_parameters():
         lost = ~torch.isin(parameter.data, left[name].data)
         layer = twin.get_submodule(name.rpartition(".")[0])
-        if name.endswith("weight") and isinstance(layer, nn.LayerNorm) and lost.any():
+        if name.endswith("weight") and isinstance(layer, nn.LayerNorm | nn.GroupNorm) and lost.any():
             hear_only(layer, ~lost)
         parameter.data[lost] = 0
     return twin

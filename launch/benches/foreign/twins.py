@@ -36,7 +36,7 @@ def silence(model: nn.Module, groups: Sequence[ChannelGroup], kept: Mapping[str,
 
 
 def hear_only(norm: nn.Module, heard_C: torch.Tensor) -> None:
-    """Let a layer norm, or a group norm of one group, take its statistics from these channels only, in place."""
+    """Let a layer norm or a group norm take its statistics from these channels only, in place."""
     norm.forward = _under(NormOfSome(heard_C), norm.forward)
 
 
@@ -54,7 +54,7 @@ def _under(mode: TorchFunctionMode, forward: Callable) -> Callable:
 
 
 class NormOfSome(TorchFunctionMode):
-    """Layer norm, and group norm of one group, whose statistics leave some channels out, whoever calls the function.
+    """Layer norm, and group norm, whose statistics leave some channels out, whoever calls the function.
 
     heard_C: bool, one entry a channel.
     """
@@ -67,14 +67,25 @@ class NormOfSome(TorchFunctionMode):
         if func is F.layer_norm:
             return self._norm(*args, **(kwargs or {}))
         if func is F.group_norm:
-            x, _, *rest = args
-            return self._norm(x.movedim(1, -1), None, *rest, **(kwargs or {}), over=range(1, x.dim())).movedim(-1, 1)
+            return self._group_norm(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
-    def _norm(self, x, _shape, weight=None, bias=None, eps=1e-5, over=(-1,)):
-        heard = x[..., self.heard_C]
+    def _norm(self, x, _shape, weight=None, bias=None, eps=1e-5):
+        return self._scaled(x, x[..., self.heard_C], (-1,), weight, bias, eps)
+
+    def _group_norm(self, x, num_groups, weight=None, bias=None, eps=1e-5):
+        """Each group of the channels that are heard, which need not be as many in each."""
+        groups = zip(x.movedim(1, -1).chunk(num_groups, -1), self.heard_C.chunk(num_groups), strict=True)
+        over = range(1, x.dim())
+        normed = [self._scaled(group, group[..., heard], over, None, None, eps) for group, heard in groups]
+        return self._affine(torch.cat(normed, -1), weight, bias).movedim(-1, 1)
+
+    def _scaled(self, x, heard, over, weight, bias, eps):
         mean = heard.mean(tuple(over), keepdim=True)
         var = heard.var(tuple(over), keepdim=True, unbiased=False)
-        x = (x - mean) / torch.sqrt(var + eps)
+        return self._affine((x - mean) / torch.sqrt(var + eps), weight, bias)
+
+    @staticmethod
+    def _affine(x, weight, bias):
         x = x if weight is None else x * weight
         return x if bias is None else x + bias
