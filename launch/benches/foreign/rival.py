@@ -125,7 +125,8 @@ def tell_apart(model: nn.Module) -> None:
 def masked_twin(full: nn.Module, pruned: nn.Module) -> nn.Module:
     """A copy of the full network in which every entry of a parameter that the pruned one has lost is zero.
 
-    Layer norms and group norms do not hear what they have lost, either. All entries of a parameter are different ones (`tell_apart`).
+    Layer norms and group norms do not hear what they have lost, either. All entries of a parameter are different ones
+    (`tell_apart`).
     """
     left = dict(pruned.named_parameters(remove_duplicate=False))
     twin = copy.deepcopy(full)
