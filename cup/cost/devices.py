@@ -82,6 +82,8 @@ class Device:
     @staticmethod
     def from_dict(content: Mapping[str, Any]) -> "Device":
         """The device that `to_dict` gave. Raises KeyError, TypeError or CupError for anything else."""
+        if not isinstance(content["rates"], Mapping):
+            raise TypeError(f"rates: found {content['rates']!r}, allowed: a rate for each kernel")
         rates = {name: Rate(**rate) for name, rate in content["rates"].items()}
         return Device(**{**content, "rates": rates})
 

@@ -51,7 +51,8 @@ def test_a_device_is_known_by_name_or_from_the_file_that_keeps_it(few_layers: No
 
 
 @pytest.mark.parametrize(
-    "content", [None, "", "[]", "3", "{}", '{"device": {"rates": {}}}', '{"device": 3}', "[" * 9999]
+    "content",
+    [None, "", "[]", "3", "{}", '{"device": {"rates": {}}}', '{"device": {"rates": 3}}', '{"device": 3}', "[" * 9999],
 )
 def test_a_file_without_a_device_is_one_line(tmp_path: Path, content: str | None):
     if content is not None:
