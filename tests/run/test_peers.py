@@ -37,7 +37,7 @@ def test_who_waits_for_a_dead_rank_names_it_first_and_ends(tmp_path: Path, fault
 def test_a_rank_that_is_stopped_inside_an_all_reduce_is_given_up(tmp_path: Path):
     """Its process is there, and its connections are: only its signs of life are missing."""
     for said in lines_of(tmp_path, FAULT="stopped", WAIT="all_reduce", VICTIM="1"):
-        assert len(said) == 1 and "rank 1 has given no sign of life for 2 s (run.silence_s)" in said[0]
+        assert len(said) == 1 and "rank 1 has given no sign of life for 4 s (run.silence_s)" in said[0]
 
 
 ENDS_BEFORE_ITS_STORE_ANSWERS = """
