@@ -3,12 +3,14 @@
 Worker processes decode and augment to bytes; normalising happens on the training device.
 """
 
+import atexit
 import multiprocessing
 import os
 import signal
 import threading
+import weakref
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from multiprocessing.context import BaseContext
 from typing import Any
 
@@ -59,9 +61,14 @@ class FolderSource:
             generator=torch.Generator(),
         )
         self._batches: Any = None
+        # A process waits for its workers at its end, and these do not heed SIGTERM. Registered later than torch's own
+        # function, which takes the workers' end out of its hands, it is called before that one.
+        self._at_exit = partial(_close, weakref.ref(self))
 
     def start(self, epoch: int, step: int) -> None:
         self._steps.epoch, self._steps.step = self._epoch, self._step = epoch, step
+        if self._batches is None:
+            atexit.register(self._at_exit)
         self._batches = iter(self._loader)
 
     def next_images(self) -> torch.Tensor:
@@ -85,6 +92,12 @@ class FolderSource:
         if self._batches is not None:
             self._batches._shutdown_workers()
         self._batches = self._loader = None
+        atexit.unregister(self._at_exit)
+
+
+def _close(source: "weakref.ref[FolderSource]") -> None:
+    if (left_open := source()) is not None:
+        left_open.close()
 
 
 def _normalised(images: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:

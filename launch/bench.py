@@ -34,7 +34,7 @@ from launch.benches import (
     step,
     targets,
 )
-from train.cli import Parser, exit_code_of
+from train.cli import Parser, end_with, exit_code_of
 
 BENCHES = {
     "agreement": agreement,
@@ -70,4 +70,4 @@ def _bench(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end_with(main)

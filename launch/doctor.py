@@ -29,7 +29,7 @@ from launch.checkup.check import EFFORTS, Check, Machine, Result, perform  # noq
 from launch.checkup.images import make_photographs  # noqa: E402
 from launch.checkup.table import CHECKS  # noqa: E402
 from train import cli  # noqa: E402
-from train.cli import Parser, exit_code_of  # noqa: E402
+from train.cli import Parser, end_with, exit_code_of  # noqa: E402
 from train.errors import ConfigError, TrainError  # noqa: E402
 from train.files import why_unwritten  # noqa: E402
 from train.world import World, open_world  # noqa: E402
@@ -146,4 +146,4 @@ def _content(options: argparse.Namespace, world: World, results: list[Result]) -
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end_with(main)

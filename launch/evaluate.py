@@ -10,7 +10,7 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from train.cli import Parser, exit_code_of, positive_int
+from train.cli import Parser, end_with, exit_code_of, positive_int
 from train.evaluate import DataChanges, Outcome, evaluate_stored
 from train.peers import Peers
 from train.world import open_world
@@ -73,4 +73,4 @@ def _table(outcome: Outcome) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end_with(main)

@@ -16,7 +16,7 @@ if not __package__:
 import cup
 from cup import SavedNetwork
 from train.checkpoint.network import StoredNetwork, load_network
-from train.cli import Parser, exit_code_of, positive_int
+from train.cli import Parser, end_with, exit_code_of, positive_int
 from train.errors import ConfigError
 from train.evaluate import DataChanges
 from train.export.about import about, preprocessing_of_saved, to_metadata
@@ -161,4 +161,4 @@ def _say_exported(exported: Exported) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end_with(main)

@@ -18,7 +18,7 @@ from train.log.attempt import job_began
 # torchrun's start, Python's own and the import of torch are part of the cost.
 STARTED = time.perf_counter() - (time.time() - job_began())
 
-from train.cli import Parser, exit_code_of, non_negative_int, positive_int  # noqa: E402
+from train.cli import Parser, end_with, exit_code_of, non_negative_int, positive_int  # noqa: E402
 from train.errors import ConfigError, TrainError  # noqa: E402
 from train.log.ledger import Ledger  # noqa: E402
 from train.log.rundir import RunDir  # noqa: E402
@@ -101,4 +101,4 @@ def _checkpoint(source: Path) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end_with(main)

@@ -24,7 +24,7 @@ prefer_growing_segments()
 STARTED = time.perf_counter() - (time.time() - began())
 ATTEMPT = Attempt(sys.argv[1:]) if __name__ == "__main__" and os.environ.get("RANK", "0") == "0" else None
 
-from train.cli import command_again, exit_code_of  # noqa: E402
+from train.cli import command_again, end_with, exit_code_of  # noqa: E402
 from train.config import parse_config  # noqa: E402
 from train.log.ledger import Ledger  # noqa: E402
 from train.recipes import DEFAULT, is_list_wanted, recipes, with_recipe_first  # noqa: E402
@@ -73,4 +73,4 @@ def _list_recipes() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end_with(main)

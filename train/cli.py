@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -17,6 +18,8 @@ from typing import NoReturn
 from train.errors import ConfigError, TrainError
 
 EXIT_DELAY_S = 3.0
+LEFT_WAITING = ("signs of life", "abort", "answer of the store", "patience", "inputs of the next step")
+"""Our threads that may wait for what never answers, a store or a disk, and are not waited for long."""
 NO_MEMORY = ("allocate memory", "start new thread", "Cannot allocate", "std::bad_alloc")
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = tuple(ROOT / name for name in ("cup", "data", "launch", "train"))
@@ -52,6 +55,33 @@ def exit_code_of(action: Callable[[], None], debug: bool, after_interrupt: str =
         time.sleep(EXIT_DELAY_S if _ranks() > 1 else 0)
         return getattr(error, "exit_code", 1)
     return 0
+
+
+def end_with(main: Callable[[list[str]], int]) -> NoReturn:
+    """Call a script's `main` with its arguments, and end the process with the exit code.
+
+    At once, where a thread is left that waits: if its answer came while the interpreter ends, it would find nobody to
+    give it to, and C++ aborts the process (exit code -6).
+    """
+    try:
+        code = main(sys.argv[1:])
+    except SystemExit as end:  # of train/peers.py
+        code = end.code
+    except Exception:
+        if not _leaves_a_thread():
+            raise
+        traceback.print_exc()
+        code = 1
+    if not _leaves_a_thread():
+        sys.exit(code)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
+
+
+def _leaves_a_thread() -> bool:
+    return any(thread.name in LEFT_WAITING for thread in threading.enumerate())
 
 
 def _message(error: Exception) -> str | None:

@@ -370,7 +370,7 @@ def _of_store(action: Callable[[dist.Store], T]) -> T | None:
             answers.append(action(store.clone()))
 
     # A store on a machine that is gone never answers, and has no timeout of its own.
-    asking = threading.Thread(target=ask, daemon=True)
+    asking = threading.Thread(target=ask, name="answer of the store", daemon=True)
     asking.start()
     asking.join(STORE_ANSWERS_WITHIN_S)
     return answers[0] if answers else None

@@ -8,13 +8,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from launch.checkup.check import Failed, Figure, Machine
-from train.cli import ROOT, exit_code_of
+from train.cli import ROOT, end_with, exit_code_of
 from train.errors import TrainError
 from train.loop.config import TrainConfig
 from train.loop.step import training_step
@@ -60,9 +61,20 @@ def dead_rank(machine: Machine) -> Figure:
 
 def _ended_pair(way: str, device: str, folder: Path) -> dict[str, object]:
     """Seconds from the death of rank 1 to the end of both, and the first error of rank 0."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    with _held_port() as port:
+        return _ended_pair_at(port, way, device, folder)
+
+
+@contextmanager
+def _held_port() -> Iterator[int]:
+    """A port that nobody else is given meanwhile. Rank 0 may listen on it, as this socket never does."""
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
+
+
+def _ended_pair_at(port: int, way: str, device: str, folder: Path) -> dict[str, object]:
     ours = {key: value for key, value in os.environ.items() if not key.startswith(("TORCHELASTIC", "SLURM"))}
     ours |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     says = [folder / f"{way}-{rank}.txt" for rank in range(2)]
@@ -136,5 +148,4 @@ def _die(way: str) -> None:
 
 
 if __name__ == "__main__":
-    way, device = sys.argv[1:]
-    sys.exit(exit_code_of(lambda: _be_rank(way, device), debug=False))
+    end_with(lambda argv: exit_code_of(lambda: _be_rank(*argv), debug=False))

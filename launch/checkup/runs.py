@@ -200,9 +200,11 @@ def _stopped_once_saved(machine: Machine, name: str) -> Iterator[None]:
                 return
 
     watching = threading.Thread(target=watch, daemon=True)
+    before = signal.signal(signal.SIGTERM, lambda number, frame: None)  # one that the run does not hear ends nobody
     watching.start()
     try:
         yield
     finally:
         over.set()
         watching.join()
+        signal.signal(signal.SIGTERM, before)

@@ -199,3 +199,18 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
     result = subprocess.run([sys.executable, "-c", code, str(photos)], capture_output=True, text=True, timeout=100)
     assert result.returncode == -signal.SIGKILL, result.stderr
+
+
+def test_a_process_ends_whose_loader_nobody_has_closed(photos):
+    """It waits for its workers then, and they heed no signal."""
+    code = """
+import sys, torch
+from data import DataConfig, build_loaders
+config = DataConfig(path=sys.argv[1], loader="folder", threads=1, batch_size=2, image_size=32, resize_size=32)
+train, _ = build_loaders(config, rank=0, world_size=1, device=torch.device("cpu"), seed=0)
+batches = iter(train)
+next(batches)
+sys.exit(3)
+"""
+    result = subprocess.run([sys.executable, "-c", code, str(photos)], capture_output=True, text=True, timeout=100)
+    assert (result.returncode, result.stderr) == (3, "")

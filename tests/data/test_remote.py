@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,7 @@ def test_storage_that_does_not_answer_is_one_line(tmp_path, monkeypatch, reading
         next(iter(train))
     train.close()
     monkeypatch.setattr(remote, "_read", answering)
+    monkeypatch.setattr(remote, "ANSWER_S", 60.0)
     remote.require_answer(listing("gs://bucket/a.jpg"))
 
 
@@ -79,10 +81,16 @@ def test_a_signal_is_heard_while_storage_does_not_answer(monkeypatch):
     def heard(number, frame):
         raise Heard
 
+    honest = Connection.poll
+
+    def poll(self, timeout):
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()  # not before it waits
+        return honest(self, timeout)
+
     monkeypatch.setattr(remote, "CONTEXT", multiprocessing.get_context("fork"))
     monkeypatch.setattr(remote, "_read", silent)
+    monkeypatch.setattr(Connection, "poll", poll)
     before = signal.signal(signal.SIGTERM, heard)
-    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
     try:
         with pytest.raises(Heard):
             remote.require_answer(listing("gs://bucket/a.jpg"))

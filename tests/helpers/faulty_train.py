@@ -61,7 +61,7 @@ def install(fault: str) -> None:
                 if fault == "not finite":
                     images = images * float("nan")
                 elif fault == "stuck":
-                    time.sleep(6)
+                    time.sleep(12)
                 else:
                     os.kill(os.getpid(), signal.SIGKILL if fault == "killed" else signal.SIGTERM)
             return honest_step(state, images, *arguments)

@@ -14,25 +14,31 @@ sys.path[0] = str(ROOT)
 
 import torch  # noqa: E402
 
-from train.cli import exit_code_of  # noqa: E402
+from train import cli  # noqa: E402
 from train.errors import TrainError  # noqa: E402
 from train.peers import Peers  # noqa: E402
 from train.world import World, open_world  # noqa: E402
 
-STOPPED_FOR_S = 12
-"""Then it is killed, so that nobody stays behind; the others are to be gone by then."""
+SILENCE_S = 4
+"""Enough for a rank that is alive on a busy machine."""
+STOPPED_FOR_S = 60
+"""At the latest it is killed then, and at once where the others are gone, so that nobody stays behind."""
 
 
-def befall(fault: str) -> None:
+def befall(fault: str, others: list[int]) -> None:
+    """others: the processes of the other ranks."""
     if fault == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if fault == "stopped":
         own = os.getpid()
         if os.fork() == 0:
-            time.sleep(STOPPED_FOR_S)
+            until = time.monotonic() + STOPPED_FOR_S
+            while time.monotonic() < until and any(Path(f"/proc/{other}").exists() for other in others):
+                time.sleep(0.05)
             os.kill(own, signal.SIGKILL)
             os._exit(0)
         os.kill(own, signal.SIGSTOP)
+    cli.EXIT_DELAY_S = 3.0  # as ever, unlike where no torchrun ends the others: they are to hear it from the store
     raise TrainError("the disk has gone up in smoke")
 
 
@@ -45,12 +51,13 @@ def wait(world: World) -> None:
 
 def main() -> None:
     world = open_world("cpu")
-    with Peers(world, silence_s=2):
-        world.all_reduce(torch.ones(1))
+    fault = os.environ["FAULT"]
+    with Peers(world, silence_s=SILENCE_S if fault == "stopped" else 60):
+        pids = world.all_gather(os.getpid())
         if world.rank == int(os.environ["VICTIM"]):
             time.sleep(0.3)
-            befall(os.environ["FAULT"])
+            befall(fault, [pid for pid in pids if pid != os.getpid()])
         wait(world)
 
 
-sys.exit(exit_code_of(main, debug=False))
+sys.exit(cli.exit_code_of(main, debug=False))

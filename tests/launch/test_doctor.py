@@ -3,12 +3,15 @@
 import dataclasses
 import json
 import math
+import os
 import signal
-import time
+import socket
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from launching import ALONE, error_of, launch, start
 from made_images import needs_dali
 from torch.optim.swa_utils import AveragedModel
@@ -342,11 +345,19 @@ def test_rank_0_alone_is_signalled(
     last = RunDir(tmp_path / "runs" / "one").last
     last.parent.mkdir(parents=True)
     last.touch()
-    signals = []
-    monkeypatch.setattr(runs.os, "kill", lambda process, number: signals.append(number))
+    signals, is_sent = [], threading.Event()
+    monkeypatch.setattr(runs.os, "kill", lambda process, number: signals.append(number) or is_sent.set())
     with runs._stopped_once_saved(dataclasses.replace(here, world=world, folder=tmp_path), "one"):
-        time.sleep(20 * runs.POLL_S)
+        assert is_sent.wait(60 if sent else 20 * runs.POLL_S) == bool(sent)
     assert signals == sent
+
+
+def test_a_signal_that_comes_after_the_run_ends_nobody(here: Machine, tmp_path: Path):
+    """The file may be seen late, when the run does not listen any more."""
+    before = signal.getsignal(signal.SIGTERM)
+    with runs._stopped_once_saved(dataclasses.replace(here, folder=tmp_path), "one"):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_rank_that_dies_unheard_or_late(here: Machine, monkeypatch: pytest.MonkeyPatch):
@@ -363,6 +374,13 @@ def test_a_rank_that_dies_unheard_or_late(here: Machine, monkeypatch: pytest.Mon
     assert fails(ranks.dead_rank, here, "ended_after_s is 100.0, allowed 20")
     row |= {"first_error": "error: out of memory", "first_error_is_cause": False}
     assert fails(ranks.dead_rank, here, "the other's first error is: error: out of memory")
+
+
+def test_nobody_but_rank_0_gets_the_port_of_the_ranks_that_die():
+    with ranks._held_port() as port, socket.socket() as other:
+        with pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", port))
+        assert dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False).port == port
 
 
 def test_the_script_ends_with_1_where_a_check_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd):

@@ -2,8 +2,8 @@
 
 import sys
 import threading
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from launching import launch, options, train, write_image_folder
@@ -47,13 +47,33 @@ def test_the_threads_of_a_run_end_before_it_does(tmp_path: Path):
 
 
 def test_waiting_that_ends_is_no_reason_to_end(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture):
-    """A loader that is slow again and again, in a run that was asked to stop, is waited for."""
-    monkeypatch.setattr(patience, "LOOK_EVERY_S", 0.01)
-    monkeypatch.setattr(patience, "STOP_AFTER_S", 5.0)
-    loader = type("Loader", (), {"waiting_since": None})()
+    """A loader that is slow again and again, in a run that was asked to stop, is waited for. On a clock of its own."""
+    now, looks, ends = [0.0], threading.Semaphore(0), []
+
+    class Loader:
+        since = None
+
+        @property
+        def waiting_since(self) -> float | None:
+            looks.release()
+            return self.since
+
+    def is_seen() -> None:
+        """Until the thread has looked, by a clock that it read after this began."""
+        while looks.acquire(blocking=False):
+            pass
+        for _ in range(2):
+            assert looks.acquire(timeout=60)
+
+    monkeypatch.setattr(patience, "LOOK_EVERY_S", 0.001)
+    monkeypatch.setattr(patience, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(patience.os, "_exit", ends.append)
+    loader = Loader()
     with Patience([loader], "DATA", 0, lambda: True):
-        for _ in range(20):
-            loader.waiting_since = time.monotonic()
-            time.sleep(0.01)
-            loader.waiting_since = None
-    assert capfd.readouterr().err == ""
+        is_seen()  # that it was asked to stop
+        for _ in range(3):
+            loader.since = now[0]
+            now[0] += 0.9 * patience.STOP_AFTER_S
+            is_seen()
+            loader.since = None
+    assert capfd.readouterr().err == "" and not ends

@@ -199,7 +199,7 @@ def test_fewer_ranks_go_on_with_a_batch_that_they_can_share(killed: Path, tmp_pa
 
 
 def test_ranks_that_wait_for_one_that_is_stuck_give_up_after_the_timeout_of_the_run(tmp_path: Path):
-    arguments = options(**SHORT, run__timeout_minutes=0.05)
+    arguments = options(**SHORT, run__timeout_minutes=0.1)
     result = launch(
         "tests/helpers/faulty_train.py", arguments, tmp_path, ranks=2, timeout=60, FAULT="stuck", AT_STEP="3"
     )

@@ -124,7 +124,7 @@ def test_cpu_seconds_of_a_resumed_run_are_those_that_it_was_made_with():
 
 def test_cpu_seconds_count_threads_living_workers_and_those_that_have_ended():
     def spin() -> None:
-        end = time.process_time() + 0.3
+        end = time.process_time() + 0.6
         while time.process_time() < end:
             pass
 
@@ -137,17 +137,17 @@ def test_cpu_seconds_count_threads_living_workers_and_those_that_have_ended():
     thread = threading.Thread(target=spin)
     thread.start()
     thread.join()
-    assert cpu_seconds() - before > 0.25
+    assert cpu_seconds() - before > 0.55
     context = multiprocessing.get_context("fork")
     done, may_end = context.Event(), context.Event()
     process = context.Process(target=worker, args=(done, may_end))
     before = cpu_seconds()
     process.start()
     done.wait()
-    assert cpu_seconds() - before > 0.25
+    assert cpu_seconds() - before > 0.55
     may_end.set()
     process.join()
-    assert 0.25 < cpu_seconds() - before < 0.6
+    assert 0.55 < cpu_seconds() - before < 1.2  # and not twice
 
 
 def test_the_paper_s_step_schedule():
@@ -609,19 +609,23 @@ def test_the_first_word_of_a_failure_is_what_the_other_ranks_say(monkeypatch: py
 
 
 def test_a_store_that_never_answers_is_not_waited_for(monkeypatch: pytest.MonkeyPatch):
-    asked, answered = threading.Event(), []
+    asked, answered, over = threading.Event(), [], threading.Event()
 
     class Silent:
+        def clone(self) -> "Silent":
+            return self
+
         def check(self, keys: list[str]) -> bool:
-            answered.append(asked.wait(5))
+            asked.set()
+            answered.append(over.wait(60))
             return False
 
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", Silent)
     monkeypatch.setattr("train.world.STORE_ANSWERS_WITHIN_S", 0.05)
     assert "lost another rank" in explain_lost_rank(dist.DistNetworkError("Connection closed by peer"))
-    assert not answered
-    asked.set()
+    assert asked.wait(60) and not answered
+    over.set()
 
 
 def test_a_meeting_place_that_does_not_exist_is_one_line(monkeypatch: pytest.MonkeyPatch):
