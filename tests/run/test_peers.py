@@ -17,7 +17,7 @@ ENDS = {"killed": "rank {} ended without a word", "failed": "rank {} failed: the
 
 def lines_of(cwd: Path, **env: str) -> list[list[str]]:
     """The lines of the two survivors, when the run of tests/helpers/lost_rank.py has ended."""
-    result = launch("tests/helpers/lost_rank.py", [], cwd, ranks=3, timeout=60, **env)
+    result = launch("tests/helpers/lost_rank.py", [], cwd, ranks=3, **env)
     assert result.returncode != 0
     said = rank_lines(result.stderr)
     return [
