@@ -105,7 +105,6 @@ def test_a_run_without_configuration_is_refused_to_another_one(root: Path):
         train(root, **BROKEN_OFF, optim__lr=0.07)
 
 
-@pytest.mark.timeout(600)
 def test_a_run_whose_power_is_cut_goes_on_with_the_same_bits(tmp_path: Path):
     result = launch("tests/experiments/power_cut.py", ["--cuts", "1", "--seed", "3"], tmp_path, timeout=580)
     if result.returncode == 77:

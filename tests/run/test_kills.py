@@ -9,7 +9,6 @@ import pytest
 from launching import ROOT, launch
 
 
-@pytest.mark.timeout(600)
 def test_killed_runs_end_by_themselves_with_the_bits_of_undisturbed_ones(tmp_path: Path):
     arguments = ["--kills", "2", "--seed", "5", "--ranks", "2", "--out", "kills.json"]
     result = launch("tests/experiments/kills.py", arguments, tmp_path, timeout=580)
