@@ -92,12 +92,16 @@ def _check_split(report: CheckReport, split: str, images: ImageList, threads: in
     """Add to `report` what is found in one split's images."""
     report.images[split] = len(images.names)
     with ThreadPoolExecutor(threads or None) as pool:
-        found = tracked(_examined(images, pool, decoder), f"checking {split}", len(images.names))
-        for name, (why_broken, what_is_unusual) in zip(images.names, found, strict=True):
-            if why_broken:
-                report.broken[f"{split}/{name}"] = why_broken
-            elif what_is_unusual:
-                report.unusual[f"{split}/{name}"] = what_is_unusual
+        try:
+            found = tracked(_examined(images, pool, decoder), f"checking {split}", len(images.names))
+            for name, (why_broken, what_is_unusual) in zip(images.names, found, strict=True):
+                if why_broken:
+                    report.broken[f"{split}/{name}"] = why_broken
+                elif what_is_unusual:
+                    report.unusual[f"{split}/{name}"] = what_is_unusual
+        except BaseException:  # such as Ctrl-C: else all images would be looked at before it is heard
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _examined(images: ImageList, pool: ThreadPoolExecutor, decoder: Decoder | None) -> Iterator[tuple[str, str]]:

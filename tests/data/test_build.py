@@ -197,7 +197,7 @@ train, _ = build_loaders(config, rank=0, world_size=1, device=torch.device("cpu"
 next(iter(train))
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    result = subprocess.run([sys.executable, "-c", code, str(photos)], capture_output=True, text=True, timeout=100)
+    result = subprocess.run([sys.executable, "-c", code, str(photos)], capture_output=True, text=True, timeout=400)
     assert result.returncode == -signal.SIGKILL, result.stderr
 
 
@@ -212,5 +212,5 @@ batches = iter(train)
 next(batches)
 sys.exit(3)
 """
-    result = subprocess.run([sys.executable, "-c", code, str(photos)], capture_output=True, text=True, timeout=100)
+    result = subprocess.run([sys.executable, "-c", code, str(photos)], capture_output=True, text=True, timeout=400)
     assert (result.returncode, result.stderr) == (3, "")

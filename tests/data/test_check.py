@@ -3,6 +3,7 @@
 import errno
 import os
 import struct
+import time
 import warnings
 import zlib
 from pathlib import Path
@@ -16,7 +17,7 @@ from data import images
 from data.batch import DataError
 from data.defects import decode_failure
 from data.images import list_splits
-from data.prepare import check_data, prepare_shards
+from data.prepare import check, check_data, prepare_shards
 from launch import prepare
 
 
@@ -359,3 +360,23 @@ def test_all_unusual_ones_are_named_if_asked_for(photos, capsys):
     assert prepare.main(["check", str(photos), "--all"]) == 0
     printed = capsys.readouterr().out
     assert all(f"val/ant/grey{number}.jpg" in printed for number in range(7)) and "more" not in printed
+
+
+def test_an_interrupted_check_looks_at_no_further_image(photos, monkeypatch):
+    looked_at = []
+
+    def examine(images, index, decoder):
+        looked_at.append(index)
+        time.sleep(0.5 if index else 0)
+        return "", ""
+
+    def interrupted(findings, *others):
+        yield next(findings)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(check, "IMAGES_A_TASK", 1)
+    monkeypatch.setattr(check, "_examine", examine)
+    monkeypatch.setattr(check, "tracked", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        check_data(photos, threads=1)
+    assert len(looked_at) < 14

@@ -150,8 +150,9 @@ def _be_rank(
             mine = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
             mine |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             os.environ.update({name: str(value) for name, value in mine.items()})
-        train.cli.EXIT_DELAY_S = 0.0  # nobody here ends the others before they have said their line
         in_rank(rank)
+        # Nobody here ends the others before they have said their line; but the store goes with rank 0.
+        train.cli.EXIT_DELAY_S = float(os.environ.get("EXIT_DELAY_S", "0"))
         sys.argv = [str(ROOT / command[0]), *command[1:]]
         runpy.run_path(sys.argv[0], run_name="__main__")
         code = 0

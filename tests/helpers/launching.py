@@ -141,7 +141,7 @@ def launch(
     arguments: list[str],
     cwd: Path,
     ranks: int = 1,
-    timeout: float = 180,
+    timeout: float = 400,
     is_ordinary: bool = False,
     **env: str,
 ) -> subprocess.CompletedProcess[str]:
@@ -169,7 +169,7 @@ def start(
     arguments: list[str],
     cwd: Path,
     ranks: int = 1,
-    timeout: float = 180,
+    timeout: float = 400,
     torchrun: Sequence[str] = (),
     **env: str,
 ) -> subprocess.CompletedProcess[str]:

@@ -50,6 +50,7 @@ def wait(world: World) -> None:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which comes some seconds after the first end: this one has its own
     world = open_world("cpu")
     fault = os.environ["FAULT"]
     with Peers(world, silence_s=SILENCE_S if fault == "stopped" else 60):

@@ -332,7 +332,7 @@ def test_a_plan_is_measured_with_the_threads_that_a_run_will_have(tmp_path, monk
         torch.set_num_threads(before)
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "in vain"
@@ -380,7 +380,7 @@ def test_killed_and_started_again_a_comparison_goes_on_where_it_was(tmp_path: Pa
     os.kill(training, signal.SIGKILL)
     wait_for(lambda: pid_of_training(process.pid) not in (0, training))  # the next run of the grid
     process.terminate()
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert "goes on: dense_s0" in out and "failed: dense_s0: killed by signal 9" in out
     assert (
         err.endswith("error: stopped; the runs are saved, and the same command goes on\n") and process.returncode == 1

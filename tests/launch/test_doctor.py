@@ -425,7 +425,6 @@ def test_the_script_takes_parts_of_names(tmp_path: Path, capfd: pytest.CaptureFi
     assert "cannot write in" in error_of(doctor.main, ["--only", "versions", "--root", str(file)], capfd)
 
 
-@pytest.mark.timeout(600)
 def test_the_quick_check_up_as_a_user_starts_it(tmp_path: Path):
     """Beside other tests, times may be what they like: only checks that judge by them may fail."""
     done = start("launch/doctor.py", ["--quick", "--device", "cpu", "--out", "out.json"], tmp_path, timeout=580)

@@ -69,7 +69,7 @@ def test_a_wrong_setting_is_said_once_by_a_machine(tmp_path: Path):
     """And by the report with which torchrun ends."""
     file = tmp_path / "error.json"
     arguments = options(prune__hard_ramp__slope=-1)
-    result = launch("launch/train.py", arguments, tmp_path, ranks=2, timeout=60, TORCHELASTIC_ERROR_FILE=str(file))
+    result = launch("launch/train.py", arguments, tmp_path, ranks=2, TORCHELASTIC_ERROR_FILE=str(file))
     assert result.returncode != 0
     [line] = rank_lines(result.stderr)
     assert line.startswith("[rank 0] error: prune.hard_ramp.slope")
@@ -92,7 +92,7 @@ def torchrun_report(file: Path) -> str:
 )
 def test_both_ranks_say_it_and_none_hangs(tmp_path: Path, changes: dict, words: str):
     """Of the images only rank 0 makes a list."""
-    result = launch("launch/train.py", options(**changes), tmp_path, ranks=2, timeout=60)
+    result = launch("launch/train.py", options(**changes), tmp_path, ranks=2)
     assert result.returncode != 0
     lines = sorted(rank_lines(result.stderr))
     assert [line[:8] for line in lines] == ["[rank 0]", "[rank 1]"]
@@ -108,7 +108,8 @@ def test_a_broken_image_that_one_rank_meets_is_named_by_both(tmp_path: Path):
     data = {"data__loader": "folder", "data__path": "images", "data__batch_size": 4}
     file = tmp_path / "error.json"
     arguments = options(**data, train__epochs=30)
-    result = launch("launch/train.py", arguments, tmp_path, ranks=2, timeout=60, TORCHELASTIC_ERROR_FILE=str(file))
+    seen = {"TORCHELASTIC_ERROR_FILE": str(file), "EXIT_DELAY_S": "2"}
+    result = launch("launch/train.py", arguments, tmp_path, ranks=2, **seen)
     assert result.returncode != 0
     lines = sorted(rank_lines(result.stderr))
     assert [line[:8] for line in lines] == ["[rank 0]", "[rank 1]"]

@@ -11,7 +11,7 @@ from launching import ROOT, launch
 
 def test_killed_runs_end_by_themselves_with_the_bits_of_undisturbed_ones(tmp_path: Path):
     arguments = ["--kills", "2", "--seed", "5", "--ranks", "2", "--out", "kills.json"]
-    result = launch("tests/experiments/kills.py", arguments, tmp_path, timeout=280)
+    result = launch("tests/experiments/kills.py", arguments, tmp_path, timeout=580)
     assert result.returncode == 0, result.stdout + result.stderr
     runs = json.loads((tmp_path / "kills.json").read_text())["runs"]
     assert sum(len(run["kills"]) for run in runs) == 2

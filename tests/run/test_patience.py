@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from launching import launch, options, train, write_image_folder
 
+from train import signals
 from train.checkpoint.file import load_checkpoint
 from train.loop import patience
 from train.loop.patience import Patience
@@ -26,7 +27,7 @@ def test_a_run_whose_storage_is_silent_says_so_and_ends_when_it_is_asked_to(tmp_
         prune__method="none", run__root=tmp_path,
     )  # fmt: skip
     seen = {"SIGNAL": moment, "IMAGES": str(data / "train")}
-    run = launch("tests/helpers/silent_storage.py", arguments, tmp_path, timeout=120, **seen)
+    run = launch("tests/helpers/silent_storage.py", arguments, tmp_path, **seen)
     assert ("does the storage answer?" in run.stderr) == (moment == "told")
     assert "ended; the same command goes on from the last checkpoint" in run.stderr
     assert run.returncode == patience.EXIT_CODE
@@ -34,8 +35,10 @@ def test_a_run_whose_storage_is_silent_says_so_and_ends_when_it_is_asked_to(tmp_
         assert load_checkpoint(tmp_path / "tiny/last.pt")["progress"]["step"] == 5
 
 
-def test_the_threads_of_a_run_end_before_it_does(tmp_path: Path):
+def test_the_threads_of_a_run_end_before_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The last to hold the images could drop them while the interpreter ends: torch aborts the process then."""
+    for room in (patience, signals):
+        monkeypatch.setattr(room, "ENDS_WITHIN_S", 60.0)  # the machine may have other work
     before, usual_s = set(threading.enumerate()), sys.getswitchinterval()
     sys.setswitchinterval(60)  # no thread runs unless the main thread waits
     try:

@@ -17,7 +17,7 @@ ENDS = {"killed": "rank {} ended without a word", "failed": "rank {} failed: the
 
 def lines_of(cwd: Path, **env: str) -> list[list[str]]:
     """The lines of the two survivors, when the run of tests/helpers/lost_rank.py has ended."""
-    result = launch("tests/helpers/lost_rank.py", [], cwd, ranks=3, timeout=60, **env)
+    result = launch("tests/helpers/lost_rank.py", [], cwd, ranks=3, **env)
     assert result.returncode != 0
     said = rank_lines(result.stderr)
     return [
@@ -73,7 +73,7 @@ cli.end_with(main)
 @pytest.mark.parametrize("word", ["an error", "a bug"])
 def test_an_answer_of_the_store_that_comes_while_python_ends_does_not_abort_the_process(word: str):
     command = [sys.executable, "-c", ENDS_BEFORE_ITS_STORE_ANSWERS, word]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert result.returncode == 1 and result.stdout == f"['{word}'] is told\n"
     assert ("AssertionError: a bug on this rank" in result.stderr) == (word == "a bug")
     assert "terminate" not in result.stderr

@@ -120,7 +120,7 @@ def _is_parameter(key: str) -> bool:
     ],
 )
 def test_a_rank_that_goes_another_way_ends_both_with_a_clear_line(tmp_path: Path, fault: str, message: str):
-    result = launch("tests/helpers/faulty_train.py", options(), tmp_path, ranks=2, timeout=60, FAULT=fault)
+    result = launch("tests/helpers/faulty_train.py", options(), tmp_path, ranks=2, FAULT=fault)
     assert result.returncode != 0
     lines = rank_lines(result.stderr)
     assert sorted(line[:8] for line in lines) == ["[rank 0]", "[rank 1]"]
@@ -128,7 +128,7 @@ def test_a_rank_that_goes_another_way_ends_both_with_a_clear_line(tmp_path: Path
 
 
 def test_an_unforeseen_failure_on_one_rank_ends_the_other_with_its_reason(tmp_path: Path):
-    result = launch("tests/helpers/faulty_train.py", options(), tmp_path, ranks=2, timeout=60, FAULT="a bug")
+    result = launch("tests/helpers/faulty_train.py", options(), tmp_path, ranks=2, FAULT="a bug")
     assert result.returncode != 0
     assert "[rank 0] error: rank 1 failed: a bug on this rank" in result.stderr
     assert "AssertionError: a bug on this rank" in result.stderr  # which keeps its traceback
@@ -139,7 +139,7 @@ def test_a_broken_image_on_one_rank_ends_both_and_names_the_file(tmp_path: Path)
     broken = images / "train/class1/7.jpg"
     broken.write_bytes(broken.read_bytes()[:200])
     arguments = options(data__loader="folder", data__path="images", data__threads=1)
-    result = launch("launch/train.py", arguments, tmp_path, ranks=2, timeout=60)
+    result = launch("launch/train.py", arguments, tmp_path, ranks=2)
     assert result.returncode != 0
     assert any("images/train/class1/7.jpg" in line for line in rank_lines(result.stderr))
     assert not (tmp_path / "runs/tiny/last.pt").exists()
@@ -200,9 +200,7 @@ def test_fewer_ranks_go_on_with_a_batch_that_they_can_share(killed: Path, tmp_pa
 
 def test_ranks_that_wait_for_one_that_is_stuck_give_up_after_the_timeout_of_the_run(tmp_path: Path):
     arguments = options(**SHORT, run__timeout_minutes=0.1)
-    result = launch(
-        "tests/helpers/faulty_train.py", arguments, tmp_path, ranks=2, timeout=60, FAULT="stuck", AT_STEP="3"
-    )
+    result = launch("tests/helpers/faulty_train.py", arguments, tmp_path, ranks=2, FAULT="stuck", AT_STEP="3")
     assert result.returncode == 1
     assert "[rank 0] error: another rank did not answer in time (run.timeout_minutes)" in result.stderr
 
